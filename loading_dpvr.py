@@ -1,0 +1,163 @@
+"""Loading and saving: a repository holds all weights, or the side branch alone beside the name of its base.
+
+    config.base_model_name_or_path is None      model.safetensors: a whole LLaVA, with or without `side_branch.*`
+    config.base_model_name_or_path is a name    model.safetensors: `side_branch.*` only; the rest comes from there
+
+Weights are safetensors; nothing is unpickled. The paper trains, and so shares, 3% of the weights (section 3.4).
+"""
+
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+try:
+    from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+except ImportError:
+    from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+
+try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+except ImportError:
+    pass
+else:
+    register_checkpoint_conversion_mapping("dpvr_llava", get_checkpoint_conversion_mapping("llava"), overwrite=True)
+
+WEIGHTS_NAME = "model.safetensors"
+
+
+def is_side_branch(parameter_name: str) -> bool:
+    """The one predicate for what is trained, saved, loaded and counted as the side branch."""
+    return parameter_name.startswith("side_branch.")
+
+
+class SideBranchLoading:
+    """`from_pretrained` and `save_pretrained` for a model with a `side_branch`; mixed in before the stock model."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a DPVR repository, whole or side branch only, or a vanilla LLaVA, which gets a new side branch.
+
+        Takes what `PreTrainedModel.from_pretrained` takes, and the fields of `DpvrLlavaConfig`. Of a repository that
+        holds the side branch only, the base is loaded from `config.base_model_name_or_path`.
+
+        Raises:
+            ValueError: if the side branch is incomplete, damaged or of another shape, or the base holds no full LLaVA.
+        """
+        fields = {name: kwargs.pop(name) for name in DPVR_FIELDS if name in kwargs}
+        where = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
+        hub = {
+            name: kwargs[name]
+            for name in ("token", "cache_dir", "local_files_only", "force_download")
+            if name in kwargs
+        }
+        if config is None:
+            values, _ = DpvrLlavaConfig.get_config_dict(pretrained_model_name_or_path, **where, **hub)
+            config = DpvrLlavaConfig.from_dict({**values, **fields, "model_type": DpvrLlavaConfig.model_type})
+        else:
+            for name, value in fields.items():
+                setattr(config, name, value)
+            config.check_dpvr_fields()
+
+        base, branch = pretrained_model_name_or_path, None
+        if config.base_model_name_or_path is not None:
+            base = config.base_model_name_or_path
+            branch = _read_side_branch(pretrained_model_name_or_path, **where, **hub)
+            kwargs = {name: value for name, value in kwargs.items() if name not in where}
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        model._check_loaded(base, info, branch)
+        return (model, info) if wants_info else model
+
+    def _check_loaded(self, base: str, info: dict, branch: dict[str, torch.Tensor] | None) -> None:
+        """Refuse a base with holes; take the side branch from `branch`, from the checkpoint, or start it afresh."""
+        missing = sorted(info["missing_keys"])
+        if holes := [name for name in missing if not is_side_branch(name)]:
+            raise ValueError(
+                f"Expected a full LLaVA in {base!r}; got one without {len(holes)} weights, such as {holes[:3]}. "
+                "Remedy: name a full LLaVA, or set base_model_name_or_path in a repository that holds the side branch "
+                "only."
+            )
+        own = [name for name in self.state_dict() if is_side_branch(name)]
+        surplus = sorted(name for name in info["unexpected_keys"] if is_side_branch(name))
+        if branch is not None:
+            self.load_side_branch(branch)
+        elif len(missing) == len(own):
+            self.reset_side_branch()
+        elif missing or surplus:
+            raise ValueError(
+                f"Expected the {len(own)} weights of {len(self.side_branch)} side layers in {base!r}; missing: "
+                f"{missing[:3]}, surplus: {surplus[:3]}. Remedy: set num_side_layers to the repository's, or save it "
+                "again."
+            )
+
+    def load_side_branch(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copy the weights of a side branch, named as in `state_dict()`, into this model; all of them or none.
+
+        Raises:
+            ValueError: for missing or unknown names and for other shapes, before anything is changed.
+        """
+        own = {name: tensor for name, tensor in self.state_dict().items() if is_side_branch(name)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if wrong := sorted(name for name in shapes.keys() | got.keys() if shapes.get(name) != got.get(name)):
+            name = wrong[0]
+            raise ValueError(
+                f"Expected a side branch of {len(shapes)} weights as the config says; {len(wrong)} differ, such as "
+                f"{name!r}: expected shape {shapes.get(name)}, got {got.get(name)}. Remedy: load it onto the base and "
+                "with the num_side_layers it was trained with."
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(weights[name])
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, side_branch_only: bool = False, **kwargs) -> None:
+        """Save weights, config and code so that one `from_pretrained(..., trust_remote_code=True)` loads them.
+
+        Args:
+            side_branch_only: save the side branch, and the name of the base in the config in place of its weights.
+            **kwargs: as `PreTrainedModel.save_pretrained` takes them.
+
+        Raises:
+            ValueError: with side_branch_only, if the model does not know where its base came from.
+        """
+        base = self.config.base_model_name_or_path or self.config._name_or_path or None
+        if side_branch_only:
+            if base is None:
+                raise ValueError(
+                    "Expected config.base_model_name_or_path, where the frozen LLaVA lies, to save the side branch "
+                    "alone; got None. Remedy: set it to a Hub id or a path, or save with side_branch_only=False."
+                )
+            base = os.path.abspath(base) if os.path.isdir(base) else base
+            weights = kwargs.pop("state_dict", None) or self.state_dict()
+            kwargs["state_dict"] = {name: tensor for name, tensor in weights.items() if is_side_branch(name)}
+        before = self.config.base_model_name_or_path
+        self.config.base_model_name_or_path = base if side_branch_only else None
+        self.config.auto_map = dict(AUTO_MAP)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.base_model_name_or_path = before
+
+
+def _read_side_branch(repository: str, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """The weights of a repository that holds the side branch only (safetensors; nothing is unpickled)."""
+    path = cached_file(repository, WEIGHTS_NAME, **hub_kwargs)
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected a safetensors file at {path}; got a damaged one ({error}). Remedy: download or save it again."
+        ) from error
+    if others := sorted(name for name in weights if not is_side_branch(name)):
+        raise ValueError(
+            f"Expected nothing but the side branch beside base_model_name_or_path in {repository!r}; got {others[:3]} "
+            "as well. Remedy: set base_model_name_or_path to null for a repository with all weights."
+        )
+    return weights

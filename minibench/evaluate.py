@@ -1,0 +1,137 @@
+"""Exact-match accuracy on MiniBench by greedy generation, with its interval, its chance level and a blindfold.
+
+    python -m minibench.evaluate --model DIR --num_questions 500 [--blind]
+
+`evaluate` takes any LLaVA-like model: the stock class and DPVR alike. Blind, the picture is replaced by an even grey one:
+what is left is what the questions give away by themselves.
+"""
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from math import sqrt
+from typing import Any, get_args
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from .data import Item, evaluation_items, to_messages
+from .questions import KINDS
+from .scenes import SIDE, Split
+
+GREY = (127, 127, 127)
+MAX_NEW_TOKENS = 8
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    *,
+    split: Split = "test",
+    num_questions: int = 200,
+    seed: int = 0,
+    batch_size: int = 64,
+    blind: bool = False,
+) -> dict[str, Any]:
+    """Ask `num_questions` of each kind and return the accuracies.
+
+    Returns:
+        {"kinds": {kind: {"accuracy", "low", "high", "n", "chance"}}, "mean": mean of the kinds, "low", "high": interval of
+        all questions together, "n", "chance": mean of the kinds}. Intervals are 95 % Wilson intervals, chance is the
+        accuracy of always giving a kind's most frequent answer.
+    """
+    items = evaluation_items(split, num_questions, seed)
+    was_training = model.training
+    model.eval()
+    replies = []
+    for start in tqdm(range(0, len(items), batch_size), desc=f"MiniBench {split}", unit="batch"):
+        replies += answer(model, processor, items[start : start + batch_size], blind=blind)
+    model.train(was_training)
+    return summarise(items, replies)
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, processor: ProcessorMixin, items: list[Item], *, blind: bool = False) -> list[str]:
+    """Return the model's greedy replies to a batch of items."""
+    images = [Image.new("RGB", (SIDE, SIDE), GREY) if blind else item.image for item in items]
+    prompts = [
+        processor.apply_chat_template(to_messages([(item.question, None)]), add_generation_prompt=True) for item in items
+    ]
+    inputs = processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(model.device)
+    tokenizer = processor.tokenizer
+    output = model.generate(
+        **inputs,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [reply.strip() for reply in replies]
+
+
+def summarise(items: list[Item], replies: list[str]) -> dict[str, Any]:
+    """Count exact matches by kind."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for item, reply in zip(items, replies, strict=True):
+        right[item.kind].append(reply == item.answer)
+        answers[item.kind][item.answer] += 1
+    kinds = {}
+    for kind in KINDS:
+        n = len(right[kind])
+        chance = answers[kind].most_common(1)[0][1] / n
+        kinds[kind] = {**_rate(sum(right[kind]), n), "chance": chance}
+    together = _rate(sum(map(sum, right.values())), len(items))
+    return {
+        "kinds": kinds,
+        **together,
+        "mean": sum(kind["accuracy"] for kind in kinds.values()) / len(kinds),
+        "chance": sum(kind["chance"] for kind in kinds.values()) / len(kinds),
+    }
+
+
+def _rate(right: int, n: int) -> dict[str, float | int]:
+    low, high = wilson_interval(right, n)
+    return {"accuracy": right / n, "low": low, "high": high, "n": n}
+
+
+def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion."""
+    share = right / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Accuracy of a LLaVA-like model on MiniBench.")
+    parser.add_argument("--model", required=True, help="folder or Hub name of a model with its processor")
+    parser.add_argument("--split", choices=get_args(Split), default="test")
+    parser.add_argument("--num_questions", type=int, default=500, help="questions of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--blind", action="store_true", help="replace every picture by an even grey one")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(args.model)
+    result = evaluate(
+        model,
+        processor,
+        split=args.split,
+        num_questions=args.num_questions,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        blind=args.blind,
+    )
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,291 @@
+"""Train a small vanilla LLaVA from scratch on MiniBench.
+
+    vision tower    PatchNamer on pictures alone (tower.py)                         in the place of CLIP's training
+    LLaVA           dense captions, then questions and a few captions, one go       in the place of LLaVA's two stages
+
+Both run in `transformers.Trainer` and keep checkpoints: the same command again goes on where a killed run stopped. The
+linear layers run in bfloat16 by autocast and the attention in float32, which is the fast way round on a CPU.
+
+    python -m minibench.pretrain --output_dir DIR
+
+writes DIR/final (model and processor), DIR/log.jsonl (a JSON line per logging step and per validation) and the
+checkpoints. The final weights are stored in float16, the config asks for float32 when they are loaded.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import ConcatDataset, SequentialSampler
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.trainer_utils import get_last_checkpoint
+
+from .data import MiniBench, Row
+from .evaluate import evaluate
+from .optimizer import MuonWithAdamW
+from .processor import PATCH, make_processor, save_processor
+from .scenes import SIDE
+from .tower import PatchCollator, PatchNamer, PatchNames
+
+IGNORED = -100
+
+
+def attention_in_float32(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """SDPA outside autocast: on a CPU its backward is several times faster in float32 than in bfloat16."""
+    with torch.autocast(query.device.type, enabled=False):
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)
+
+
+AttentionInterface.register("sdpa_float32", attention_in_float32)
+AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
+
+
+def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    """Return a randomly initialised LLaVA: CLIP ViT read at its last layer but one, GELU projector, Llama decoder."""
+    tokenizer = processor.tokenizer
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = CLIPVisionConfig(
+        image_size=SIDE,
+        patch_size=PATCH,
+        hidden_size=args.vision_width,
+        intermediate_size=3 * args.vision_width,
+        num_hidden_layers=args.vision_layers,
+        num_attention_heads=args.vision_width // 32,
+        projection_dim=args.vision_width,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.text_width,
+        intermediate_size=5 * args.text_width // 4,
+        num_hidden_layers=args.text_layers,
+        num_attention_heads=args.text_width // 32,
+        num_key_value_heads=args.text_width // 32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        **special,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=(SIDE // PATCH) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        **special,
+    )
+    config._attn_implementation = "sdpa_float32"
+    return LlavaForConditionalGeneration(config)
+
+
+class RowCollator:
+    """Turns rows of MiniBench into LLaVA's training inputs, padded on the right; the replies alone carry loss."""
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        self.opening = tokenizer.encode(" ASSISTANT:", add_special_tokens=False)
+        self.eos = tokenizer.eos_token_id
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        texts = self.processor.apply_chat_template([row["messages"] for row in rows])
+        images = [row["images"] for row in rows]
+        batch = self.processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+        ids = batch["input_ids"]
+        labels = ids.masked_fill(~self.replies(ids), IGNORED)
+        # Padding on the right is never read by a causal model, so no mask is passed and attention keeps its fast kernel.
+        return {"input_ids": ids, "pixel_values": batch["pixel_values"], "labels": labels}
+
+    def replies(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return `bool[B, T]`, true from after "ASSISTANT:" to the end token: the template's generation blocks, vectorised."""
+        first, second = self.opening
+        starts = torch.zeros_like(ids, dtype=torch.bool)
+        starts[:, 2:] = (ids[:, :-2] == first) & (ids[:, 1:-1] == second)
+        ends = torch.zeros_like(starts)
+        ends[:, 1:] = ids[:, :-1] == self.eos
+        return starts.cumsum(1) > ends.cumsum(1)
+
+
+class InOrderTrainer(Trainer):
+    """A Trainer that takes the rows by index: the data sets are random already, and captions are to come first."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+class JsonLog(TrainerCallback):
+    """Appends what the Trainer logs to a file of JSON lines, each with the stage, the step and the seconds so far."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path = path
+        self.stage = stage
+        self.start = time.time()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: Any) -> None:
+        self.write(step=state.global_step, **logs)
+
+    def write(self, **entry: Any) -> None:
+        entry = {"stage": self.stage, "seconds": round(time.time() - self.start, 1), **entry}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class Validation(TrainerCallback):
+    """Measures accuracy on the validation split every `every` steps."""
+
+    def __init__(self, log: JsonLog, processor: LlavaProcessor, every: int, num_questions: int) -> None:
+        self.log = log
+        self.processor = processor
+        self.every = every
+        self.num_questions = num_questions
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            result = evaluate(model, self.processor, split="validation", num_questions=self.num_questions)
+            accuracies = {kind: round(value["accuracy"], 4) for kind, value in result["kinds"].items()}
+            self.log.write(step=state.global_step, validation=accuracies, mean=round(result["mean"], 4))
+
+
+def training_arguments(args: argparse.Namespace, stage: str, num_rows: int) -> TrainingArguments:
+    steps = -(-num_rows // args.batch_size)
+    return TrainingArguments(
+        output_dir=str(args.output_dir / stage),
+        per_device_train_batch_size=args.batch_size,
+        num_train_epochs=1,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": int(args.decay_share * steps)},
+        warmup_steps=min(args.warmup_steps, steps // 10),
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=args.num_workers,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=args.seed,
+    )
+
+
+def run(trainer: Trainer) -> None:
+    """Train, from the last checkpoint if there is one."""
+    folder = Path(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+
+
+def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Teach the vision tower to name what covers each patch; a tower that is done is read from its file."""
+    tower = model.model.vision_tower
+    done = args.output_dir / "tower.safetensors"
+    if done.exists():
+        tower.load_state_dict(load_file(done))
+        return
+    namer = PatchNamer(tower, model.config.vision_feature_layer)
+    trainer = InOrderTrainer(
+        model=namer,
+        args=training_arguments(args, "tower", args.tower_pictures),
+        train_dataset=PatchNames("train", args.tower_pictures, seed=args.seed + 1),
+        data_collator=PatchCollator(processor.image_processor, PATCH),
+        optimizers=(MuonWithAdamW(namer, args.muon_lr, args.adamw_lr), None),
+        callbacks=[JsonLog(args.output_dir / "log.jsonl", "tower")],
+    )
+    run(trainer)
+    save_file({name: weight.contiguous() for name, weight in tower.state_dict().items()}, done)
+
+
+def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Train everything on captions first, then on questions with some captions among them."""
+    num_captions = int(args.captions_first * args.pictures)
+    captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
+    questions = MiniBench(
+        "train", args.pictures - num_captions, args.questions_per_row, seed=args.seed + 3, caption_share=args.caption_share
+    )
+    log = JsonLog(args.output_dir / "log.jsonl", "llava")
+    trainer = InOrderTrainer(
+        model=model,
+        args=training_arguments(args, "llava", args.pictures),
+        train_dataset=ConcatDataset([captions, questions]),
+        data_collator=RowCollator(processor),
+        optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
+        callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
+    )
+    run(trainer)
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Save float16 weights under a config that asks for float32: half the file, the arithmetic of the training."""
+    model.to(torch.float16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_processor(processor, folder)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a small vanilla LLaVA from scratch on MiniBench.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--text_layers", type=int, default=12)
+    parser.add_argument("--text_width", type=int, default=256)
+    parser.add_argument("--vision_layers", type=int, default=5)
+    parser.add_argument("--vision_width", type=int, default=160)
+    parser.add_argument("--tower_pictures", type=int, default=100_000)
+    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--questions_per_row", type=int, default=8)
+    parser.add_argument("--captions_first", type=float, default=0.15, help="share of the run that is captions only")
+    parser.add_argument("--caption_share", type=float, default=0.1, help="share of captions in the rest of it")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--muon_lr", type=float, default=0.02)
+    parser.add_argument("--adamw_lr", type=float, default=2e-3)
+    parser.add_argument("--warmup_steps", type=int, default=50)
+    parser.add_argument("--decay_share", type=float, default=0.3, help="share of the run in which the rate falls to zero")
+    parser.add_argument("--num_workers", type=int, default=1)
+    parser.add_argument("--logging_steps", type=int, default=20)
+    parser.add_argument("--save_steps", type=int, default=200)
+    parser.add_argument("--validation_steps", type=int, default=250)
+    parser.add_argument("--validation_questions", type=int, default=64, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    processor = make_processor()
+    model = make_model(processor, args)
+    print(f"{model.num_parameters():,} parameters")
+    train_tower(model, processor, args)
+    train_llava(model, processor, args)
+    save(model, processor, args.output_dir / "final")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,188 @@
+"""The processor of the small LLaVA: a byte-level BPE tokenizer, CLIP's image processor and a chat template.
+
+    USER: <image>                       <s> is put in front by the tokenizer; <image> becomes 64 tokens, one per patch
+    Is there a red star? ASSISTANT: yes</s>USER: ...
+                                  ^^^^^^^^^ the {% generation %} block: the reply, its leading space and its end
+
+A word carries its leading space (" yes"), so the tokens of a prompt are the first tokens of prompt and answer together.
+
+`save_processor` writes one set of files that transformers 4.57 and 5 both read: `save_pretrained` of version 5 names a
+tokenizer class and nests an image processor that version 4 does not know.
+
+    python -m minibench.processor --output_dir DIR
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from .data import MiniBench
+from .scenes import COLOURS, PLACES, SHAPES, SIDE
+
+PATCH = 12
+VOCABULARY = 768
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+IMAGE_TOKEN = "<image>"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{- raise_exception("Unknown role '" ~ message['role'] ~ "': expected system, user or assistant.") -}}
+{%- endif -%}
+{%- set parts = message['content'] -%}
+{%- if parts is string -%}
+{%- set parts = [{'type': 'text', 'text': parts}] -%}
+{%- endif -%}
+{%- set reply = namespace(text='') -%}
+{%- for part in parts if part['type'] == 'text' -%}
+{%- set reply.text = reply.text ~ part['text'] -%}
+{%- endfor -%}
+{%- if message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}
+{{- ' ' ~ reply.text ~ '</s>' -}}
+{%- endgeneration -%}
+{%- else -%}
+{%- if message['role'] == 'user' -%}
+{{- 'USER: ' -}}
+{%- endif -%}
+{%- for part in parts if part['type'] == 'image' -%}
+{{- '<image>\\n' -}}
+{%- endfor -%}
+{{- reply.text ~ ' ' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+# Words that the questions of today do not use, so that harder tasks need no new tokenizer.
+EXTRA_TEXT = (
+    "How many objects, shapes, circles, squares, triangles, stars, crosses, rings and digits are there in the picture?",
+    "zero one two three four five six seven eight nine ten none nothing both neither same different",
+    "Is the red circle left of, right of, above, below, behind or in front of the blue square?",
+    "Which is larger or smaller, bigger, darker, lighter, nearer, first, second, third, last, next to, between?",
+    "What is the sum of the digits in the first picture and the second picture? Compare the two pictures.",
+    "What is on the left side of the image? What is not there? The answer is a number. Read the word.",
+    "black white grey brown pink diamond heart hexagon line arrow letter colour color object background",
+    "图中有什么？左上角是什么颜色？什么形状？哪个数字？有红色的圆形吗？是。不是。有。没有。请描述这张图片。",
+    "上 下 左 右 中间 左上 右上 左下 右下 红色 绿色 蓝色 黄色 紫色 橙色 青色 圆形 方形 三角形 星形 十字 圆环 数字 多少个",
+)
+
+
+def train_tokenizer(num_rows: int = 3000) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with at most `VOCABULARY` tokens, trained on generated questions and captions."""
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = [*SPECIAL_TOKENS.values(), IMAGE_TOKEN]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_text(num_rows), trainer)
+    bos = SPECIAL_TOKENS["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **SPECIAL_TOKENS,
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _training_text(num_rows: int) -> list[str]:
+    rows = MiniBench("train", num_rows, questions_per_row=6, caption_share=0.2)
+    texts = []
+    for index in range(num_rows):
+        for message in rows[index]["messages"]:
+            text = message["content"][-1]["text"]
+            # A first question follows the picture's line break, a later one the space of "USER: ".
+            texts += [f" {text}"] if message["role"] == "assistant" else [f"USER: \n{text} ASSISTANT:", f"USER: {text}"]
+    words = [*PLACES, *COLOURS, *SHAPES, *(f"digit {digit}" for digit in range(10))]
+    texts += [f" {word}" for word in words] + [text for text in EXTRA_TEXT for _ in range(20)]
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def make_processor() -> LlavaProcessor:
+    """Return the processor for pictures of `SIDE` pixels cut into patches of `PATCH`."""
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(**_image_processor_settings()),
+        tokenizer=train_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+        **_processor_settings(),
+    )
+
+
+def _image_processor_settings() -> dict:
+    return {
+        "size": {"shortest_edge": SIDE},
+        "crop_size": {"height": SIDE, "width": SIDE},
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+    }
+
+
+def _processor_settings() -> dict:
+    return {
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "image_token": IMAGE_TOKEN,
+    }
+
+
+def save_processor(processor: LlavaProcessor, folder: Path | str) -> None:
+    """Save a processor as files that `AutoProcessor` and `AutoTokenizer` of transformers 4.57 and 5 both load."""
+    folder = Path(folder)
+    processor.save_pretrained(folder)
+    own = _read(folder / "processor_config.json")
+    images = own.pop("image_processor", None)
+    if images is not None:
+        images["image_processor_type"] = "CLIPImageProcessor"
+        _write(folder / "processor_config.json", own)
+        _write(folder / "preprocessor_config.json", {**images, "processor_class": "LlavaProcessor"})
+    tokenizer = _read(folder / "tokenizer_config.json")
+    tokenizer.pop("backend", None)
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer["extra_special_tokens"] = {"image_token": IMAGE_TOKEN}
+    _write(folder / "tokenizer_config.json", tokenizer)
+    _write(folder / "special_tokens_map.json", {**SPECIAL_TOKENS, "image_token": IMAGE_TOKEN})
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write the files of the small LLaVA's processor.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    processor = make_processor()
+    save_processor(processor, args.output_dir)
+    print(f"{len(processor.tokenizer)} tokens, saved to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

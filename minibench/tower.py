@@ -1,0 +1,81 @@
+"""A short schooling of the vision tower, in the place of CLIP's: every patch names the object that covers it.
+
+    picture -> CLIP ViT -> hidden state of the layer LLaVA reads -> per patch: colour, shape, digit, place (or none)
+
+LLaVA starts from a tower that can already see. A tower from scratch that is trained through the decoder stays blind for
+long: it gets no gradient worth having until the decoder looks at it. The heads are thrown away afterwards.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .scenes import COLOURS, PLACES, SHAPES, SIDE, Scene, Shape, Split, make_scene
+
+NAMES = (("none", *COLOURS), ("none", *SHAPES), ("none", *(str(digit) for digit in range(10))), ("none", *PLACES))
+BACKGROUND_WEIGHT = 0.1
+
+
+class PatchNamer(nn.Module):
+    """A vision tower with one linear head per row of `NAMES` on the layer that LLaVA reads."""
+
+    def __init__(self, tower: CLIPVisionModel, layer: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.layer = layer
+        self.heads = nn.Linear(tower.config.hidden_size, sum(len(names) for names in NAMES))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the loss and the logits for pixels `float[B, 3, H, W]` and labels `int[B, patches, len(NAMES)]`."""
+        hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states[self.layer][:, 1:]
+        logits = self.heads(hidden).float().split([len(names) for names in NAMES], dim=-1)
+        losses = []
+        for head, target in zip(logits, labels.unbind(-1), strict=True):
+            weight = torch.ones(head.shape[-1], device=head.device)
+            weight[0] = BACKGROUND_WEIGHT
+            losses.append(F.cross_entropy(head.flatten(0, 1), target.flatten(), weight))
+        return {"loss": torch.stack(losses).sum(), "logits": torch.cat([head.argmax(-1, True) for head in logits], -1)}
+
+
+class PatchNames:
+    """A map-style data set of scenes; `collate_patches` makes batches of it."""
+
+    def __init__(self, split: Split, size: int, seed: int = 0) -> None:
+        self.split = split
+        self.size = size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Scene:
+        return make_scene(self.split, self.seed, index)
+
+
+class PatchCollator:
+    """Turns scenes into the inputs of `PatchNamer`."""
+
+    def __init__(self, image_processor: BaseImageProcessor, patch: int) -> None:
+        self.image_processor = image_processor
+        self.patch = patch
+
+    def __call__(self, scenes: list[Scene]) -> dict[str, torch.Tensor]:
+        pixels = self.image_processor([scene.draw() for scene in scenes], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.stack([patch_labels(scene, self.patch) for scene in scenes])}
+
+
+def patch_labels(scene: Scene, patch: int) -> torch.Tensor:
+    """Return `int[patches, len(NAMES)]`, in raster order: what covers the middle of every patch, 0 for nothing."""
+    centres = torch.arange(SIDE // patch) * patch + patch / 2
+    labels = torch.zeros(len(centres), len(centres), len(NAMES), dtype=torch.long)
+    for thing in scene.objects:
+        (x, y), half = thing.centre, thing.size / 2
+        covered = ((centres - y).abs() <= half)[:, None] & ((centres - x).abs() <= half)[None, :]
+        if isinstance(thing, Shape):
+            words = (thing.colour, thing.shape, "none", thing.place)
+        else:
+            words = ("none", "none", str(thing.digit), thing.place)
+        labels[covered] = torch.tensor([names.index(word) for names, word in zip(NAMES, words, strict=True)])
+    return labels.flatten(0, 1)

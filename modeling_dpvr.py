@@ -1,0 +1,527 @@
+"""DPVR-LLaVA: LLaVA with late-layer fusion, as Hugging Face remote code.
+
+Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/abs/2606.09131, section 3.
+
+    input_ids, pixel_values -> stock vision tower and projector -> inputs_embeds
+        routing "none", or no image in the prompt   -> stock LLaVA
+        any other routing                           -> two_stream_forward (two_stream_dpvr.py) over the config's layer
+        plan
+    text states -> lm_head -> logits
+
+Everything but `side_branch` is a stock `LlavaForConditionalGeneration`, so vanilla checkpoints load as they are, and a
+repository may hold the side branch alone and name its base.
+
+Axes: B batch, T tokens, N images, V image tokens and X text tokens of a row, D width.
+"""
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+try:
+    from .configuration_dpvr import CONTEXT, DPVR_FIELDS, TEXT, DpvrLlavaConfig
+    from .loading_dpvr import SideBranchLoading, is_side_branch
+    from .two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
+except ImportError:
+    from configuration_dpvr import CONTEXT, DPVR_FIELDS, TEXT, DpvrLlavaConfig
+    from loading_dpvr import SideBranchLoading, is_side_branch
+    from two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
+
+IGNORED_LABEL = -100
+VISION_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy")
+
+
+class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGeneration):
+    """LLaVA whose image tokens leave the decoder at `config.split_layer`; see `forward`, `set_routing`, `from_llava`.
+
+    `side_branch` is a `ModuleList` of `config.num_side_layers` decoder layers, the only part that DPVR trains.
+    """
+
+    config_class = DpvrLlavaConfig
+    supports_gradient_checkpointing = False
+    _supports_flash_attn = False
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: DpvrLlavaConfig):
+        _check_support(config)
+        super().__init__(config)
+        layers, depth = self.model.language_model.layers, config.text_config.num_hidden_layers
+        self.side_branch = nn.ModuleList(type(layers[0])(config.text_config, 0) for _ in range(config.num_side_layers))
+        for index, layer in enumerate(self.side_branch):
+            layer.self_attn.layer_idx = depth + index
+        self.post_init()
+        if config.base_model_name_or_path is not None:  # the base has no side branch; it comes from its own repository
+            self._keys_to_ignore_on_load_missing = {r"^side_branch\."}
+
+    # -- routing ------------------------------------------------------------------------------------------------------
+
+    def set_routing(self, routing: str) -> None:
+        """Switch the routing on the same weights ("none" is vanilla LLaVA), or raise ValueError if it cannot run."""
+        self.config.layer_plan(routing)
+        self.config.routing = routing
+
+    def freeze_base(self) -> None:
+        """Leave nothing but the side branch to train (paper section 3.4)."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_side_branch(name))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """LLaVA's forward under the configured routing (paper Algorithm 1).
+
+        Args:
+            input_ids: int64 (B, T), `config.image_token_id` once per image feature.
+            pixel_values: float (N, 3, height, width), the images of all rows in order of their marks.
+            attention_mask: (B, past + T), 0 at padding on either side.
+            position_ids: int64 (B or 1, T).
+            past_key_values: a growing cache such as `DynamicCache`, read and extended.
+            inputs_embeds: float (B, T, D) in place of input_ids, with the image token's embedding at image places;
+                without pixel_values all of it is taken for text.
+            labels: int64 (B, T), -100 where there is no loss. Image tokens predict nothing: the loss is over the
+                predictions made by text tokens.
+            use_cache: default: the config's in evaluation, False in training.
+            logits_to_keep: n > 0 for the last n tokens, or int64 indices; only these query in the last layer.
+            output_hidden_states: L + 1 tensors (B, T, D), see `two_stream_forward`.
+            output_attentions: refused unless the routing is "none"; layers differ in their keys.
+
+        Returns:
+            logits (B, T or kept, vocabulary), zero at image tokens, which past the split are context and not queries.
+
+        Raises:
+            ValueError: for image tokens and pixels that do not match, pixels that are not finite, masks of a wrong
+                shape, and modes that are not supported; the message names expected, got and remedy.
+        """
+        plan = self.config.layer_plan()
+        image_mask = self._find_images(input_ids, inputs_embeds, pixel_values, past_key_values)
+        record = CacheRecord.of(past_key_values, plan)
+        if self.config.routing == "none" or (image_mask is None and record is None):
+            output = super().forward(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                image_sizes=image_sizes,
+                **kwargs,
+            )
+            if image_mask is not None and output.past_key_values is not None:
+                CacheRecord.note_vanilla(plan, output.past_key_values)
+            return output
+
+        vision = {name: kwargs.pop(name) for name in VISION_ARGUMENTS if name in kwargs}
+        inputs_embeds, features = self._embed(
+            input_ids, inputs_embeds, pixel_values, image_mask, image_sizes=image_sizes, **vision
+        )
+        cache = self._cache(past_key_values, use_cache)
+        self._check_two_stream(inputs_embeds, attention_mask, cache, output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        tail = None
+        if labels is None and not output_hidden_states:
+            tail = _text_tail(logits_to_keep, inputs_embeds.shape[1], image_mask)
+        output = two_stream_forward(
+            self.model.language_model,
+            self.side_branch,
+            plan,
+            inputs_embeds,
+            image_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            tail=tail,
+            output_hidden_states=output_hidden_states,
+        )
+        text_logits = self.lm_head(output.text)
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            shift_labels = _labels_of_text(labels, output.streams.text)
+            loss = self.loss_function(
+                logits=text_logits, labels=None, shift_labels=shift_labels, vocab_size=vocab_size, **kwargs
+            )
+        logits = text_logits if tail is not None else output.streams.scatter_text(text_logits)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=_keep(logits, logits_to_keep, inputs_embeds.shape[1]),
+            past_key_values=cache,
+            hidden_states=output.hidden_states,
+            image_hidden_states=features,
+        )
+
+    def _find_images(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
+        """bool (B, T), True at image tokens, or None without any; a decoded token is taken for text, unread."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "Expected exactly one of input_ids and inputs_embeds; got both or neither. Remedy: drop one."
+            )
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if pixel_values is None and tokens.shape[1] == 1 and past_key_values is not None:
+            return None
+        if input_ids is not None:
+            image_mask = input_ids == self.config.image_token_id
+        elif pixel_values is not None:
+            mark = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            image_mask = (inputs_embeds == self.get_input_embeddings()(mark)).all(-1)
+        else:
+            return None
+        num_tokens = int(image_mask.sum())
+        if pixel_values is None and num_tokens == 0:
+            return None
+        if pixel_values is None or num_tokens == 0:
+            raise ValueError(
+                f"Expected image tokens and pixels together; got {num_tokens} image tokens (id "
+                f"{self.config.image_token_id}) and {0 if pixel_values is None else len(pixel_values)} images. "
+                "Remedy: make both with the processor, one <image> mark per image."
+            )
+        _check_pixels(pixel_values)
+        return image_mask
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
+        **vision_arguments,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token embeddings (B, T, D) with the image features in place, and these features (all image tokens, D)."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if image_mask is None:
+            return inputs_embeds, None
+        features = self.model.get_image_features(pixel_values=pixel_values, **vision_arguments)
+        if isinstance(features, ModelOutput):  # transformers 5
+            features = features.pooler_output
+        per_image = [len(feature) for feature in features]
+        features = torch.cat(list(features)).to(inputs_embeds.device, inputs_embeds.dtype)
+        counts = image_mask.sum(1).tolist()
+        uneven = len(set(per_image)) == 1 and any(count % per_image[0] for count in counts)
+        if sum(counts) != len(features) or uneven:
+            raise ValueError(
+                f"Expected as many image tokens as image features; got tokens per row: {counts}, features: "
+                f"{len(features)} ({len(per_image)} images of {sorted(set(per_image))}). Remedy: use the processor of "
+                "this model, one image per <image> mark, and do not truncate inside an image."
+            )
+        return inputs_embeds.masked_scatter(image_mask[..., None], features), features
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.text_config.use_cache and not self.training)
+        if not use_cache:
+            return None
+        return DynamicCache() if past_key_values is None else past_key_values
+
+    def _check_two_stream(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        output_attentions: bool | None,
+    ) -> None:
+        implementation = self.config.text_config._attn_implementation
+        if implementation not in SUPPORTED_ATTENTION:
+            raise ValueError(_unsupported_attention(implementation))
+        if output_attentions or self.config.output_attentions:
+            raise ValueError(
+                f"Expected output_attentions=False with routing {self.config.routing!r}, whose layers differ in their "
+                "keys; got True. Remedy: set_routing('none')."
+            )
+        if cache is not None and cache.is_compileable:
+            raise ValueError(
+                f"Expected a cache that grows, for layers of different lengths; got {type(cache).__name__}. Remedy: "
+                "DynamicCache, generate's default."
+            )
+        past = 0 if cache is None else cache.get_seq_length()
+        expected = (inputs_embeds.shape[0], past + inputs_embeds.shape[1])
+        if attention_mask is not None and tuple(attention_mask.shape) != expected:
+            raise ValueError(
+                f"Expected an attention_mask of shape (batch, cached + new tokens) = {expected}; got "
+                f"{tuple(attention_mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached "
+                "answers."
+            )
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **kwargs
+    ) -> dict:
+        """Stock inputs, with the pixels of the images whose tokens are in this chunk: a later turn may bring more."""
+        inputs = super().prepare_inputs_for_generation(input_ids, pixel_values=pixel_values, **kwargs)
+        inputs.pop("pixel_values", None)
+        chunk, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        decoding = cache is not None and cache.get_seq_length() > 0 and chunk is not None and chunk.shape[1] == 1
+        if pixel_values is None or decoding:
+            return inputs
+        if chunk is not None and chunk.shape[1] < input_ids.shape[1]:
+            pixel_values = self._pixels_of_chunk(pixel_values, input_ids, chunk)
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+    def _pixels_of_chunk(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, chunk: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Of the images of whole rows (N, ...), each row's last ones, whose tokens are in the chunk."""
+        images = _images_per_row(input_ids, self.config, self.config.image_seq_length)
+        new = _images_per_row(chunk, self.config, self.config.image_seq_length)
+        if sum(new) == 0:
+            return None
+        if len(pixel_values) != sum(images):  # the new images alone, or a mistake, which forward will name
+            return pixel_values
+        rows = pixel_values.split(images)
+        return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.Tensor, dict]:
+        """Repeat rows for beams and samples; the images of a row stay together, which stock LLaVA gets wrong."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if expand_size > 1 and pixel_values is not None and input_ids is not None:
+            num_tokens = int((input_ids == self.config.image_token_id).sum())
+            images = _images_per_row(input_ids, self.config, max(num_tokens // len(pixel_values), 1))
+            if sum(images) == len(pixel_values):  # if not, forward will name the mismatch
+                pixel_values = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(images)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    def prefill_flops(
+        self,
+        num_image_tokens: int,
+        num_text_tokens: int,
+        *,
+        batch_size: int = 1,
+        logits_to_keep: int = 1,
+        routing: str | None = None,
+    ) -> int:
+        """FLOPs of the language model's matrix products in one unpadded prefill (a multiply-add is 2).
+
+        Counted as `torch.utils.flop_counter` counts them: attention without credit for causality, no norms, no
+        rotary, no embedding look-up, no vision tower. `routing` looks at another one than the configured ("none" is vanilla).
+
+        Args:
+            num_image_tokens, num_text_tokens: V and X of one row.
+            logits_to_keep: how many last tokens get logits, 0 for all (with a routing: all text tokens).
+        """
+        plan, text, image = self.config.layer_plan(routing), num_text_tokens, num_image_tokens
+        total, depth = text + image, len(plan.modes)
+        two_stream = plan.split_layer < depth and image > 0
+        readers = text if two_stream else total  # tokens that reach the lm_head when all logits are kept
+        kept = min(logits_to_keep or readers, readers)
+        flops = 0
+        for index, mode in enumerate(plan.modes):
+            last = two_stream and index == depth - 1
+            if mode == TEXT:
+                flops += self._layer_flops(kept if last else text, new_keys=text, keys=text)
+            elif mode == CONTEXT:
+                flops += self._layer_flops(kept if last else text, new_keys=total, keys=total)
+            else:
+                flops += self._layer_flops(total, new_keys=total, keys=total)
+        if two_stream and plan.reads_side_branch:
+            flops += len(self.side_branch) * self._layer_flops(image, new_keys=image, keys=image)
+        flops += 2 * kept * self.config.text_config.hidden_size * self.config.text_config.vocab_size
+        return batch_size * flops
+
+    def _layer_flops(self, queries: int, new_keys: int, keys: int) -> int:
+        """One decoder layer: `queries` tokens through q, o and the MLP, `new_keys` through k and v, attention over "
+        "`keys`."""
+        text = self.config.text_config
+        query_width, key_width = text.num_attention_heads * self._head_dim, text.num_key_value_heads * self._head_dim
+        per_query = 2 * text.hidden_size * (2 * query_width + 3 * text.intermediate_size)
+        return queries * (per_query + 4 * keys * query_width) + new_keys * 4 * text.hidden_size * key_width
+
+    @property
+    def _head_dim(self) -> int:
+        return self.model.language_model.layers[0].self_attn.head_dim
+
+    def kv_cache_bytes(
+        self,
+        num_image_tokens: int,
+        num_text_tokens: int,
+        *,
+        batch_size: int = 1,
+        routing: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> int:
+        """Bytes of keys and values cached for prompts of V image and X text tokens (answers count as text).
+
+        A joint or context layer holds V + X entries, a text layer X, a side layer V. `dtype`: default the model's.
+        """
+        plan, total = self.config.layer_plan(routing), num_image_tokens + num_text_tokens
+        entries = sum(num_text_tokens if mode == TEXT else total for mode in plan.modes)
+        if plan.split_layer < len(plan.modes) and plan.reads_side_branch:
+            entries += len(self.side_branch) * num_image_tokens
+        per_entry = 2 * self.config.text_config.num_key_value_heads * self._head_dim
+        return batch_size * entries * per_entry * (dtype or self.dtype).itemsize
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_llava(
+        cls, llava: LlavaForConditionalGeneration | str, **dpvr_fields
+    ) -> "DpvrLlavaForConditionalGeneration":
+        """Turn a LLaVA into DPVR: its weights are shared, not copied; only the side branch is new.
+
+        Args:
+            llava: a model, or the id or path of one.
+            **dpvr_fields: fields of `DpvrLlavaConfig`; with an id, also what `from_pretrained` takes (dtype, ...).
+        """
+        if isinstance(llava, str):
+            return cls.from_pretrained(llava, **dpvr_fields)
+        if unknown := sorted(set(dpvr_fields) - set(DPVR_FIELDS)):
+            raise ValueError(f"Expected the DPVR fields {DPVR_FIELDS}; got {unknown}. Remedy: drop or respell them.")
+        base = {key: value for key, value in llava.config.to_dict().items() if key != "model_type"}
+        config = DpvrLlavaConfig(**{**base, **dpvr_fields})
+        config.text_config, config.vision_config = llava.config.text_config, llava.config.vision_config
+        config._name_or_path = llava.config._name_or_path
+        with torch.device("meta"):
+            model = cls(config)
+        model.model, model.lm_head, model.generation_config = llava.model, llava.lm_head, llava.generation_config
+        split_weight = next(llava.model.language_model.layers[config.split_layer].parameters())
+        model.side_branch.to(split_weight.dtype).to_empty(device=split_weight.device)
+        model.reset_side_branch()
+        return model.train(llava.training)
+
+    @torch.no_grad()
+    def reset_side_branch(self) -> None:
+        """Start the side branch afresh, as `config.side_branch_init` says."""
+        layers, init = self.model.language_model.layers, self.config.side_branch_init
+        for index, side_layer in enumerate(self.side_branch):
+            if init == "random":
+                for name, parameter in side_layer.named_parameters():
+                    _reset_parameter(name, parameter, self.config.text_config.initializer_range)
+                continue
+            source = layers[min(self.config.split_layer + index, len(layers) - 1)]
+            side_layer.load_state_dict(source.state_dict())
+            if init == "identity":
+                for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
+                    for parameter in projection.parameters():
+                        parameter.zero_()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_support(config: DpvrLlavaConfig) -> None:
+    text = config.text_config
+    if text.model_type not in SUPPORTED_DECODERS:
+        raise ValueError(
+            f"Expected a decoder of type {SUPPORTED_DECODERS}; got {text.model_type!r}. Remedy: use a LLaVA on one of "
+            "these."
+        )
+    if (
+        text.model_type != "llama"
+        and text.sliding_window is not None
+        and (text.model_type != "qwen2" or text.use_sliding_window)
+    ):
+        raise ValueError(
+            f"Expected a decoder with full attention; got sliding_window={text.sliding_window}. Remedy: set it to "
+            "None."
+        )
+    if not 0 <= config.image_token_id < text.vocab_size:
+        raise ValueError(
+            f"Expected image_token_id, the id of '<image>', below the vocabulary size {text.vocab_size}; got "
+            f"{config.image_token_id}. Remedy: set image_token_id in the config to the tokenizer's id of '<image>'."
+        )
+    if "flash" in (implementation := str(config._attn_implementation)):
+        raise ValueError(_unsupported_attention(implementation))
+
+
+def _unsupported_attention(implementation: str) -> str:
+    return (
+        f"Expected attn_implementation to be one of {SUPPORTED_ATTENTION}; got {implementation!r}. Remedy: use "
+        "'sdpa', which runs the flash kernel wherever no mask is needed; a context layer needs one, which "
+        "flash_attention_2 does not take."
+    )
+
+
+def _check_pixels(pixel_values: torch.Tensor) -> None:
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"Expected pixel_values of shape (images, channels, height, width); got {tuple(pixel_values.shape)}. "
+            "Remedy: use the processor of this model."
+        )
+    finite = int(torch.isfinite(pixel_values).sum())
+    if finite != pixel_values.numel():
+        raise ValueError(
+            f"Expected finite pixel_values; got {pixel_values.numel() - finite} of {pixel_values.numel()} that are "
+            "NaN or infinite. Remedy: check the picture and its preprocessing."
+        )
+
+
+def _images_per_row(input_ids: torch.Tensor, config: DpvrLlavaConfig, tokens_per_image: int) -> list[int]:
+    return ((input_ids == config.image_token_id).sum(1) // tokens_per_image).tolist()
+
+
+def _text_tail(logits_to_keep: int | torch.Tensor, length: int, image_mask: torch.Tensor | None) -> int | None:
+    """How many of the last tokens hold all that are kept, if none of these is an image token; else None."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        tail = length - int((logits_to_keep % length).min())
+    else:
+        tail = min(logits_to_keep, length)
+    if tail == 0 or (image_mask is not None and bool(image_mask[:, -tail:].any())):
+        return None
+    return tail
+
+
+def _keep(logits: torch.Tensor, logits_to_keep: int | torch.Tensor, length: int) -> torch.Tensor:
+    """The kept of `logits`, which hold the last tokens of a chunk of `length`, or all."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return logits[:, logits_to_keep % length - (length - logits.shape[1])]
+    return logits[:, -logits_to_keep:]
+
+
+def _labels_of_text(labels: torch.Tensor, text_slots: torch.Tensor) -> torch.Tensor:
+    """The label (B, X) that each text token predicts, the next token's; nothing at filler and at the end."""
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return torch.where(text_slots < 0, IGNORED_LABEL, shifted.gather(1, text_slots.clamp(min=0)))
+
+
+def _reset_parameter(name: str, parameter: torch.Tensor, std: float) -> None:
+    if parameter.ndim > 1:
+        parameter.normal_(0.0, std)
+    else:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+DpvrLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,0 +1,41 @@
+"""One tiny random LLaVA for all tests: CPU, float64 where exactness is asked, nothing downloaded."""
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, VOCAB_SIZE = 7, 4, 40
+
+
+def make_llava(
+    depth: int = 4, seed: int = 0, dtype: torch.dtype = torch.float64, **text_fields
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA of width 32 with grouped queries, 4 tokens per image and image token id 7, in evaluation mode."""
+    text = LlamaConfig(
+        **{
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": depth,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **text_fields,
+        }
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID, image_seq_length=TOKENS_PER_IMAGE
+    )
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(config).to(dtype).eval()
+
+
+@pytest.fixture
+def llava() -> LlavaForConditionalGeneration:
+    return make_llava()

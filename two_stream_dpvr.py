@@ -1,0 +1,400 @@
+"""The method: past the split image tokens take a short side branch, text goes on alone, and both meet again late.
+
+Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/abs/2606.09131, section 3.2, Algorithm
+1.
+
+    inputs_embeds (B, T, D)
+        |
+    layers 0 ... s-1            joint: image and text together, the frozen shared stack
+        |--------------------.
+    text (B, X, D)       image (B, V, D)
+        |                    |
+    layers s ... L-2     side branch          text runs alone; the side branch is the only trainable part
+        |                    |
+    layer L-1 <--- keys -----'                context: text attends to the side branch's image states
+        |
+    norm, lm_head
+
+`two_stream_forward` runs any layer plan (configuration_dpvr.py) on stock decoder layers. A `context` layer writes the
+image's keys and values into that layer's cache and then runs the stock layer on the text alone: attention does not
+care in which order keys lie as long as the mask knows where each belongs. So every token keeps its slot, its index in
+the whole sequence, and the one rule for all masks is: a query at slot p sees valid keys at slots <= p.
+
+    a context layer, "u u I I t t" (text u, t around image I)        keys   I I u u t t
+                                                               query u      . . x . . .
+                                                                     u      . . x x . .
+                                                                     t      x x x x x .
+                                                                     t      x x x x x x
+
+Axes: B batch, T all tokens of a chunk, X its text tokens, V its image tokens, D width, H heads, L layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+try:
+    from .configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
+except ImportError:
+    from configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
+
+SUPPORTED_DECODERS = ("llama", "mistral", "qwen2")
+SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slots: which token lies where, in the streams of this chunk and in the cache
+
+
+@dataclass
+class Streams:
+    """One chunk of T tokens sorted into a text and an image stream.
+
+    A slot is a token's index in the whole sequence; -1 marks filler, put in front of the rows of a ragged batch that
+    have fewer tokens in a stream than the longest row.
+    """
+
+    text: torch.Tensor  # int64 (B, X), slots
+    image: torch.Tensor  # int64 (B, V), slots
+    merge_index: torch.Tensor  # int64 (B, T), each token's entry in cat([text, image])
+    first: int  # slot of the chunk's first token
+
+    @classmethod
+    def sort(cls, image_mask: torch.Tensor, first: int, num_text: int, num_image: int) -> "Streams":
+        """Sort the tokens of `image_mask` (bool (B, T), True at image tokens), at most num_text and num_image a "
+        "row."""
+        text_count, image_count = (~image_mask).cumsum(1), image_mask.cumsum(1)  # (B, T)
+        text_entry = num_text - text_count[:, -1:] + text_count - 1
+        image_entry = num_text + num_image - image_count[:, -1:] + image_count - 1
+        merge_index = torch.where(image_mask, image_entry, text_entry)
+        slots = torch.arange(first, first + image_mask.shape[1], device=image_mask.device).expand_as(merge_index)
+        entries = slots.new_full((len(slots), num_text + num_image), -1).scatter(1, merge_index, slots)
+        return cls(entries[:, :num_text], entries[:, num_text:], merge_index, first)
+
+    @classmethod
+    def text_alone(cls, batch_size: int, length: int, first: int, device: torch.device) -> "Streams":
+        """A chunk without image tokens."""
+        slots = torch.arange(first, first + length, device=device).expand(batch_size, -1)
+        return cls(slots, slots[:, :0], slots - first, first)
+
+    @property
+    def has_image(self) -> bool:
+        return self.image.shape[1] > 0
+
+    def pick(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """The (B, N, D) states at `slots` (B, N) of joint states (B, T, D); filler repeats the first token's."""
+        if not self.has_image:
+            return states[:, : slots.shape[1]]
+        index = (slots - self.first).clamp(min=0)
+        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+    def merge(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Text (B, X, D) and image (B, V, D) states back in the order of the tokens, (B, T, D)."""
+        if not self.has_image:
+            return text
+        both = torch.cat([text, image], dim=1)
+        return both.gather(1, self.merge_index[..., None].expand(-1, -1, both.shape[-1]))
+
+    def scatter_text(self, values: torch.Tensor) -> torch.Tensor:
+        """Per-text-token values (B, X, N) at their tokens, zeros at image tokens: (B, T, N)."""
+        if not self.has_image:
+            return values
+        length = self.merge_index.shape[1]
+        index = torch.where(self.text < 0, length, self.text - self.first)[..., None].expand_as(values)
+        return values.new_zeros(len(values), length + 1, values.shape[-1]).scatter(1, index, values)[:, :length]
+
+
+@dataclass
+class CacheRecord:
+    """Which slots the keys of a cache hold, per kind of layer; kept on the cache as `dpvr_record`.
+
+    Written when a chunk brings an image. Tokens that came later are plain text, one key each in joint, text and
+    context layers, so decoding writes nothing here.
+    """
+
+    plan: LayerPlan
+    length: int  # slots seen when this was written
+    plain: bool  # nothing is padded and no row has filler
+    keys: dict[str, torch.Tensor]  # kind of layer -> int64 (B, N) slots, in the order of the keys
+
+    @staticmethod
+    def of(cache: Cache | None, plan: LayerPlan) -> "CacheRecord | None":
+        """The record of `cache`, or None if it is empty or has seen no image."""
+        past = 0 if cache is None else cache.get_seq_length()
+        record = None if past == 0 else vars(cache).get("dpvr_record")
+        if record is None:
+            return None
+        if record.plan != plan:
+            raise ValueError(
+                f"Expected a cache filled under the layer plan in use, {plan}; got one filled under {record.plan}. "
+                "Remedy: prefill again after changing the routing or its layers."
+            )
+        if past < record.length:
+            raise ValueError(
+                f"Expected at least the {record.length} cached tokens that end with the last image chunk; got {past}. "
+                "Remedy: crop no further back than that, or prefill again."
+            )
+        return record
+
+    @classmethod
+    def note_vanilla(cls, plan: LayerPlan, cache: Cache) -> None:
+        """Note on a cache that vanilla LLaVA filled it with an image, so that no other plan goes on with it."""
+        cache.dpvr_record = cls(plan, length=0, plain=True, keys={})
+
+    def slots(self, kind: str, past: int) -> torch.Tensor:
+        """The slots (B, N) of the keys that layers of this kind hold, `past` tokens into the sequence."""
+        known = self.keys[kind]
+        if kind == "image":
+            return known
+        later = torch.arange(self.length, past, device=known.device).expand(len(known), -1)
+        return torch.cat([known, later], dim=1)
+
+
+def build_mask(
+    queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, additive_dtype: torch.dtype | None
+) -> torch.Tensor:
+    """The one rule: a query sees valid keys at its slot or before it. Padding and filler see themselves, never NaN.
+
+    Args:
+        queries, keys: int64 (B, Q) and (B, K) slots.
+        valid: bool (B, all slots), False at padding, or None.
+        additive_dtype: None for a boolean mask (sdpa), else the dtype of an additive one (eager, flex).
+
+    Returns:
+        (B, 1, Q, K).
+    """
+    seen = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
+    if valid is not None:
+        seen &= valid.gather(1, keys.clamp(min=0))[:, None, :]
+    seen = (seen | (keys[:, None, :] == queries[:, :, None]))[:, None]
+    if additive_dtype is None:
+        return seen
+    return torch.zeros_like(seen, dtype=additive_dtype).masked_fill(~seen, torch.finfo(additive_dtype).min)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: one forward pass over a layer plan
+
+
+@dataclass
+class TwoStreamOutput:
+    """The final, normed states of the text stream, and how to place them among the tokens."""
+
+    text: torch.Tensor  # (B, X, D), or (B, tail, D) when only the last tokens were asked for
+    streams: Streams
+    hidden_states: tuple[torch.Tensor, ...] | None
+
+
+class TwoStreamPass:
+    """The state of one forward pass: streams, masks, rotary tables, and the cache that the layers write to.
+
+    A layer's kind says which tokens query and which keys it holds: "joint" T of T, "text" X of X, "image" V of V (the
+    side branch), "context" X of V + X.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        plan: LayerPlan,
+        inputs_embeds: torch.Tensor,
+        image_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ):
+        self.plan, self.cache = plan, cache
+        self.batch_size, self.length = inputs_embeds.shape[:2]
+        self.record = CacheRecord.of(cache, plan)
+        self.past = 0 if cache is None else cache.get_seq_length()
+        self.valid = None if attention_mask is None else attention_mask.bool()
+        self._sort(image_mask, inputs_embeds.device)
+        if position_ids is None:
+            position_ids = torch.arange(self.past, self.past + self.length, device=inputs_embeds.device)[None]
+        self.cos, self.sin = language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
+        self.is_sdpa = language_model.config._attn_implementation == "sdpa"
+        self.mask_dtype = None if self.is_sdpa else inputs_embeds.dtype
+        self.masks: dict[tuple[str, int], torch.Tensor] = {}
+        self.tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        # keys that a layer needs beside those of its input go through a cache; without the user's, a throw-away one
+        self.scratch = DynamicCache() if cache is None else cache
+
+    def _sort(self, image_mask: torch.Tensor | None, device: torch.device) -> None:
+        """Sort the chunk into streams; an image chunk asks the device for its counts, a decoded token asks nothing."""
+        self.plain = self.record is None or self.record.plain
+        if image_mask is None:
+            self.streams = Streams.text_alone(self.batch_size, self.length, self.past, device)
+            if self.length > 1 and self.valid is not None:
+                self.plain = self.plain and bool(self.valid.all())
+            return
+        counts = image_mask.sum(1)
+        padding = counts.new_zeros(()) if self.valid is None else (~self.valid).sum()
+        fewest, most, padding = torch.stack([counts.min(), counts.max(), padding]).tolist()
+        self.streams = Streams.sort(image_mask, self.past, num_text=self.length - fewest, num_image=most)
+        self.plain = self.plain and padding == 0 and fewest == most
+
+    def write_record(self) -> None:
+        """Note on the cache where this chunk's keys lie, if it brought an image."""
+        if self.cache is not None and self.streams.has_image:
+            keys = {kind: self.key_slots(kind) for kind in ("text", "image", "context")}
+            self.cache.dpvr_record = CacheRecord(self.plan, self.past + self.length, self.plain, keys)
+
+    def query_slots(self, kind: str) -> torch.Tensor:
+        """Slots (B, Q) of the tokens that query in a layer of this kind."""
+        if kind == "joint":
+            return self._all_slots(self.past, self.past + self.length)
+        return self.streams.image if kind == "image" else self.streams.text
+
+    def key_slots(self, kind: str) -> torch.Tensor:
+        """Slots (B, K) of the keys a layer of this kind sees, in the order in which they lie in its cache."""
+        if kind == "joint":
+            return self._all_slots(0, self.past + self.length)
+        streams = self.streams
+        new = {"text": [streams.text], "image": [streams.image], "context": [streams.image, streams.text]}[kind]
+        if self.record is not None:
+            new = [self.record.slots(kind, self.past), *new]
+        elif kind != "image":  # a cache that has seen no image holds one key per token
+            new = [self._all_slots(0, self.past), *new]
+        return torch.cat(new, dim=1)
+
+    def num_queries(self, kind: str) -> int:
+        return {"joint": self.length, "image": self.streams.image.shape[1]}.get(kind, self.streams.text.shape[1])
+
+    def _all_slots(self, first: int, end: int) -> torch.Tensor:
+        return torch.arange(first, end, device=self.cos.device).expand(self.batch_size, -1)
+
+    def mask(self, kind: str, num_queries: int) -> torch.Tensor | None:
+        """The mask (B, 1, Q, K) of the last queries, or None where the sdpa kernel's own causality is the right "
+        "one."""
+        if self.is_sdpa and self.plain:
+            keys_are_queries = self.past == 0 and num_queries == self.num_queries(kind)
+            if num_queries == 1 or (keys_are_queries and kind != "context"):
+                return None
+        if (kind, num_queries) not in self.masks:
+            queries = self.query_slots(kind)[:, -num_queries:]
+            self.masks[kind, num_queries] = build_mask(queries, self.key_slots(kind), self.valid, self.mask_dtype)
+        return self.masks[kind, num_queries]
+
+    def rotary(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, (B or 1, Q, head_dim), at the positions of the tokens that query."""
+        if kind == "joint" or not self.streams.has_image:
+            return self.cos, self.sin
+        if kind not in self.tables:
+            tables = (table.expand(self.batch_size, -1, -1) for table in (self.cos, self.sin))
+            self.tables[kind] = tuple(self.streams.pick(table, self.query_slots(kind)) for table in tables)
+        return self.tables[kind]
+
+    def run(self, layer: nn.Module, states: torch.Tensor, kind: str, tail: int | None = None) -> torch.Tensor:
+        """A stock decoder layer on one stream, (B, N, D) -> (B, N, D); with `tail`, only its last `tail` tokens "
+        "query."""
+        cos, sin = self.rotary(kind)
+        cache = self.scratch if kind == "context" else self.cache
+        if tail is not None and tail < states.shape[1]:
+            cache = self.scratch
+            self.write_keys(layer, states[:, :-tail], (cos[:, :-tail], sin[:, :-tail]))
+            states, cos, sin = states[:, -tail:], cos[:, -tail:], sin[:, -tail:]
+        return layer(
+            states,
+            attention_mask=self.mask(kind, states.shape[1]),
+            position_embeddings=(cos, sin),
+            past_key_values=cache,
+        )
+
+    def write_keys(self, layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Write the keys and values that `layer` makes of `states` (B, N, D) into its cache, without querying."""
+        attention, normed = layer.self_attn, layer.input_layernorm(states)
+        shape = (*normed.shape[:-1], -1, attention.head_dim)
+        keys = attention.k_proj(normed).view(shape).transpose(1, 2)  # (B, H, N, head_dim)
+        values = attention.v_proj(normed).view(shape).transpose(1, 2)
+        keys, _ = apply_rotary_pos_emb(keys, keys[:, :0], *rotary)
+        self.scratch.update(keys, values, attention.layer_idx)
+
+    def run_side_branch(self, side_branch: nn.ModuleList, image: torch.Tensor) -> torch.Tensor:
+        """Algorithm 1, phase 2: the image tokens of a row among themselves, at their own positions, (B, V, D)."""
+        if self.cache is not None and self.cache.layer_class_to_replicate is None:
+            # a cache made for the decoder's layers gets the side branch's as well
+            while len(self.cache.layers) <= side_branch[-1].self_attn.layer_idx:
+                self.cache.layers.append(DynamicLayer())
+        for layer in side_branch:
+            image = self.run(layer, image, "image")
+        return image
+
+
+def two_stream_forward(
+    language_model: nn.Module,
+    side_branch: nn.ModuleList,
+    plan: LayerPlan,
+    inputs_embeds: torch.Tensor,
+    image_mask: torch.Tensor | None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cache: Cache | None = None,
+    tail: int | None = None,
+    output_hidden_states: bool = False,
+) -> TwoStreamOutput:
+    """Run a layer plan on a stock decoder (paper Algorithm 1, generalised to plans; see configuration_dpvr.py).
+
+    Args:
+        language_model: a stock decoder of a type in `SUPPORTED_DECODERS`: its `layers`, `norm` and `rotary_emb` are
+            used.
+        side_branch: the trainable layers; their `layer_idx` follow the decoder's.
+        plan: where the image leaves the stack, and the mode of every layer.
+        inputs_embeds: float (B, T, D), image features in place.
+        image_mask: bool (B, T), True at image tokens, or None when this chunk has none.
+        attention_mask: (B, past + T), 0 at padding on either side; None means that nothing is padded. For a single new
+            token after an unpadded prefill it is not read.
+        position_ids: int64 (B or 1, T), the rotary positions; None counts on from the cache's length.
+        cache: read and extended. A joint or context layer adds T keys to it, a text layer X, a side layer V.
+        tail: only the final states of the last `tail` tokens are wanted, all of them text; not with hidden states.
+        output_hidden_states: also return the states (B, T, D) before each layer, and the normed ones after the last.
+            Past the split an image token shows the side branch's output until a joint layer moves it on.
+
+    Raises:
+        ValueError: if gradient checkpointing is on (it would drop the keys that context layers read), or if the cache
+            was filled under another plan.
+    """
+    _refuse_checkpointing(language_model)
+    this = TwoStreamPass(language_model, plan, inputs_embeds, image_mask, attention_mask, position_ids, cache)
+    streams, layers = this.streams, language_model.layers
+    hidden, seen = inputs_embeds, []
+    for layer in layers[: plan.split_layer]:
+        if output_hidden_states:
+            seen.append(hidden)
+        hidden = this.run(layer, hidden, "joint")
+
+    text, image = streams.pick(hidden, streams.text), streams.pick(hidden, streams.image)
+    if streams.has_image and plan.reads_side_branch:
+        image = this.run_side_branch(side_branch, image)
+
+    for index, mode in list(enumerate(plan.modes))[plan.split_layer :]:
+        layer, last = layers[index], tail if index == len(layers) - 1 else None
+        if output_hidden_states:
+            seen.append(hidden if index == plan.split_layer else streams.merge(text, image))
+        if mode in (JOINT, RESET):
+            hidden = this.run(layer, streams.merge(text, image), "joint")
+            text = streams.pick(hidden, streams.text)
+            image = streams.pick(hidden, streams.image) if mode == JOINT else image
+        elif mode == CONTEXT:
+            if streams.has_image:
+                this.write_keys(layer, image, this.rotary("image"))
+            text = this.run(layer, text, "context", last)
+        else:
+            text = this.run(layer, text, "text", last)
+
+    this.write_record()
+    if output_hidden_states:
+        seen.append(language_model.norm(streams.merge(text, image)))
+    text = language_model.norm(text if tail is None else text[:, -tail:])
+    return TwoStreamOutput(text, streams, tuple(seen) if output_hidden_states else None)
+
+
+def _refuse_checkpointing(language_model: nn.Module) -> None:
+    if language_model.training and any(layer.gradient_checkpointing for layer in language_model.layers):
+        raise ValueError(
+            "Expected gradient checkpointing to be off; got it on. Remedy: gradient_checkpointing=False. It saves "
+            "nothing here: no activation is kept below the first layer that reads the trainable side branch."
+        )
