@@ -1,7 +1,8 @@
-"""Loading and saving: a repository holds all weights, or the side branch alone beside the name of its base.
+"""Making, loading and saving: a repository holds all weights, or the side branch alone beside the name of its base.
 
-    config.base_model_name_or_path is None      model.safetensors: a whole LLaVA, with or without `side_branch.*`
-    config.base_model_name_or_path is a name    model.safetensors: `side_branch.*` only; the rest comes from there
+    config.base_model_name_or_path is None      model.safetensors: a whole LLaVA, with or without `model.side_branch.*`
+    config.base_model_name_or_path is a name    model.safetensors: `model.side_branch.*` only; the rest comes from
+    there
 
 Weights are safetensors; nothing is unpickled. The paper trains, and so shares, 3% of the weights (section 3.4).
 """
@@ -10,6 +11,7 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import LlavaForConditionalGeneration
 from transformers.utils import cached_file
 
 try:
@@ -32,11 +34,53 @@ WEIGHTS_NAME = "model.safetensors"
 
 def is_side_branch(parameter_name: str) -> bool:
     """The one predicate for what is trained, saved, loaded and counted as the side branch."""
-    return parameter_name.startswith("side_branch.")
+    return "side_branch" in parameter_name.split(".")
 
 
 class SideBranchLoading:
-    """`from_pretrained` and `save_pretrained` for a model with a `side_branch`; mixed in before the stock model."""
+    """Ways to and from a model with a `side_branch`; mixed in before the stock model."""
+
+    @classmethod
+    def from_llava(cls, llava: LlavaForConditionalGeneration | str, **dpvr_fields) -> "SideBranchLoading":
+        """Turn a LLaVA into DPVR: its weights are shared, not copied; only the side branch is new.
+
+        Args:
+            llava: a model, or the id or path of one.
+            **dpvr_fields: fields of `DpvrLlavaConfig`; with an id, also what `from_pretrained` takes (dtype, ...).
+        """
+        if isinstance(llava, str):
+            return cls.from_pretrained(llava, **dpvr_fields)
+        if unknown := sorted(set(dpvr_fields) - set(DPVR_FIELDS)):
+            raise ValueError(f"Expected the DPVR fields {DPVR_FIELDS}; got {unknown}. Remedy: drop or respell them.")
+        base = {key: value for key, value in llava.config.to_dict().items() if key != "model_type"}
+        config = DpvrLlavaConfig(**{**base, **dpvr_fields})
+        config.text_config, config.vision_config = llava.config.text_config, llava.config.vision_config
+        config._name_or_path = llava.config._name_or_path
+        with torch.device("meta"):
+            model = cls(config)
+        for name in ("vision_tower", "multi_modal_projector", "language_model"):
+            setattr(model.model, name, llava.model.get_submodule(name))
+        model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
+        split_weight = next(llava.model.language_model.layers[config.split_layer].parameters())
+        model.side_branch.to(split_weight.dtype).to_empty(device=split_weight.device)
+        model.reset_side_branch()
+        return model.train(llava.training)
+
+    @torch.no_grad()
+    def reset_side_branch(self) -> None:
+        """Start the side branch afresh, as `config.side_branch_init` says."""
+        layers, init = self.model.language_model.layers, self.config.side_branch_init
+        for index, side_layer in enumerate(self.side_branch):
+            if init == "random":
+                for name, parameter in side_layer.named_parameters():
+                    _reset_parameter(name, parameter, self.config.text_config.initializer_range)
+                continue
+            source = layers[min(self.config.split_layer + index, len(layers) - 1)]
+            side_layer.load_state_dict(source.state_dict())
+            if init == "identity":
+                for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
+                    for parameter in projection.parameters():
+                        parameter.zero_()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -161,3 +205,10 @@ def _read_side_branch(repository: str, **hub_kwargs) -> dict[str, torch.Tensor]:
             "as well. Remedy: set base_model_name_or_path to null for a repository with all weights."
         )
     return weights
+
+
+def _reset_parameter(name: str, parameter: torch.Tensor, std: float) -> None:
+    if parameter.ndim > 1:
+        parameter.normal_(0.0, std)
+    else:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -19,55 +19,43 @@ from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+)
 from transformers.utils import can_return_tuple
 
 try:
-    from .configuration_dpvr import CONTEXT, DPVR_FIELDS, TEXT, DpvrLlavaConfig
+    from .configuration_dpvr import CONTEXT, TEXT, DpvrLlavaConfig
     from .loading_dpvr import SideBranchLoading, is_side_branch
     from .two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
 except ImportError:
-    from configuration_dpvr import CONTEXT, DPVR_FIELDS, TEXT, DpvrLlavaConfig
+    from configuration_dpvr import CONTEXT, TEXT, DpvrLlavaConfig
     from loading_dpvr import SideBranchLoading, is_side_branch
     from two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
 
-IGNORED_LABEL = -100
-VISION_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy")
+VISION_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
 
-class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGeneration):
-    """LLaVA whose image tokens leave the decoder at `config.split_layer`; see `forward`, `set_routing`, `from_llava`.
+class DpvrLlavaModel(LlavaModel):
+    """LLaVA without its head: vision tower, projector and decoder are stock, `side_branch` is new.
 
-    `side_branch` is a `ModuleList` of `config.num_side_layers` decoder layers, the only part that DPVR trains.
+    The routing lives here, not in the class with the head, because trainers call the model without its head and
+    project only the positions they want.
     """
 
     config_class = DpvrLlavaConfig
     supports_gradient_checkpointing = False
     _supports_flash_attn = False
-    _can_compile_fullgraph = False
 
     def __init__(self, config: DpvrLlavaConfig):
-        _check_support(config)
         super().__init__(config)
-        layers, depth = self.model.language_model.layers, config.text_config.num_hidden_layers
+        layers, depth = self.language_model.layers, config.text_config.num_hidden_layers
         self.side_branch = nn.ModuleList(type(layers[0])(config.text_config, 0) for _ in range(config.num_side_layers))
         for index, layer in enumerate(self.side_branch):
             layer.self_attn.layer_idx = depth + index
         self.post_init()
-        if config.base_model_name_or_path is not None:  # the base has no side branch; it comes from its own repository
-            self._keys_to_ignore_on_load_missing = {r"^side_branch\."}
-
-    # -- routing ------------------------------------------------------------------------------------------------------
-
-    def set_routing(self, routing: str) -> None:
-        """Switch the routing on the same weights ("none" is vanilla LLaVA), or raise ValueError if it cannot run."""
-        self.config.layer_plan(routing)
-        self.config.routing = routing
-
-    def freeze_base(self) -> None:
-        """Leave nothing but the side branch to train (paper section 3.4)."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_side_branch(name))
 
     @can_return_tuple
     def forward(
@@ -78,37 +66,17 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        image_sizes: torch.Tensor | None = None,
         **kwargs,
-    ) -> LlavaCausalLMOutputWithPast:
-        """LLaVA's forward under the configured routing (paper Algorithm 1).
-
-        Args:
-            input_ids: int64 (B, T), `config.image_token_id` once per image feature.
-            pixel_values: float (N, 3, height, width), the images of all rows in order of their marks.
-            attention_mask: (B, past + T), 0 at padding on either side.
-            position_ids: int64 (B or 1, T).
-            past_key_values: a growing cache such as `DynamicCache`, read and extended.
-            inputs_embeds: float (B, T, D) in place of input_ids, with the image token's embedding at image places;
-                without pixel_values all of it is taken for text.
-            labels: int64 (B, T), -100 where there is no loss. Image tokens predict nothing: the loss is over the
-                predictions made by text tokens.
-            use_cache: default: the config's in evaluation, False in training.
-            logits_to_keep: n > 0 for the last n tokens, or int64 indices; only these query in the last layer.
-            output_hidden_states: L + 1 tensors (B, T, D), see `two_stream_forward`.
-            output_attentions: refused unless the routing is "none"; layers differ in their keys.
+    ) -> LlavaModelOutputWithPast:
+        """The states that the head would project; arguments as in `DpvrLlavaForConditionalGeneration.forward`.
 
         Returns:
-            logits (B, T or kept, vocabulary), zero at image tokens, which past the split are context and not queries.
-
-        Raises:
-            ValueError: for image tokens and pixels that do not match, pixels that are not finite, masks of a wrong
-                shape, and modes that are not supported; the message names expected, got and remedy.
+            last_hidden_state (B, T or kept, D). Past the split image tokens are context, not queries: theirs is the
+            side branch's output, and predicts nothing.
         """
         plan = self.config.layer_plan()
         image_mask = self._find_images(input_ids, inputs_embeds, pixel_values, past_key_values)
@@ -121,31 +89,25 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                labels=labels,
                 use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
-                image_sizes=image_sizes,
                 **kwargs,
             )
             if image_mask is not None and output.past_key_values is not None:
                 CacheRecord.note_vanilla(plan, output.past_key_values)
+            output.last_hidden_state = _keep(output.last_hidden_state, logits_to_keep)
             return output
 
-        vision = {name: kwargs.pop(name) for name in VISION_ARGUMENTS if name in kwargs}
-        inputs_embeds, features = self._embed(
-            input_ids, inputs_embeds, pixel_values, image_mask, image_sizes=image_sizes, **vision
-        )
+        vision = {name: kwargs[name] for name in VISION_ARGUMENTS if name in kwargs}
+        inputs_embeds, features = self._embed(input_ids, inputs_embeds, pixel_values, image_mask, **vision)
         cache = self._cache(past_key_values, use_cache)
         self._check_two_stream(inputs_embeds, attention_mask, cache, output_attentions)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        tail = None
-        if labels is None and not output_hidden_states:
-            tail = _text_tail(logits_to_keep, inputs_embeds.shape[1], image_mask)
-        output = two_stream_forward(
-            self.model.language_model,
+        tail = None if output_hidden_states else _text_tail(logits_to_keep, inputs_embeds.shape[1], image_mask)
+        states, hidden_states = two_stream_forward(
+            self.language_model,
             self.side_branch,
             plan,
             inputs_embeds,
@@ -156,20 +118,12 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
             tail=tail,
             output_hidden_states=output_hidden_states,
         )
-        text_logits = self.lm_head(output.text)
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            shift_labels = _labels_of_text(labels, output.streams.text)
-            loss = self.loss_function(
-                logits=text_logits, labels=None, shift_labels=shift_labels, vocab_size=vocab_size, **kwargs
-            )
-        logits = text_logits if tail is not None else output.streams.scatter_text(text_logits)
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=_keep(logits, logits_to_keep, inputs_embeds.shape[1]),
+        if isinstance(logits_to_keep, torch.Tensor):
+            logits_to_keep = logits_to_keep % inputs_embeds.shape[1] - (inputs_embeds.shape[1] - states.shape[1])
+        return LlavaModelOutputWithPast(
+            last_hidden_state=_keep(states, logits_to_keep),
             past_key_values=cache,
-            hidden_states=output.hidden_states,
+            hidden_states=hidden_states,
             image_hidden_states=features,
         )
 
@@ -220,7 +174,7 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_mask is None:
             return inputs_embeds, None
-        features = self.model.get_image_features(pixel_values=pixel_values, **vision_arguments)
+        features = self.get_image_features(pixel_values=pixel_values, **vision_arguments)
         if isinstance(features, ModelOutput):  # transformers 5
             features = features.pooler_output
         per_image = [len(feature) for feature in features]
@@ -270,6 +224,104 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
                 f"{tuple(attention_mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached "
                 "answers."
             )
+
+
+class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGeneration):
+    """LLaVA whose image tokens leave the decoder at `config.split_layer`; see `forward`, `set_routing`, "
+    "`from_llava`."""
+
+    config_class = DpvrLlavaConfig
+    supports_gradient_checkpointing = False
+    _supports_flash_attn = False
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: DpvrLlavaConfig):
+        _check_support(config)
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = DpvrLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        if config.base_model_name_or_path is not None:  # the base has no side branch; it comes from its own repository
+            self._keys_to_ignore_on_load_missing = {r"side_branch\."}
+
+    @property
+    def side_branch(self) -> nn.ModuleList:
+        """The `config.num_side_layers` decoder layers that image tokens take past the split; all that DPVR trains."""
+        return self.model.side_branch
+
+    # -- routing ------------------------------------------------------------------------------------------------------
+
+    def set_routing(self, routing: str) -> None:
+        """Switch the routing on the same weights ("none" is vanilla LLaVA), or raise ValueError if it cannot run."""
+        self.config.layer_plan(routing)
+        self.config.routing = routing
+
+    def freeze_base(self) -> None:
+        """Leave nothing but the side branch to train (paper section 3.4)."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_side_branch(name))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """LLaVA's forward under the configured routing (paper Algorithm 1).
+
+        Args:
+            input_ids: int64 (B, T), `config.image_token_id` once per image feature.
+            pixel_values: float (N, 3, height, width), the images of all rows in order of their marks.
+            attention_mask: (B, past + T), 0 at padding on either side.
+            position_ids: int64 (B or 1, T).
+            past_key_values: a growing cache such as `DynamicCache`, read and extended.
+            inputs_embeds: float (B, T, D) in place of input_ids, with the image token's embedding at image places;
+                without pixel_values all of it is taken for text.
+            labels: int64 (B, T), -100 where there is no loss, as at image tokens and at the token after one.
+            logits_to_keep: n > 0 for the last n tokens, or int64 indices; only these query in the last layer.
+            **kwargs: use_cache (default: the config's in evaluation, False in training), output_hidden_states (L + 1
+                tensors (B, T, D), see `two_stream_forward`), output_attentions (refused unless the routing is "none",
+                as layers differ in their keys), and what stock LLaVA takes.
+
+        Returns:
+            logits (B, T or kept, vocabulary). Those at image tokens predict nothing: past the split, images are
+            context.
+
+        Raises:
+            ValueError: for image tokens and pixels that do not match, pixels that are not finite, masks of a wrong
+                shape, and modes that are not supported; the message names expected, got and remedy.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        logits = self.lm_head(output.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=output.image_hidden_states,
+        )
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -336,25 +388,24 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
     ) -> int:
         """FLOPs of the language model's matrix products in one unpadded prefill (a multiply-add is 2).
 
-        Counted as `torch.utils.flop_counter` counts them: attention without credit for causality, no norms, no
-        rotary, no embedding look-up, no vision tower. `routing` looks at another one than the configured ("none" is vanilla).
+        Counted as `torch.utils.flop_counter` counts them: attention without credit for causality, no norms,
+        rotary, embedding look-up or vision tower. `routing`: another than the configured one ("none" is vanilla).
 
         Args:
             num_image_tokens, num_text_tokens: V and X of one row.
-            logits_to_keep: how many last tokens get logits, 0 for all (with a routing: all text tokens).
+            logits_to_keep: how many last tokens get logits, 0 for all.
         """
         plan, text, image = self.config.layer_plan(routing), num_text_tokens, num_image_tokens
         total, depth = text + image, len(plan.modes)
         two_stream = plan.split_layer < depth and image > 0
-        readers = text if two_stream else total  # tokens that reach the lm_head when all logits are kept
-        kept = min(logits_to_keep or readers, readers)
+        kept = min(logits_to_keep or total, total)
         flops = 0
         for index, mode in enumerate(plan.modes):
-            last = two_stream and index == depth - 1
+            queries = kept if two_stream and index == depth - 1 and kept < text else text
             if mode == TEXT:
-                flops += self._layer_flops(kept if last else text, new_keys=text, keys=text)
+                flops += self._layer_flops(queries, new_keys=text, keys=text)
             elif mode == CONTEXT:
-                flops += self._layer_flops(kept if last else text, new_keys=total, keys=total)
+                flops += self._layer_flops(queries, new_keys=total, keys=total)
             else:
                 flops += self._layer_flops(total, new_keys=total, keys=total)
         if two_stream and plan.reads_side_branch:
@@ -394,50 +445,6 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
         per_entry = 2 * self.config.text_config.num_key_value_heads * self._head_dim
         return batch_size * entries * per_entry * (dtype or self.dtype).itemsize
 
-    # -- making -------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_llava(
-        cls, llava: LlavaForConditionalGeneration | str, **dpvr_fields
-    ) -> "DpvrLlavaForConditionalGeneration":
-        """Turn a LLaVA into DPVR: its weights are shared, not copied; only the side branch is new.
-
-        Args:
-            llava: a model, or the id or path of one.
-            **dpvr_fields: fields of `DpvrLlavaConfig`; with an id, also what `from_pretrained` takes (dtype, ...).
-        """
-        if isinstance(llava, str):
-            return cls.from_pretrained(llava, **dpvr_fields)
-        if unknown := sorted(set(dpvr_fields) - set(DPVR_FIELDS)):
-            raise ValueError(f"Expected the DPVR fields {DPVR_FIELDS}; got {unknown}. Remedy: drop or respell them.")
-        base = {key: value for key, value in llava.config.to_dict().items() if key != "model_type"}
-        config = DpvrLlavaConfig(**{**base, **dpvr_fields})
-        config.text_config, config.vision_config = llava.config.text_config, llava.config.vision_config
-        config._name_or_path = llava.config._name_or_path
-        with torch.device("meta"):
-            model = cls(config)
-        model.model, model.lm_head, model.generation_config = llava.model, llava.lm_head, llava.generation_config
-        split_weight = next(llava.model.language_model.layers[config.split_layer].parameters())
-        model.side_branch.to(split_weight.dtype).to_empty(device=split_weight.device)
-        model.reset_side_branch()
-        return model.train(llava.training)
-
-    @torch.no_grad()
-    def reset_side_branch(self) -> None:
-        """Start the side branch afresh, as `config.side_branch_init` says."""
-        layers, init = self.model.language_model.layers, self.config.side_branch_init
-        for index, side_layer in enumerate(self.side_branch):
-            if init == "random":
-                for name, parameter in side_layer.named_parameters():
-                    _reset_parameter(name, parameter, self.config.text_config.initializer_range)
-                continue
-            source = layers[min(self.config.split_layer + index, len(layers) - 1)]
-            side_layer.load_state_dict(source.state_dict())
-            if init == "identity":
-                for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
-                    for parameter in projection.parameters():
-                        parameter.zero_()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -463,8 +470,9 @@ def _check_support(config: DpvrLlavaConfig) -> None:
             f"Expected image_token_id, the id of '<image>', below the vocabulary size {text.vocab_size}; got "
             f"{config.image_token_id}. Remedy: set image_token_id in the config to the tokenizer's id of '<image>'."
         )
-    if "flash" in (implementation := str(config._attn_implementation)):
-        raise ValueError(_unsupported_attention(implementation))
+    for part in (config, text):
+        if "flash" in (implementation := str(part._attn_implementation)):
+            raise ValueError(_unsupported_attention(implementation))
 
 
 def _unsupported_attention(implementation: str) -> str:
@@ -504,24 +512,9 @@ def _text_tail(logits_to_keep: int | torch.Tensor, length: int, image_mask: torc
     return tail
 
 
-def _keep(logits: torch.Tensor, logits_to_keep: int | torch.Tensor, length: int) -> torch.Tensor:
-    """The kept of `logits`, which hold the last tokens of a chunk of `length`, or all."""
-    if isinstance(logits_to_keep, torch.Tensor):
-        return logits[:, logits_to_keep % length - (length - logits.shape[1])]
-    return logits[:, -logits_to_keep:]
-
-
-def _labels_of_text(labels: torch.Tensor, text_slots: torch.Tensor) -> torch.Tensor:
-    """The label (B, X) that each text token predicts, the next token's; nothing at filler and at the end."""
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    return torch.where(text_slots < 0, IGNORED_LABEL, shifted.gather(1, text_slots.clamp(min=0)))
-
-
-def _reset_parameter(name: str, parameter: torch.Tensor, std: float) -> None:
-    if parameter.ndim > 1:
-        parameter.normal_(0.0, std)
-    else:
-        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+def _keep(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last n of (B, T, D) states, or those at indices (n,)."""
+    return states[:, logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)]
 
 
 DpvrLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -99,14 +99,6 @@ class Streams:
         both = torch.cat([text, image], dim=1)
         return both.gather(1, self.merge_index[..., None].expand(-1, -1, both.shape[-1]))
 
-    def scatter_text(self, values: torch.Tensor) -> torch.Tensor:
-        """Per-text-token values (B, X, N) at their tokens, zeros at image tokens: (B, T, N)."""
-        if not self.has_image:
-            return values
-        length = self.merge_index.shape[1]
-        index = torch.where(self.text < 0, length, self.text - self.first)[..., None].expand_as(values)
-        return values.new_zeros(len(values), length + 1, values.shape[-1]).scatter(1, index, values)[:, :length]
-
 
 @dataclass
 class CacheRecord:
@@ -178,15 +170,6 @@ def build_mask(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method: one forward pass over a layer plan
-
-
-@dataclass
-class TwoStreamOutput:
-    """The final, normed states of the text stream, and how to place them among the tokens."""
-
-    text: torch.Tensor  # (B, X, D), or (B, tail, D) when only the last tokens were asked for
-    streams: Streams
-    hidden_states: tuple[torch.Tensor, ...] | None
 
 
 class TwoStreamPass:
@@ -335,7 +318,7 @@ def two_stream_forward(
     cache: Cache | None = None,
     tail: int | None = None,
     output_hidden_states: bool = False,
-) -> TwoStreamOutput:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """Run a layer plan on a stock decoder (paper Algorithm 1, generalised to plans; see configuration_dpvr.py).
 
     Args:
@@ -352,6 +335,9 @@ def two_stream_forward(
         tail: only the final states of the last `tail` tokens are wanted, all of them text; not with hidden states.
         output_hidden_states: also return the states (B, T, D) before each layer, and the normed ones after the last.
             Past the split an image token shows the side branch's output until a joint layer moves it on.
+
+    Returns:
+        The normed states after the last layer, (B, T, D) or (B, tail, D), and the hidden states if asked for.
 
     Raises:
         ValueError: if gradient checkpointing is on (it would drop the keys that context layers read), or if the cache
@@ -386,10 +372,10 @@ def two_stream_forward(
             text = this.run(layer, text, "text", last)
 
     this.write_record()
-    if output_hidden_states:
-        seen.append(language_model.norm(streams.merge(text, image)))
-    text = language_model.norm(text if tail is None else text[:, -tail:])
-    return TwoStreamOutput(text, streams, tuple(seen) if output_hidden_states else None)
+    if tail is not None:
+        return language_model.norm(text[:, -tail:]), None
+    states = language_model.norm(streams.merge(text, image))
+    return states, (*seen, states) if output_hidden_states else None
 
 
 def _refuse_checkpointing(language_model: nn.Module) -> None:

@@ -3,8 +3,8 @@
     MiniBench[i]       {"images": [PIL], "messages": [user, assistant, user, assistant, ...]}   TRL's vision format
     evaluation_items   (kind, image, question, answer)                                         one question a picture
 
-Rows are made when they are asked for, from the split, the seed and their index, so nothing is downloaded or stored. The
-questions of one row share its picture: the picture's tokens are paid for once.
+Rows are made when they are asked for, from the split, the seed and their index, so nothing is downloaded or stored.
+The questions of one row share its picture: the picture's tokens are paid for once.
 """
 
 import random

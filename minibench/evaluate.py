@@ -2,8 +2,8 @@
 
     python -m minibench.evaluate --model DIR --num_questions 500 [--blind]
 
-`evaluate` takes any LLaVA-like model: the stock class and DPVR alike. Blind, the picture is replaced by an even grey one:
-what is left is what the questions give away by themselves.
+`evaluate` takes any LLaVA-like model: the stock class and DPVR alike. Blind, the picture is replaced by an even grey
+one: what is left is what the questions give away by themselves.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def evaluate(
     """Ask `num_questions` of each kind and return the accuracies.
 
     Returns:
-        {"kinds": {kind: {"accuracy", "low", "high", "n", "chance"}}, "mean": mean of the kinds, "low", "high": interval of
-        all questions together, "n", "chance": mean of the kinds}. Intervals are 95 % Wilson intervals, chance is the
+        {"kinds": {kind: {"accuracy", "low", "high", "n", "chance"}}, "accuracy", "low", "high", "n": of all questions
+        together, "mean" and "chance": means of the kinds}. low and high bound the 95 % Wilson interval, chance is the
         accuracy of always giving a kind's most frequent answer.
     """
     items = evaluation_items(split, num_questions, seed)
@@ -56,9 +56,8 @@ def evaluate(
 def answer(model: PreTrainedModel, processor: ProcessorMixin, items: list[Item], *, blind: bool = False) -> list[str]:
     """Return the model's greedy replies to a batch of items."""
     images = [Image.new("RGB", (SIDE, SIDE), GREY) if blind else item.image for item in items]
-    prompts = [
-        processor.apply_chat_template(to_messages([(item.question, None)]), add_generation_prompt=True) for item in items
-    ]
+    conversations = [to_messages([(item.question, None)]) for item in items]
+    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
     inputs = processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device)
     tokenizer = processor.tokenizer

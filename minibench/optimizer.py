@@ -1,8 +1,8 @@
 """Muon for the matrices inside the layers, AdamW for the rest, behind the face of one optimizer.
 
-Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the step of a matrix; embeddings, the output head, biases
-and norms are no such matrices and keep AdamW. One object with one list of parameter groups is what `Trainer` schedules,
-saves and resumes.
+Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the step of a matrix; embeddings, the output head,
+biases and norms are no such matrices and keep AdamW. One object with one list of parameter groups is what `Trainer`
+schedules, saves and resumes.
 """
 
 from collections.abc import Callable

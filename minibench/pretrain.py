@@ -47,6 +47,7 @@ from .scenes import SIDE
 from .tower import PatchCollator, PatchNamer, PatchNames
 
 IGNORED = -100
+LENGTH_STEP = 32  # rows are padded to multiples of this, so that compiled layers meet few lengths
 
 
 def attention_in_float32(
@@ -115,14 +116,15 @@ class RowCollator:
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         texts = self.processor.apply_chat_template([row["messages"] for row in rows])
         images = [row["images"] for row in rows]
-        batch = self.processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+        padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": LENGTH_STEP}
+        batch = self.processor(text=texts, images=images, return_tensors="pt", **padding)
         ids = batch["input_ids"]
         labels = ids.masked_fill(~self.replies(ids), IGNORED)
-        # Padding on the right is never read by a causal model, so no mask is passed and attention keeps its fast kernel.
+        # A causal model never reads padding on the right: without a mask, attention keeps its fast kernel.
         return {"input_ids": ids, "pixel_values": batch["pixel_values"], "labels": labels}
 
     def replies(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return `bool[B, T]`, true from after "ASSISTANT:" to the end token: the template's generation blocks, vectorised."""
+        """Return `bool[B, T]`, true from after "ASSISTANT:" to the end token: the template's generation blocks."""
         first, second = self.opening
         starts = torch.zeros_like(ids, dtype=torch.bool)
         starts[:, 2:] = (ids[:, :-2] == first) & (ids[:, 1:-1] == second)
@@ -138,6 +140,17 @@ class InOrderTrainer(Trainer):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
 
+class LlavaTrainer(InOrderTrainer):
+    """A Trainer that can go on: it reads a checkpoint by `from_pretrained`, which knows the names it was saved under.
+
+    LLaVA's parameters are saved under other names than they have in memory, and Trainer's own way of reading leaves
+    them as they were, with no more than a warning.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
+
+
 class JsonLog(TrainerCallback):
     """Appends what the Trainer logs to a file of JSON lines, each with the stage, the step and the seconds so far."""
 
@@ -146,7 +159,9 @@ class JsonLog(TrainerCallback):
         self.stage = stage
         self.start = time.time()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **_: Any
+    ) -> None:
         self.write(step=state.global_step, **logs)
 
     def write(self, **entry: Any) -> None:
@@ -168,13 +183,14 @@ class Validation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            result = evaluate(model, self.processor, split="validation", num_questions=self.num_questions)
+            with torch.compiler.set_stance("force_eager"):
+                result = evaluate(model, self.processor, split="validation", num_questions=self.num_questions)
             accuracies = {kind: round(value["accuracy"], 4) for kind, value in result["kinds"].items()}
             self.log.write(step=state.global_step, validation=accuracies, mean=round(result["mean"], 4))
 
 
 def training_arguments(args: argparse.Namespace, stage: str, num_rows: int) -> TrainingArguments:
-    steps = -(-num_rows // args.batch_size)
+    steps = num_rows // args.batch_size
     return TrainingArguments(
         output_dir=str(args.output_dir / stage),
         per_device_train_batch_size=args.batch_size,
@@ -185,6 +201,7 @@ def training_arguments(args: argparse.Namespace, stage: str, num_rows: int) -> T
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=args.num_workers,
+        dataloader_drop_last=True,
         logging_steps=args.logging_steps,
         save_steps=args.save_steps,
         save_total_limit=2,
@@ -225,18 +242,20 @@ def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     """Train everything on captions first, then on questions with some captions among them."""
     num_captions = int(args.captions_first * args.pictures)
     captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
-    questions = MiniBench(
-        "train", args.pictures - num_captions, args.questions_per_row, seed=args.seed + 3, caption_share=args.caption_share
-    )
+    num_mixed = args.pictures - num_captions
+    mixed = MiniBench("train", num_mixed, args.questions_per_row, args.seed + 3, args.caption_share)
     log = JsonLog(args.output_dir / "log.jsonl", "llava")
-    trainer = InOrderTrainer(
+    trainer = LlavaTrainer(
         model=model,
         args=training_arguments(args, "llava", args.pictures),
-        train_dataset=ConcatDataset([captions, questions]),
+        train_dataset=ConcatDataset([captions, mixed]),
         data_collator=RowCollator(processor),
         optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
         callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
     )
+    if args.compile:
+        for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
+            layer.compile(dynamic=False)
     run(trainer)
 
 
@@ -257,21 +276,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_width", type=int, default=256)
     parser.add_argument("--vision_layers", type=int, default=5)
     parser.add_argument("--vision_width", type=int, default=160)
-    parser.add_argument("--tower_pictures", type=int, default=100_000)
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--tower_pictures", type=int, default=80_000)
+    parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
     parser.add_argument("--captions_first", type=float, default=0.15, help="share of the run that is captions only")
     parser.add_argument("--caption_share", type=float, default=0.1, help="share of captions in the rest of it")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=48)
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adamw_lr", type=float, default=2e-3)
     parser.add_argument("--warmup_steps", type=int, default=50)
-    parser.add_argument("--decay_share", type=float, default=0.3, help="share of the run in which the rate falls to zero")
+    parser.add_argument("--decay_share", type=float, default=0.3, help="share of the run in which lr falls to 0")
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--logging_steps", type=int, default=20)
-    parser.add_argument("--save_steps", type=int, default=200)
-    parser.add_argument("--validation_steps", type=int, default=250)
-    parser.add_argument("--validation_questions", type=int, default=64, help="of each kind")
+    parser.add_argument("--save_steps", type=int, default=100)
+    parser.add_argument("--validation_steps", type=int, default=200)
+    parser.add_argument("--validation_questions", type=int, default=40, help="of each kind")
+    parser.add_argument("--compile", action="store_true", help="compile the layers; needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -4,7 +4,7 @@
     Is there a red star? ASSISTANT: yes</s>USER: ...
                                   ^^^^^^^^^ the {% generation %} block: the reply, its leading space and its end
 
-A word carries its leading space (" yes"), so the tokens of a prompt are the first tokens of prompt and answer together.
+A word carries its leading space (" yes"), so the tokens of a prompt are the first tokens of prompt and answer.
 
 `save_processor` writes one set of files that transformers 4.57 and 5 both read: `save_pretrained` of version 5 names a
 tokenizer class and nests an image processor that version 4 does not know.
@@ -63,7 +63,8 @@ CHAT_TEMPLATE = """\
 
 # Words that the questions of today do not use, so that harder tasks need no new tokenizer.
 EXTRA_TEXT = (
-    "How many objects, shapes, circles, squares, triangles, stars, crosses, rings and digits are there in the picture?",
+    "How many objects, shapes, circles, squares, triangles, stars, crosses, rings "
+    "and digits are there in the picture?",
     "zero one two three four five six seven eight nine ten none nothing both neither same different",
     "Is the red circle left of, right of, above, below, behind or in front of the blue square?",
     "Which is larger or smaller, bigger, darker, lighter, nearer, first, second, third, last, next to, between?",
@@ -71,12 +72,13 @@ EXTRA_TEXT = (
     "What is on the left side of the image? What is not there? The answer is a number. Read the word.",
     "black white grey brown pink diamond heart hexagon line arrow letter colour color object background",
     "图中有什么？左上角是什么颜色？什么形状？哪个数字？有红色的圆形吗？是。不是。有。没有。请描述这张图片。",
-    "上 下 左 右 中间 左上 右上 左下 右下 红色 绿色 蓝色 黄色 紫色 橙色 青色 圆形 方形 三角形 星形 十字 圆环 数字 多少个",
+    "上 下 左 右 中间 左上 右上 左下 右下 红色 绿色 蓝色 黄色 紫色 橙色 青色 "
+    "圆形 方形 三角形 星形 十字 圆环 数字 多少个",
 )
 
 
 def train_tokenizer(num_rows: int = 3000) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer with at most `VOCABULARY` tokens, trained on generated questions and captions."""
+    """Return a byte-level BPE tokenizer of at most `VOCABULARY` tokens, trained on generated rows."""
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,7 +112,8 @@ def _training_text(num_rows: int) -> list[str]:
         for message in rows[index]["messages"]:
             text = message["content"][-1]["text"]
             # A first question follows the picture's line break, a later one the space of "USER: ".
-            texts += [f" {text}"] if message["role"] == "assistant" else [f"USER: \n{text} ASSISTANT:", f"USER: {text}"]
+            asked = [f"USER: \n{text} ASSISTANT:", f"USER: {text}"]
+            texts += asked if message["role"] == "user" else [f" {text}"]
     words = [*PLACES, *COLOURS, *SHAPES, *(f"digit {digit}" for digit in range(10))]
     texts += [f" {word}" for word in words] + [text for text in EXTRA_TEXT for _ in range(20)]
     random.Random(0).shuffle(texts)

@@ -98,7 +98,7 @@ def _absent_pairs(present: set[tuple[str, str]], adversarial: bool) -> list[tupl
 
 
 def ask_many(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """Return `count` questions on different topics, in random order; a kind that has run out leaves its turn to the next."""
+    """Return `count` questions on different topics in random order, the kinds in turn while they have one."""
     questions: dict[str, Question] = {}
     turn = 0
     while len(questions) < count:

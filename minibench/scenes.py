@@ -3,8 +3,8 @@
     Split + seed + index -> random.Random -> Scene(background, objects) -> draw() -> 96 x 96 RGB picture
 
 A picture is a 3 x 3 grid of places; two to four of them hold one object each, moved, scaled and tilted a little. The
-digits are real handwriting: the 8 x 8 scans of `sklearn.datasets.load_digits`. That data set does not name its writers,
-so the splits share writers and are disjoint in *images*: by the index of the scan, see `digit_indices`.
+digits are real handwriting: the 8 x 8 scans of `sklearn.datasets.load_digits`. That data set does not name its
+writers, so the splits share writers and are disjoint in *images*: by the index of the scan, see `digit_indices`.
 """
 
 import math

@@ -6,6 +6,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, VOCAB_SIZE = 7, 4, 40
 
+torch.set_num_threads(1)  # a second thread costs more than it saves on matrices this small
+
 
 def make_llava(
     depth: int = 4, seed: int = 0, dtype: torch.dtype = torch.float64, **text_fields

@@ -1,0 +1,130 @@
+"""Bad input: a clear ValueError that names both sides, before any work."""
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE
+from transformers import LlamaConfig
+
+from configuration_dpvr import DpvrLlavaConfig
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+
+IMAGE = [IMAGE_TOKEN_ID] * TOKENS_PER_IMAGE
+
+
+@pytest.fixture(params=["late_fusion", "none"])
+def model(request, llava) -> DpvrLlavaForConditionalGeneration:
+    return DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2, routing=request.param)
+
+
+def ids(*tokens: int) -> torch.Tensor:
+    return torch.tensor([tokens])
+
+
+def pixels(count: int = 1) -> torch.Tensor:
+    return torch.zeros(count, 3, 8, 8, dtype=torch.float64)
+
+
+def test_image_tokens_without_pixels_are_refused(model):
+    with pytest.raises(ValueError, match=r"got 4 image tokens \(id 7\) and 0 images.*Remedy"):
+        model(input_ids=ids(1, *IMAGE, 9))
+
+
+def test_pixels_without_an_image_token_are_refused(model):
+    with pytest.raises(ValueError, match=r"got 0 image tokens \(id 7\) and 2 images.*Remedy"):
+        model(input_ids=ids(1, 9), pixel_values=pixels(2))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 5, 8])
+def test_counts_of_image_tokens_and_features_that_differ_are_refused(llava, num_tokens):
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2)
+    with pytest.raises(ValueError, match=rf"tokens per row: \[{num_tokens}\], features: 4 \(1 images of \[4\]\)"):
+        model(input_ids=ids(1, *[IMAGE_TOKEN_ID] * num_tokens, 9), pixel_values=pixels())
+
+
+def test_an_image_split_over_two_rows_is_refused(llava):
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2)
+    rows = torch.tensor([[1, *IMAGE[:3], 9, 9], [1, *IMAGE, IMAGE_TOKEN_ID]])
+    with pytest.raises(ValueError, match=r"tokens per row: \[3, 5\], features: 8"):
+        model(input_ids=rows, pixel_values=pixels(2))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_are_refused(model, bad):
+    values = pixels()
+    values[0, 1, 2, 3] = bad
+    with pytest.raises(ValueError, match="got 1 of 192 that are NaN or infinite"):
+        model(input_ids=ids(1, *IMAGE, 9), pixel_values=values)
+
+
+def test_pixels_of_a_wrong_shape_are_refused(model):
+    with pytest.raises(ValueError, match=r"got \(1, 1, 3, 8, 8\)"):
+        model(input_ids=ids(1, *IMAGE, 9), pixel_values=pixels()[None])
+
+
+def test_an_attention_mask_of_a_wrong_shape_is_refused(llava):
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2)
+    with pytest.raises(ValueError, match=r"= \(1, 6\); got \(1, 5\)"):
+        model(input_ids=ids(1, *IMAGE, 9), pixel_values=pixels(), attention_mask=torch.ones(1, 5))
+
+
+def test_both_or_neither_of_ids_and_embeddings_are_refused(model):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(pixel_values=pixels())
+
+
+def test_attention_maps_are_refused_where_layers_differ_and_given_where_they_do_not(llava):
+    llava.set_attn_implementation("eager")
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2)
+    inputs = {"input_ids": ids(1, *IMAGE, 9), "pixel_values": pixels()}
+    with pytest.raises(ValueError, match="output_attentions=False"):
+        model(**inputs, output_attentions=True)
+    model.set_routing("none")
+    assert len(model(**inputs, output_attentions=True).attentions) == 4
+
+
+def test_gradient_checkpointing_is_refused(llava):
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2).train()
+    with pytest.raises(ValueError, match="does not support"):
+        model.gradient_checkpointing_enable()
+    model.model.language_model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="Expected gradient checkpointing to be off"):
+        model(input_ids=ids(1, *IMAGE, 9), pixel_values=pixels())
+
+
+def test_a_routing_that_needs_a_side_branch_is_refused_without_one(llava):
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2, routing="text_only", num_side_layers=0)
+    with pytest.raises(ValueError, match="num_side_layers to be an integer of at least 1"):
+        model.set_routing("late_fusion")
+    assert model.config.routing == "text_only"
+
+
+def test_an_image_token_outside_the_vocabulary_is_refused():
+    text = LlamaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+    with pytest.raises(ValueError, match="below the vocabulary size 40; got 32000"):
+        DpvrLlavaForConditionalGeneration(DpvrLlavaConfig(text_config=text, split_layer=2))
+
+
+def test_flash_attention_is_refused_with_the_way_out(llava, tmp_path):
+    llava.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got 'flash_attention_2'. Remedy: use 'sdpa'"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(
+            tmp_path, split_layer=2, attn_implementation="flash_attention_2"
+        )
+    llava.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="got 'flash_attention_2'. Remedy: use 'sdpa'"):
+        DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2)
+
+
+def test_a_decoder_of_another_family_or_with_a_sliding_window_is_refused():
+    with pytest.raises(ValueError, match="got 'gpt2'"):
+        DpvrLlavaForConditionalGeneration(
+            DpvrLlavaConfig(text_config={"model_type": "gpt2", "num_hidden_layers": 4}, split_layer=2)
+        )
+    mistral = {"model_type": "mistral", "num_hidden_layers": 4, "sliding_window": 16, "vocab_size": 32001}
+    with pytest.raises(ValueError, match="sliding_window=16"):
+        DpvrLlavaForConditionalGeneration(DpvrLlavaConfig(text_config=mistral, split_layer=2))
+
+
+def test_unknown_fields_of_from_llava_are_refused(llava):
+    with pytest.raises(ValueError, match=r"got \['spilt'\]"):
+        DpvrLlavaForConditionalGeneration.from_llava(llava, spilt=2)

@@ -1,0 +1,198 @@
+"""Repositories: vanilla, whole, side branch only; in a fresh process, through the Auto classes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, make_llava
+from safetensors.torch import load_file, save_file
+
+from loading_dpvr import is_side_branch
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+
+SIDE_BRANCH_KEYS = {
+    f"model.side_branch.0.{name}.weight"
+    for name in (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+}
+AUTO_CLASSES = ["AutoModelForImageTextToText", "AutoModel"]
+if transformers.__version__.startswith("4."):
+    AUTO_CLASSES.append("AutoModelForVision2Seq")
+
+LOAD_AND_COMPARE = """
+import sys, torch, transformers
+repository, auto_class, inputs = sys.argv[1:]
+model = getattr(transformers, auto_class).from_pretrained(repository, trust_remote_code=True).eval()
+expected = torch.load(inputs)
+with torch.no_grad():
+    logits = model(input_ids=expected["input_ids"], pixel_values=expected["pixel_values"]).logits
+assert type(model).__name__ == "DpvrLlavaForConditionalGeneration", type(model)
+assert model.config.routing == "late_fusion" and model.config.split_layer == 3
+assert torch.equal(logits, expected["logits"])
+model.save_pretrained(repository + "-saved-again")
+"""
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    """Folders: a vanilla LLaVA, a whole DPVR made from it, and its side branch alone; and inputs with their logits."""
+    folder = tmp_path_factory.mktemp("repositories")
+    make_llava(depth=6, dtype=torch.float32).save_pretrained(folder / "llava")
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(folder / "llava", split_layer=3).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.side_branch.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(folder / "whole")
+    model.save_pretrained(folder / "side", side_branch_only=True)
+    image = [IMAGE_TOKEN_ID] * TOKENS_PER_IMAGE
+    inputs = {"input_ids": torch.tensor([[1, 9, *image, 11, 12]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    with torch.no_grad():
+        torch.save({**inputs, "logits": model(**inputs).logits}, folder / "expected.pt")
+    return folder
+
+
+def copy(source, target, **config_changes):
+    """A copy of a saved repository, with changes to its config."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **config_changes}))
+    return target
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+@pytest.mark.parametrize("kind", ["whole", "side"])
+def test_auto_classes_load_a_repository_in_a_fresh_process_from_another_folder(
+    repositories, tmp_path, kind, auto_class
+):
+    repository = copy(repositories / kind, tmp_path / kind)
+    arguments = [str(repository), auto_class, str(repositories / "expected.pt")]
+    for path in (str(repository), str(repository) + "-saved-again"):
+        command = [sys.executable, "-c", LOAD_AND_COMPARE, path, *arguments[1:]]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "MISSING" not in result.stderr and "newly initialized" not in result.stderr
+        if path.endswith("again"):
+            break
+        assert (tmp_path / f"{kind}-saved-again" / "model.safetensors").exists()
+
+
+def test_a_vanilla_checkpoint_loads_directly_and_gets_a_copy_of_the_split_layer(repositories):
+    keys = load_file(repositories / "llava" / "model.safetensors").keys()
+    assert any(key.startswith("language_model.model.layers.") for key in keys)  # as in llava-hf/llava-1.5-7b-hf
+    llava = transformers.LlavaForConditionalGeneration.from_pretrained(repositories / "llava")
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "llava", split_layer=3)
+    for name, weight in llava.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    layer = llava.model.language_model.layers[3].state_dict()
+    assert all(torch.equal(weight, layer[name]) for name, weight in model.side_branch[0].state_dict().items())
+
+
+def test_the_side_branch_file_holds_exactly_the_side_branch(repositories):
+    assert set(load_file(repositories / "side" / "model.safetensors")) == SIDE_BRANCH_KEYS
+    config = json.loads((repositories / "side" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(repositories / "llava")
+    assert json.loads((repositories / "whole" / "config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_one_predicate_counts_the_side_branch(repositories):
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole")
+    model.freeze_base()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names == {name for name in model.state_dict() if is_side_branch(name)} == SIDE_BRANCH_KEYS
+
+
+def test_fields_given_to_from_pretrained_change_the_plan(repositories):
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole", split_layer=2, fusion_layers=[4])
+    assert model.config.layer_plan().modes == ("joint", "joint", "text", "text", "context", "text")
+
+
+def test_a_truncated_side_branch_is_refused(repositories, tmp_path):
+    repository = copy(repositories / "side", tmp_path / "broken")
+    weights = (repository / "model.safetensors").read_bytes()
+    (repository / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="got a damaged one.*Remedy"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(repository)
+
+
+def test_a_pickled_side_branch_is_not_read(repositories, tmp_path):
+    repository = copy(repositories / "side", tmp_path / "pickled")
+    torch.save(load_file(repository / "model.safetensors"), repository / "pytorch_model.bin")
+    (repository / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(repository)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_a_side_branch_that_does_not_fit_is_refused_before_anything_is_changed(repositories, change):
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole")
+    weights = {name: weight + 1 for name, weight in load_file(repositories / "side" / "model.safetensors").items()}
+    name = "model.side_branch.0.mlp.up_proj.weight"
+    if change == "missing":
+        del weights[name]
+    elif change == "unknown":
+        weights["model.side_branch.1.mlp.up_proj.weight"] = weights[name]
+    else:
+        weights[name] = weights[name][:, :8]
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"differ, such as 'model\.side_branch\.[01]\.mlp\.up_proj\.weight'"):
+        model.load_side_branch(weights)
+    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
+
+
+def test_a_base_that_holds_only_a_side_branch_is_refused(repositories, tmp_path):
+    repository = copy(repositories / "side", tmp_path / "nested", base_model_name_or_path=str(repositories / "side"))
+    with pytest.raises(ValueError, match="Expected a full LLaVA"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(repository)
+
+
+def test_a_whole_repository_that_claims_a_base_is_refused(repositories, tmp_path):
+    repository = copy(repositories / "whole", tmp_path / "both", base_model_name_or_path=str(repositories / "llava"))
+    with pytest.raises(ValueError, match="Expected nothing but the side branch"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(repository)
+
+
+def test_another_number_of_side_layers_than_the_repository_holds_is_refused(repositories):
+    with pytest.raises(ValueError, match="weights of 2 side layers"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole", num_side_layers=2)
+
+
+def test_a_model_that_does_not_know_its_base_cannot_save_the_side_branch_alone(tmp_path):
+    model = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
+    with pytest.raises(ValueError, match="Expected config.base_model_name_or_path"):
+        model.save_pretrained(tmp_path / "side", side_branch_only=True)
+    assert not (tmp_path / "side").exists()
+
+
+def test_half_precision_and_tied_embeddings_survive_a_round_trip(tmp_path):
+    llava = make_llava(dtype=torch.bfloat16, tie_word_embeddings=True)
+    llava.config.tie_word_embeddings = True
+    llava.tie_weights()
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2)
+    model.save_pretrained(tmp_path)
+    loaded = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_damaged_whole_repository_does_not_load(repositories, tmp_path):
+    repository = copy(repositories / "whole", tmp_path / "holes")
+    weights = load_file(repository / "model.safetensors")
+    del weights["multi_modal_projector.linear_1.weight"]
+    save_file(weights, repository / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="one without 1 weights, such as.*multi_modal_projector.linear_1"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(repository)
