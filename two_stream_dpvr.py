@@ -29,10 +29,11 @@ the whole sequence, and the one rule for all masks is: a query at slot p sees va
 Axes: B batch, T all tokens of a chunk, X its text tokens, V its image tokens, D width, H heads, L layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -146,26 +147,34 @@ class CacheRecord:
         return torch.cat([known, later], dim=1)
 
 
-def build_mask(
-    queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None, additive_dtype: torch.dtype | None
-) -> torch.Tensor:
+def visible_keys(queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """The one rule: a query sees valid keys at its slot or before it. Padding and filler see themselves, never NaN.
 
     Args:
         queries, keys: int64 (B, Q) and (B, K) slots.
         valid: bool (B, all slots), False at padding, or None.
-        additive_dtype: None for a boolean mask (sdpa), else the dtype of an additive one (eager, flex).
 
     Returns:
-        (B, 1, Q, K).
+        bool (B, 1, Q, K).
     """
     seen = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
     if valid is not None:
         seen &= valid.gather(1, keys.clamp(min=0))[:, None, :]
-    seen = (seen | (keys[:, None, :] == queries[:, :, None]))[:, None]
-    if additive_dtype is None:
+    return (seen | (keys[:, None, :] == queries[:, :, None]))[:, None]
+
+
+def as_attention_mask(seen: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor | BlockMask:
+    """`seen` (B, 1, Q, K) in the form in which an attention implementation takes it."""
+    if implementation == "sdpa":
         return seen
-    return torch.zeros_like(seen, dtype=additive_dtype).masked_fill(~seen, torch.finfo(additive_dtype).min)
+    if implementation == "eager":
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    batch_size, _, num_queries, num_keys = seen.shape
+
+    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return seen[row, 0, query, key]
+
+    return create_block_mask(mask_mod, batch_size, None, num_queries, num_keys, device=seen.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,9 +207,8 @@ class TwoStreamPass:
         if position_ids is None:
             position_ids = torch.arange(self.past, self.past + self.length, device=inputs_embeds.device)[None]
         self.cos, self.sin = language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
-        self.is_sdpa = language_model.config._attn_implementation == "sdpa"
-        self.mask_dtype = None if self.is_sdpa else inputs_embeds.dtype
-        self.masks: dict[tuple[str, int], torch.Tensor] = {}
+        self.implementation, self.dtype = language_model.config._attn_implementation, inputs_embeds.dtype
+        self.masks: dict[tuple[str, int], torch.Tensor | BlockMask] = {}
         self.tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # keys that a layer needs beside those of its input go through a cache; without the user's, a throw-away one
         self.scratch = DynamicCache() if cache is None else cache
@@ -220,10 +228,14 @@ class TwoStreamPass:
         self.plain = self.plain and padding == 0 and fewest == most
 
     def write_record(self) -> None:
-        """Note on the cache where this chunk's keys lie, if it brought an image."""
-        if self.cache is not None and self.streams.has_image:
+        """Note on the cache where the keys of an image chunk lie, and that a text chunk brought padding."""
+        if self.cache is None:
+            return
+        if self.streams.has_image:
             keys = {kind: self.key_slots(kind) for kind in ("text", "image", "context")}
             self.cache.dpvr_record = CacheRecord(self.plan, self.past + self.length, self.plain, keys)
+        elif self.record is not None and self.record.plain and not self.plain:
+            self.cache.dpvr_record = replace(self.record, plain=False)
 
     def query_slots(self, kind: str) -> torch.Tensor:
         """Slots (B, Q) of the tokens that query in a layer of this kind."""
@@ -249,16 +261,18 @@ class TwoStreamPass:
     def _all_slots(self, first: int, end: int) -> torch.Tensor:
         return torch.arange(first, end, device=self.cos.device).expand(self.batch_size, -1)
 
-    def mask(self, kind: str, num_queries: int) -> torch.Tensor | None:
+    def mask(self, kind: str, num_queries: int) -> torch.Tensor | BlockMask | None:
         """The mask (B, 1, Q, K) of the last queries, or None where the sdpa kernel's own causality is the right "
         "one."""
-        if self.is_sdpa and self.plain:
-            keys_are_queries = self.past == 0 and num_queries == self.num_queries(kind)
-            if num_queries == 1 or (keys_are_queries and kind != "context"):
+        if self.implementation == "sdpa" and self.plain:
+            images_may_follow = kind == "context" and self.streams.has_image and num_queries == self.num_queries(kind)
+            keys_are_queries = self.past == 0 and num_queries == self.num_queries(kind) and kind != "context"
+            if keys_are_queries or (num_queries == 1 and not images_may_follow):
                 return None
         if (kind, num_queries) not in self.masks:
             queries = self.query_slots(kind)[:, -num_queries:]
-            self.masks[kind, num_queries] = build_mask(queries, self.key_slots(kind), self.valid, self.mask_dtype)
+            seen = visible_keys(queries, self.key_slots(kind), self.valid)
+            self.masks[kind, num_queries] = as_attention_mask(seen, self.implementation, self.dtype)
         return self.masks[kind, num_queries]
 
     def rotary(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,6 +287,8 @@ class TwoStreamPass:
     def run(self, layer: nn.Module, states: torch.Tensor, kind: str, tail: int | None = None) -> torch.Tensor:
         """A stock decoder layer on one stream, (B, N, D) -> (B, N, D); with `tail`, only its last `tail` tokens "
         "query."""
+        if states.shape[1] == 0:  # a chunk of nothing but image tokens has no text to run
+            return states
         cos, sin = self.rotary(kind)
         cache = self.scratch if kind == "context" else self.cache
         if tail is not None and tail < states.shape[1]:
