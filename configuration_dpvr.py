@@ -137,8 +137,7 @@ class DpvrLlavaConfig(LlavaConfig):
         return LayerPlan(split, tuple(plan))
 
     def check_dpvr_fields(self, routing: str | None = None) -> None:
-        """Raise `ValueError` for a contradiction among the DPVR fields (or with `routing` in place of "
-        "`self.routing`)."""
+        """Raise `ValueError` for a contradiction among the fields, with `routing` in place of the configured one."""
         routing = routing or self.routing
         depth = self.text_config.num_hidden_layers
         _require(routing in ROUTINGS, f"routing to be one of {ROUTINGS}", routing, "pick one of these names")

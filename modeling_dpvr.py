@@ -35,6 +35,7 @@ except ImportError:
     from loading_dpvr import SideBranchLoading, is_side_branch
     from two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
 
+IGNORED_LABEL = -100
 VISION_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
 
@@ -227,8 +228,7 @@ class DpvrLlavaModel(LlavaModel):
 
 
 class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGeneration):
-    """LLaVA whose image tokens leave the decoder at `config.split_layer`; see `forward`, `set_routing`, "
-    "`from_llava`."""
+    """LLaVA whose image tokens leave the decoder at the split; see `forward`, `set_routing` and `from_llava`."""
 
     config_class = DpvrLlavaConfig
     supports_gradient_checkpointing = False
@@ -284,7 +284,8 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
             past_key_values: a growing cache such as `DynamicCache`, read and extended.
             inputs_embeds: float (B, T, D) in place of input_ids, with the image token's embedding at image places;
                 without pixel_values all of it is taken for text.
-            labels: int64 (B, T), -100 where there is no loss, as at image tokens and at the token after one.
+            labels: int64 (B, T), -100 where there is no loss. Image tokens predict nothing under a routing, so a label
+                right after one is left out of the loss as well.
             logits_to_keep: n > 0 for the last n tokens, or int64 indices; only these query in the last layer.
             **kwargs: use_cache (default: the config's in evaluation, False in training), output_hidden_states (L + 1
                 tensors (B, T, D), see `two_stream_forward`), output_attentions (refused unless the routing is "none",
@@ -311,6 +312,9 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
         logits = self.lm_head(output.last_hidden_state)
         loss = None
         if labels is not None:
+            if self.config.routing != "none" and input_ids is not None:
+                after_image = nn.functional.pad(input_ids[:, :-1] == self.config.image_token_id, (1, 0))
+                labels = labels.masked_fill(after_image, IGNORED_LABEL)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -335,7 +339,12 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
         decoding = cache is not None and cache.get_seq_length() > 0 and chunk is not None and chunk.shape[1] == 1
         if pixel_values is None or decoding:
             return inputs
-        if chunk is not None and chunk.shape[1] < input_ids.shape[1]:
+        if chunk is not None:
+            if self.config.routing != "none" and bool((chunk[:, -1] == self.config.image_token_id).any()):
+                raise ValueError(
+                    "Expected a prompt that ends in text: past the split image tokens predict nothing; got one that "
+                    "ends in an image. Remedy: put the question after the picture, or use the chat template."
+                )
             pixel_values = self._pixels_of_chunk(pixel_values, input_ids, chunk)
         if pixel_values is not None:
             inputs["pixel_values"] = pixel_values
@@ -345,6 +354,8 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, chunk: torch.Tensor
     ) -> torch.Tensor | None:
         """Of the images of whole rows (N, ...), each row's last ones, whose tokens are in the chunk."""
+        if chunk.shape[1] == input_ids.shape[1]:
+            return pixel_values
         images = _images_per_row(input_ids, self.config, self.config.image_seq_length)
         new = _images_per_row(chunk, self.config, self.config.image_seq_length)
         if sum(new) == 0:
@@ -414,8 +425,7 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
         return batch_size * flops
 
     def _layer_flops(self, queries: int, new_keys: int, keys: int) -> int:
-        """One decoder layer: `queries` tokens through q, o and the MLP, `new_keys` through k and v, attention over "
-        "`keys`."""
+        """A layer: `queries` tokens through q, o and MLP, `new_keys` through k and v, attention over `keys`."""
         text = self.config.text_config
         query_width, key_width = text.num_attention_heads * self._head_dim, text.num_key_value_heads * self._head_dim
         per_query = 2 * text.hidden_size * (2 * query_width + 3 * text.intermediate_size)

@@ -15,15 +15,11 @@ wanted.
 
 import json
 import os
-import platform
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import transformers
-import trl
 from packaging.version import Version
 from transformers import LlavaProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -32,6 +28,7 @@ from configuration_dpvr import DPVR_FIELDS
 from loading_dpvr import is_side_branch
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
+from minibench.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 OLDEST_TRANSFORMERS = "5.18"
@@ -167,9 +164,7 @@ def main(args: DpvrArguments, training: TrainingArguments) -> dict[str, Any]:
     if args.eval_questions:
         rows.append(measure(model, processor, "trained branch", routing, args.eval_questions))
     record = {
-        "command": ["python", "train_sft.py", *sys.argv[1:]],
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, {trainer.args.device}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
+        **run_record("train_sft.py"),
         "dpvr": {name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
         "trainable_parameters": trainable,
         "seed": training.seed,

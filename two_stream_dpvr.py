@@ -66,8 +66,7 @@ class Streams:
 
     @classmethod
     def sort(cls, image_mask: torch.Tensor, first: int, num_text: int, num_image: int) -> "Streams":
-        """Sort the tokens of `image_mask` (bool (B, T), True at image tokens), at most num_text and num_image a "
-        "row."""
+        """Sort the tokens of `image_mask`, bool (B, T): True at image tokens, the counts are the largest of a row."""
         text_count, image_count = (~image_mask).cumsum(1), image_mask.cumsum(1)  # (B, T)
         text_entry = num_text - text_count[:, -1:] + text_count - 1
         image_entry = num_text + num_image - image_count[:, -1:] + image_count - 1
@@ -262,8 +261,7 @@ class TwoStreamPass:
         return torch.arange(first, end, device=self.cos.device).expand(self.batch_size, -1)
 
     def mask(self, kind: str, num_queries: int) -> torch.Tensor | BlockMask | None:
-        """The mask (B, 1, Q, K) of the last queries, or None where the sdpa kernel's own causality is the right "
-        "one."""
+        """The mask (B, 1, Q, K) of the last queries, or None where the sdpa kernel's own causality is right."""
         if self.implementation == "sdpa" and self.plain:
             images_may_follow = kind == "context" and self.streams.has_image and num_queries == self.num_queries(kind)
             keys_are_queries = self.past == 0 and num_queries == self.num_queries(kind) and kind != "context"
@@ -285,8 +283,7 @@ class TwoStreamPass:
         return self.tables[kind]
 
     def run(self, layer: nn.Module, states: torch.Tensor, kind: str, tail: int | None = None) -> torch.Tensor:
-        """A stock decoder layer on one stream, (B, N, D) -> (B, N, D); with `tail`, only its last `tail` tokens "
-        "query."""
+        """A stock decoder layer on one stream (B, N, D); with `tail`, only its last `tail` tokens query."""
         if states.shape[1] == 0:  # a chunk of nothing but image tokens has no text to run
             return states
         cos, sin = self.rotary(kind)

@@ -14,6 +14,7 @@ checkpoints. The final weights are stored in float16, the config asks for float3
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from .scenes import SIDE
 from .tower import PatchCollator, PatchNamer, PatchNames
 
 IGNORED = -100
+VISION_NAME = re.compile(r"vision_tower\.(?!vision_model\.)")
 LENGTH_STEP = 32  # rows are padded to multiples of this, so that compiled layers meet few lengths
 
 
@@ -254,15 +256,24 @@ def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
         callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
     )
     if args.compile:
-        for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
+        for layer in model.model.language_model.layers:
             layer.compile(dynamic=False)
     run(trainer)
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Save float16 weights under a config that asks for float32: half the file, the arithmetic of the training."""
+    """Save float16 weights under a config that asks for float32: half the file, the arithmetic of the training.
+
+    The tower is named as in LLaVA's published checkpoints, which transformers 4.57 and 5 both read; version 5 itself
+    writes the tower without `vision_model`, and version 4 would then start it at random.
+    """
     model.to(torch.float16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights = {VISION_NAME.sub(r"vision_tower.vision_model.", name): weight for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("use_cache", None)  # Trainer turns it off
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -277,9 +288,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision_layers", type=int, default=5)
     parser.add_argument("--vision_width", type=int, default=160)
     parser.add_argument("--tower_pictures", type=int, default=80_000)
-    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--pictures", type=int, default=48_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
-    parser.add_argument("--captions_first", type=float, default=0.15, help="share of the run that is captions only")
+    parser.add_argument("--captions_first", type=float, default=0.1875, help="share of the run that is captions only")
     parser.add_argument("--caption_share", type=float, default=0.1, help="share of captions in the rest of it")
     parser.add_argument("--batch_size", type=int, default=48)
     parser.add_argument("--muon_lr", type=float, default=0.02)
@@ -291,7 +302,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_steps", type=int, default=100)
     parser.add_argument("--validation_steps", type=int, default=200)
     parser.add_argument("--validation_questions", type=int, default=40, help="of each kind")
-    parser.add_argument("--compile", action="store_true", help="compile the layers; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers; needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -152,6 +152,7 @@ def _processor_settings() -> dict:
 def save_processor(processor: LlavaProcessor, folder: Path | str) -> None:
     """Save a processor as files that `AutoProcessor` and `AutoTokenizer` of transformers 4.57 and 5 both load."""
     folder = Path(folder)
+    processor.tokenizer.backend_tokenizer.no_padding()  # a tokenizer that has padded a batch would save how
     processor.save_pretrained(folder)
     own = _read(folder / "processor_config.json")
     images = own.pop("image_processor", None)

@@ -127,7 +127,7 @@ class _Block:
         return x + _linear(mlp.down_proj, gate / (1 + torch.exp(-gate)) * _linear(mlp.up_proj, normed))
 
     def _split(self, flat: Tensor) -> Tensor:
-        return flat.reshape(len(flat), -1, self.head_width)
+        return flat.reshape(len(flat), flat.shape[-1] // self.head_width, self.head_width)
 
     def _rotate(self, heads: Tensor, place: Tensor) -> Tensor:
         """Rotary embedding as complex numbers: pair (i, i + d/2) turns by place * theta^(-2i/d)."""

@@ -128,3 +128,24 @@ def test_a_decoder_of_another_family_or_with_a_sliding_window_is_refused():
 def test_unknown_fields_of_from_llava_are_refused(llava):
     with pytest.raises(ValueError, match=r"got \['spilt'\]"):
         DpvrLlavaForConditionalGeneration.from_llava(llava, spilt=2)
+
+
+def test_generating_from_a_prompt_that_ends_in_an_image_is_refused_under_a_routing(model):
+    inputs = {"input_ids": ids(1, 9, *IMAGE), "pixel_values": pixels(), "max_new_tokens": 1}
+    if model.config.routing == "none":
+        assert model.generate(**inputs).shape == (1, 7)
+    else:
+        with pytest.raises(ValueError, match="Expected a prompt that ends in text"):
+            model.generate(**inputs)
+
+
+def test_a_label_right_after_an_image_is_left_out_of_the_loss_under_a_routing(model):
+    input_ids = ids(1, *IMAGE, 9, 10)
+    every_text = torch.where(input_ids == IMAGE_TOKEN_ID, -100, input_ids)
+    only_after_text = every_text.clone()
+    only_after_text[0, 5] = -100
+    losses = [
+        model(input_ids=input_ids, pixel_values=pixels(), labels=labels).loss
+        for labels in (every_text, only_after_text)
+    ]
+    assert torch.equal(*losses) == (model.config.routing != "none")

@@ -1,0 +1,37 @@
+"""What every file in `results/` says about its making: the command, the hardware and the versions."""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "scikit-learn")
+
+
+def run_record(script: str) -> dict[str, Any]:
+    """The record of this process, started as `python` + `script` + its arguments."""
+    return {
+        "command": " ".join(["python", *script.split(), *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def hardware() -> str:
+    """The GPU's name if there is one, else the processor's, and the number of cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
+    return f"{_processor()}, {os.cpu_count()} cores, no GPU"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,87 @@
+"""The README: its snippets run, print what it says they print, its commands work, and its table is the results'."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import make_llava
+
+from minibench.report import between_marks, render
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PYTHON = [
+    (block, BLOCKS[index + 1][1] if BLOCKS[index + 1][0] == "text" else None)
+    for index, (language, block) in enumerate(BLOCKS)
+    if language == "python"
+]
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+IS_V4 = transformers.__version__.startswith("4.")
+
+
+def shell(command: list[str], timeout: int = 300) -> str:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> dict[str, str]:
+    """What a README snippet downloads or writes, and the local folders that stand in for it."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_llava(depth=20).save_pretrained(folder / "llava")
+    return {"llava-hf/llava-1.5-7b-hf": str(folder / "llava"), "my-dpvr": str(folder / "my-dpvr")}
+
+
+@pytest.mark.parametrize(("block", "output"), PYTHON, ids=[f"snippet {index}" for index in range(len(PYTHON))])
+def test_every_snippet_runs_and_prints_what_the_readme_says(block, output, stand_ins):
+    for name, folder in stand_ins.items():
+        block = block.replace(name, folder)
+    printed = shell([sys.executable, "-c", block])
+    if output is not None:
+        assert printed == output
+
+
+def test_the_commands_are_the_ones_that_are_tested_below():
+    assert COMMANDS == [
+        "pip install -r requirements.txt && python train_sft.py",
+        "pip install -r requirements-dev.txt && pytest",
+        "python -m minibench.pretrain --output_dir outputs/pretrain",
+        "python train_sft.py --model_name_or_path outputs/pretrain/final --split_layer 7 --output_dir outputs/side",
+        "python -m minibench.assemble --side_branch outputs/side --output_dir outputs/dpvr-mini",
+    ]
+
+
+@pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
+def test_the_training_command_runs_on_the_embedded_model(tmp_path):
+    short = "--num_rows 16 --per_device_train_batch_size 4 --eval_questions 4 --output_dir"
+    printed = shell([sys.executable, "train_sft.py", *short.split(), str(tmp_path / "out")])
+    assert re.search(
+        r"^vanilla +mean.*^untrained branch +mean.*^trained branch +mean", printed, re.DOTALL | re.MULTILINE
+    )
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 4e6
+
+
+@pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
+def test_the_rebuild_commands_make_a_repository_that_loads(tmp_path):
+    small = "--text_layers 3 --text_width 64 --vision_layers 2 --vision_width 32 --tower_pictures 32 --pictures 32"
+    quick = "--batch_size 8 --validation_steps 100 --validation_questions 2 --num_workers 0"
+    pretrain = [sys.executable, "-m", "minibench.pretrain", "--output_dir", str(tmp_path / "pretrain")]
+    shell([*pretrain, *small.split(), *quick.split()])
+    sft = ["--model_name_or_path", str(tmp_path / "pretrain" / "final"), "--output_dir", str(tmp_path / "side")]
+    shell([sys.executable, "train_sft.py", *sft, *"--split_layer 1 --num_rows 8 --eval_questions 0".split()])
+    assembled = tmp_path / "dpvr-mini"
+    paths = ["--side_branch", str(tmp_path / "side"), "--output_dir", str(assembled)]
+    shell([sys.executable, "-m", "minibench.assemble", *paths])
+    load = f"AutoModelForImageTextToText.from_pretrained({str(assembled)!r}, trust_remote_code=True)"
+    code = f"from transformers import AutoModelForImageTextToText; print({load}.config.layer_plan().modes)"
+    printed = shell([sys.executable, "-c", code])
+    assert printed == "('joint', 'text', 'context')\n"
+
+
+def test_the_table_is_made_from_the_results():
+    assert between_marks(README) == render(ROOT / "results" / "dpvr_mini")
