@@ -28,6 +28,7 @@ from typing import NamedTuple
 from transformers import LlavaConfig
 
 JOINT, TEXT, CONTEXT, RESET = "joint", "text", "context", "reset"
+LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}
 ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "none")
 SIDE_BRANCH_INITS = ("split_layer", "identity", "random")
 DPVR_FIELDS = (
@@ -52,6 +53,11 @@ class LayerPlan(NamedTuple):
 
     split_layer: int
     modes: tuple[str, ...]  # one of JOINT, TEXT, CONTEXT, RESET per layer
+
+    def __str__(self) -> str:
+        """As drawn above: "ooooooo|....c"."""
+        letters = "".join(LETTERS[mode] for mode in self.modes)
+        return f"{letters[: self.split_layer]}|{letters[self.split_layer :]}"
 
     @property
     def reads_side_branch(self) -> bool:

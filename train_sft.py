@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers import LlavaProcessor
@@ -48,7 +49,7 @@ class DpvrArguments:
     num_fusion_layers: int | None = field(default=None, metadata={"help": "Last layers that fuse the streams again."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Deep layers that read the image."})
     side_branch_init: str | None = field(default=None, metadata={"help": "split_layer, identity or random."})
-    num_rows: int = field(default=4000, metadata={"help": "Training pictures from MiniBench."})
+    num_rows: int = field(default=5000, metadata={"help": "Training pictures from MiniBench."})
     questions_per_row: int = field(default=6, metadata={"help": "Questions about one picture, in one conversation."})
     eval_questions: int = field(
         default=200, metadata={"help": "Test questions of each kind, before and after; 0: none."}
@@ -60,15 +61,14 @@ class TrainingArguments(SFTConfig):
     """TRL's SFTConfig with the paper's recipe (section 3.4, learning rate scaled to dpvr-mini) as defaults."""
 
     output_dir: str | None = field(default="outputs/dpvr-mini-sft", metadata={"help": "Where the side branch goes."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "The paper's is 1e-4 for 7B."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "The paper's is 1e-4 for 7B."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows in a step."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Share (below 1) or number of warm-up steps."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Not wanted: nothing is stored to begin with."}
-    )
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Refused: nothing is stored anyway."})
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available, metadata={"help": "On a GPU."})
     bf16: bool | None = field(default=False, metadata={"help": "bf16 autocast."})
     assistant_only_loss: bool = field(default=True, metadata={"help": "Loss on the assistant's tokens only."})
     max_length: int | None = field(
@@ -151,10 +151,7 @@ def main(args: DpvrArguments, training: TrainingArguments) -> dict[str, Any]:
     model = load_model(args)
     routing, rows = model.config.routing, []
     trainable = sum(parameter.numel() for name, parameter in model.named_parameters() if is_side_branch(name))
-    print(
-        f"Training {trainable:,} of {model.num_parameters():,} parameters, routing {routing}: "
-        f"{model.config.layer_plan()}"
-    )
+    print(f"Training {trainable:,} of {model.num_parameters():,} parameters; plan {model.config.layer_plan()}")
     if args.eval_questions:
         rows.append(measure(model, processor, "vanilla", "none", args.eval_questions))
         rows.append(measure(model, processor, "untrained branch", routing, args.eval_questions))

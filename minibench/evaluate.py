@@ -1,6 +1,6 @@
 """Exact-match accuracy on MiniBench by greedy generation, with its interval, its chance level and a blindfold.
 
-    python -m minibench.evaluate --model DIR --num_questions 500 [--blind]
+    python -m minibench.evaluate --model DIR --num_questions 500 [--blind] [--routings none late_fusion]
 
 `evaluate` takes any LLaVA-like model: the stock class and DPVR alike. Blind, the picture is replaced by an even grey
 one: what is left is what the questions give away by themselves.
@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .data import Item, evaluation_items, to_messages
 from .questions import KINDS
+from .record import run_record
 from .scenes import COLOURS, SHAPES, SIDE, Split
 
 GREY = (127, 127, 127)
@@ -114,30 +115,35 @@ def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy of a LLaVA-like model on MiniBench.")
     parser.add_argument("--model", required=True, help="folder or Hub name of a model with its processor")
     parser.add_argument("--split", choices=get_args(Split), default="test")
     parser.add_argument("--num_questions", type=int, default=500, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--blind", action="store_true", help="replace every picture by an even grey one")
-    return parser.parse_args()
-
-
-def main(args: argparse.Namespace) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(args.model)
-    result = evaluate(
-        model,
-        processor,
-        split=args.split,
-        num_questions=args.num_questions,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        blind=args.blind,
+    parser.add_argument("--routings", nargs="+", help="of a DPVR model, one row each; default: the configured one")
+    parser.add_argument(
+        "--blind", action="store_true", help="add rows with every picture replaced by an even grey one"
     )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Print one JSON document: the record of the run, and a row per routing, seeing and (if asked for) blind."""
+    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    options = {name: vars(args)[name] for name in ("split", "num_questions", "seed", "batch_size")}
+    rows = []
+    for routing in args.routings or [None]:
+        if routing is not None:
+            model.set_routing(routing)
+        for blind in (False, True) if args.blind else (False,):
+            scores = evaluate(model, processor, **options, blind=blind)
+            rows.append({"routing": routing, "blind": blind, **scores})
+    result = {**run_record("-m minibench.evaluate"), **options, "rows": rows}
     print(json.dumps(result, indent=2))
+    return result
 
 
 if __name__ == "__main__":

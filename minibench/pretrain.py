@@ -8,7 +8,7 @@ linear layers run in bfloat16 by autocast and the attention in float32, which is
 
     python -m minibench.pretrain --output_dir DIR
 
-writes DIR/final (model and processor), DIR/log.jsonl (a JSON line per logging step and per validation) and the
+writes DIR/final (model and processor), DIR/log.jsonl (a JSON line per start, logging step and validation) and the
 checkpoints. The final weights are stored in float16, the config asks for float32 when they are loaded.
 """
 
@@ -44,6 +44,7 @@ from .data import MiniBench, Row
 from .evaluate import evaluate
 from .optimizer import MuonWithAdamW
 from .processor import PATCH, make_processor, save_processor
+from .record import run_record
 from .scenes import SIDE
 from .tower import PatchCollator, PatchNamer, PatchNames
 
@@ -309,6 +310,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    JsonLog(args.output_dir / "log.jsonl", "start").write(**run_record("-m minibench.pretrain"))
     torch.manual_seed(args.seed)
     processor = make_processor()
     model = make_model(processor, args)

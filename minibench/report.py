@@ -1,6 +1,9 @@
 """The README's table of dpvr-mini's accuracy, made from the JSON files in `results/dpvr_mini/`.
 
-results/dpvr_mini/{accuracy,blind,training}.json  ->  README.md, between the marks <!-- accuracy -->
+training.json   from train_sft.py: vanilla, the untrained and the trained side branch
+accuracy.json   from minibench.evaluate: the weights in this repository, seeing and blind
+    |
+README.md, between the marks <!-- accuracy -->
 
 python -m minibench.report
 """
@@ -11,28 +14,35 @@ from typing import Any
 
 RESULTS = Path("results/dpvr_mini")
 MARKS = ("<!-- accuracy -->\n", "<!-- /accuracy -->\n")
+NAMES = {"none": "vanilla LLaVA", "late_fusion": "late fusion, trained side branch"}
 
 
 def render(results: Path = RESULTS) -> str:
     """The table and the records under it, as Markdown."""
-    accuracy, blind, training = (_read(results / f"{name}.json") for name in ("accuracy", "blind", "training"))
-    rows = [*accuracy["rows"], *blind["rows"]]
-    kinds = list(rows[0]["kinds"])
+    training, accuracy = (_read(results / f"{name}.json") for name in ("training", "accuracy"))
+    untrained = next(row for row in training["accuracy"] if row["name"] == "untrained branch")
+    kinds = list(untrained["kinds"])
+    seeing, blind = ([row for row in accuracy["rows"] if row["blind"] == is_blind] for is_blind in (False, True))
+    rows = [(NAMES[row["routing"]], row) for row in seeing]
+    rows.insert(1, ("late fusion, untrained side branch", untrained))
+    rows += [(f"{NAMES[row['routing']]}, blind", row) for row in blind]
     lines = [
-        "| " + " | ".join(["on test pictures", *kinds, "mean", "95% interval, all questions"]) + " |",
+        "| " + " | ".join(["", *kinds, "mean", "95% interval, all questions"]) + " |",
         "|---" * (len(kinds) + 3) + "|",
     ]
-    for row in rows:
+    for name, row in rows:
         cells = [f"{row['kinds'][kind]['accuracy']:.1%}" for kind in kinds]
-        lines.append("| " + " | ".join([row["name"], *cells, f"{row['mean']:.1%}", _interval(row)]) + " |")
-    chance = [f"{rows[0]['kinds'][kind]['chance']:.1%}" for kind in kinds]
-    lines.append("| " + " | ".join(["most frequent answer", *chance, f"{rows[0]['chance']:.1%}", ""]) + " |")
-    plan = " ".join(f"{name}={value!r}" for name, value in training["dpvr"].items() if value is not None)
+        lines.append("| " + " | ".join([name, *cells, f"{row['mean']:.1%}", _interval(row)]) + " |")
+    chance = [f"{untrained['kinds'][kind]['chance']:.1%}" for kind in kinds]
+    lines.append(
+        "| " + " | ".join(["always the most frequent answer", *chance, f"{untrained['chance']:.1%}", ""]) + " |"
+    )
+    plan = ", ".join(f"{name}={value!r}" for name, value in training["dpvr"].items() if value is not None)
     lines += [
         "",
-        f"{rows[0]['kinds'][kinds[0]]['n']} questions of each kind. `{plan}`; {training['trainable_parameters']:,} "
-        f"parameters trained for {training['train_seconds']:.0f} s.",
-        f"Made by `{accuracy['command']}`, `{blind['command']}` and `{training['command']}`",
+        f"{accuracy['num_questions']} test questions of each kind, one seed. Config: `{plan}`. "
+        f"{training['trainable_parameters']:,} parameters were trained, for {training['train_seconds']:.0f} s.",
+        f"Made by `{accuracy['command']}` and `{training['command']}`",
         f"on {accuracy['hardware']}, torch {accuracy['versions']['torch']}, "
         f"transformers {accuracy['versions']['transformers']}.",
     ]
@@ -54,8 +64,9 @@ def between_marks(readme: str) -> str:
 
 def main() -> None:
     path = Path("README.md")
-    readme = path.read_text(encoding="utf-8")
-    path.write_text(readme.replace(between_marks(readme), render()), encoding="utf-8")
+    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    path.write_text(before + MARKS[0] + render() + MARKS[1] + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ from transformers import LlamaConfig
 from configuration_dpvr import AUTO_MAP, DpvrLlavaConfig
 
 TEXT = LlamaConfig(num_hidden_layers=6, hidden_size=32, num_attention_heads=4, intermediate_size=48)
-LETTERS = {"joint": "o", "text": ".", "context": "c", "reset": "r"}
 
 
 def plan(**fields) -> str:
     """The plan of a six-layer decoder as letters, with a bar at the split."""
-    layer_plan = DpvrLlavaConfig(text_config=TEXT, **fields).layer_plan()
-    letters = "".join(LETTERS[mode] for mode in layer_plan.modes)
-    return f"{letters[: layer_plan.split_layer]}|{letters[layer_plan.split_layer :]}"
+    return str(DpvrLlavaConfig(text_config=TEXT, **fields).layer_plan())
 
 
 @pytest.mark.parametrize(

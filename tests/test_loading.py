@@ -33,6 +33,7 @@ if transformers.__version__.startswith("4."):
 
 LOAD_AND_COMPARE = """
 import sys, torch, transformers
+torch.set_num_threads(1)  # as in the parent process, so that the sums are the same to the bit
 repository, auto_class, inputs = sys.argv[1:]
 model = getattr(transformers, auto_class).from_pretrained(repository, trust_remote_code=True).eval()
 expected = torch.load(inputs)

@@ -390,9 +390,10 @@ def test_pretraining_goes_on_from_its_last_checkpoint_as_if_it_had_never_stopped
     assert resumed == pytest.approx({step: straight[step] for step in (5, 6)}, rel=1e-4)
 
 
-def test_the_log_holds_losses_and_validation_accuracies(tiny_run):
+def test_the_log_holds_the_command_losses_and_validation_accuracies(tiny_run):
     log = tiny_run("run", pictures=2)
-    assert {"stage", "step", "seconds", "loss", "learning_rate"} <= log[0].keys()
+    assert {"stage", "command", "hardware", "versions"} <= log[0].keys()
+    assert {"stage", "step", "seconds", "loss", "learning_rate"} <= log[1].keys()
     (validation,) = [entry for entry in log if "validation" in entry]
     assert set(validation["validation"]) == set(KINDS)
 

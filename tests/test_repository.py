@@ -24,7 +24,7 @@ root, picture, question = sys.argv[1:]
 model = {AUTO_CLASS}.from_pretrained(root, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(root, trust_remote_code=True)
 assert len(AutoTokenizer.from_pretrained(root, trust_remote_code=True)) == len(processor.tokenizer)
-assert type(AutoModel.from_pretrained(root, trust_remote_code=True)) is type(model)
+assert type(AutoModel.from_pretrained(root, trust_remote_code=True)).__name__ == type(model).__name__
 assert model.config.routing == "late_fusion" and model.dtype.is_floating_point
 content = [{{"type": "image"}}, {{"type": "text", "text": question}}]
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
