@@ -4,8 +4,7 @@ Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/a
 
     input_ids, pixel_values -> stock vision tower and projector -> inputs_embeds
         routing "none", or no image in the prompt   -> stock LLaVA
-        any other routing                           -> two_stream_forward (two_stream_dpvr.py) over the config's layer
-        plan
+        any other routing                           -> two_stream_forward (two_stream_dpvr.py) over the layer plan
     text states -> lm_head -> logits
 
 Everything but `side_branch` is a stock `LlavaForConditionalGeneration`, so vanilla checkpoints load as they are, and a
@@ -27,11 +26,13 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import can_return_tuple
 
 try:
-    from .configuration_dpvr import CONTEXT, TEXT, DpvrLlavaConfig
+    from .configuration_dpvr import DpvrLlavaConfig
+    from .costs_dpvr import CostFormulas
     from .loading_dpvr import SideBranchLoading, is_side_branch
     from .two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
 except ImportError:
-    from configuration_dpvr import CONTEXT, TEXT, DpvrLlavaConfig
+    from configuration_dpvr import DpvrLlavaConfig
+    from costs_dpvr import CostFormulas
     from loading_dpvr import SideBranchLoading, is_side_branch
     from two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
 
@@ -227,7 +228,7 @@ class DpvrLlavaModel(LlavaModel):
             )
 
 
-class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGeneration):
+class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaForConditionalGeneration):
     """LLaVA whose image tokens leave the decoder at the split; see `forward`, `set_routing` and `from_llava`."""
 
     config_class = DpvrLlavaConfig
@@ -385,75 +386,6 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, LlavaForConditionalGe
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
-
-    # -- what it costs ------------------------------------------------------------------------------------------------
-
-    def prefill_flops(
-        self,
-        num_image_tokens: int,
-        num_text_tokens: int,
-        *,
-        batch_size: int = 1,
-        logits_to_keep: int = 1,
-        routing: str | None = None,
-    ) -> int:
-        """FLOPs of the language model's matrix products in one unpadded prefill (a multiply-add is 2).
-
-        Counted as `torch.utils.flop_counter` counts them: attention without credit for causality, no norms,
-        rotary, embedding look-up or vision tower. `routing`: another than the configured one ("none" is vanilla).
-
-        Args:
-            num_image_tokens, num_text_tokens: V and X of one row.
-            logits_to_keep: how many last tokens get logits, 0 for all.
-        """
-        plan, text, image = self.config.layer_plan(routing), num_text_tokens, num_image_tokens
-        total, depth = text + image, len(plan.modes)
-        two_stream = plan.split_layer < depth and image > 0
-        kept = min(logits_to_keep or total, total)
-        flops = 0
-        for index, mode in enumerate(plan.modes):
-            queries = kept if two_stream and index == depth - 1 and kept < text else text
-            if mode == TEXT:
-                flops += self._layer_flops(queries, new_keys=text, keys=text)
-            elif mode == CONTEXT:
-                flops += self._layer_flops(queries, new_keys=total, keys=total)
-            else:
-                flops += self._layer_flops(total, new_keys=total, keys=total)
-        if two_stream and plan.reads_side_branch:
-            flops += len(self.side_branch) * self._layer_flops(image, new_keys=image, keys=image)
-        flops += 2 * kept * self.config.text_config.hidden_size * self.config.text_config.vocab_size
-        return batch_size * flops
-
-    def _layer_flops(self, queries: int, new_keys: int, keys: int) -> int:
-        """A layer: `queries` tokens through q, o and MLP, `new_keys` through k and v, attention over `keys`."""
-        text = self.config.text_config
-        query_width, key_width = text.num_attention_heads * self._head_dim, text.num_key_value_heads * self._head_dim
-        per_query = 2 * text.hidden_size * (2 * query_width + 3 * text.intermediate_size)
-        return queries * (per_query + 4 * keys * query_width) + new_keys * 4 * text.hidden_size * key_width
-
-    @property
-    def _head_dim(self) -> int:
-        return self.model.language_model.layers[0].self_attn.head_dim
-
-    def kv_cache_bytes(
-        self,
-        num_image_tokens: int,
-        num_text_tokens: int,
-        *,
-        batch_size: int = 1,
-        routing: str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> int:
-        """Bytes of keys and values cached for prompts of V image and X text tokens (answers count as text).
-
-        A joint or context layer holds V + X entries, a text layer X, a side layer V. `dtype`: default the model's.
-        """
-        plan, total = self.config.layer_plan(routing), num_image_tokens + num_text_tokens
-        entries = sum(num_text_tokens if mode == TEXT else total for mode in plan.modes)
-        if plan.split_layer < len(plan.modes) and plan.reads_side_branch:
-            entries += len(self.side_branch) * num_image_tokens
-        per_entry = 2 * self.config.text_config.num_key_value_heads * self._head_dim
-        return batch_size * entries * per_entry * (dtype or self.dtype).itemsize
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import LlavaProcessor
+from transformers import GenerationConfig, LlavaProcessor
 
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -27,8 +27,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     model = DpvrLlavaForConditionalGeneration.from_pretrained(args.side_branch, dtype=torch.float32)
+    tokens = {name: vars(model.generation_config)[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # an answer never holds a picture; suppressing its mark keeps sampling from ever drawing one
-    model.generation_config.suppress_tokens = [model.config.image_token_id]
+    model.generation_config = GenerationConfig(**tokens, suppress_tokens=[model.config.image_token_id])
     save(model, LlavaProcessor.from_pretrained(args.side_branch), args.output_dir)
 
 

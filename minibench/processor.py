@@ -161,7 +161,8 @@ def save_processor(processor: LlavaProcessor, folder: Path | str) -> None:
         _write(folder / "processor_config.json", own)
         _write(folder / "preprocessor_config.json", {**images, "processor_class": "LlavaProcessor"})
     tokenizer = _read(folder / "tokenizer_config.json")
-    tokenizer.pop("backend", None)
+    for leftover in ("backend", "is_local", "local_files_only"):  # where it was loaded from is no property of it
+        tokenizer.pop(leftover, None)
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["extra_special_tokens"] = {"image_token": IMAGE_TOKEN}
     _write(folder / "tokenizer_config.json", tokenizer)
