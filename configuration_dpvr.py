@@ -75,7 +75,7 @@ class DpvrLlavaConfig(LlavaConfig):
             "none".
         num_fusion_layers: K, how many of the last layers fuse the streams again; 1 <= K <= layers - s.
         fusion_layers: for "late_fusion", the deep layers that read the image, each as `context`, in place of the last
-            K; None means the last `num_fusion_layers`. When it is given, `num_fusion_layers` becomes its length.
+            K; None means the last `num_fusion_layers`, which beside a list is left at 1 or says its length.
         side_branch_init: what a new side branch starts from: "split_layer" (a copy of the base layers from the split
             on), "identity" (the same with its output projections at zero) or "random".
         base_model_name_or_path: where the frozen LLaVA lies when this repository holds nothing but the side branch;
@@ -113,12 +113,10 @@ class DpvrLlavaConfig(LlavaConfig):
         self.split_layer = split_layer
         self.num_side_layers = num_side_layers
         self.num_fusion_layers = num_fusion_layers
-        self.fusion_layers = None if fusion_layers is None else list(fusion_layers)
+        self.fusion_layers = fusion_layers
         self.side_branch_init = side_branch_init
         self.base_model_name_or_path = base_model_name_or_path
         self.check_dpvr_fields()
-        if self.fusion_layers is not None:
-            self.num_fusion_layers = len(self.fusion_layers)
 
     def layer_plan(self, routing: str | None = None) -> LayerPlan:
         """The plan that these fields describe.
@@ -180,13 +178,15 @@ class DpvrLlavaConfig(LlavaConfig):
         if layers is None:
             return
         _require(
-            len(layers) > 0 and all(_is_count(layer) and split <= layer < depth for layer in layers),
+            isinstance(layers, list | tuple)
+            and len(layers) > 0
+            and all(_is_count(layer) and split <= layer < depth for layer in layers),
             f"fusion_layers to be layer indices from split_layer={split} to {depth - 1}",
             layers,
             "drop the layers outside the deep stack; no fusion at all is routing='text_only'",
         )
         _require(
-            layers == sorted(set(layers)),
+            list(layers) == sorted(set(layers)),
             "fusion_layers in ascending order, each once",
             layers,
             f"write {sorted(set(layers))}",
@@ -211,7 +211,7 @@ def _is_count(value: object) -> bool:
 def _refuse_misspelt(kwargs: dict) -> None:
     """`LlavaConfig` keeps any keyword it does not know, so a typing error in a DPVR field would be lost in silence."""
     for key in kwargs:
-        if key not in LlavaConfig.__dict__ and (match := get_close_matches(key, DPVR_FIELDS, n=1, cutoff=0.8)):
+        if key not in LlavaConfig.__dict__ and (match := get_close_matches(key, DPVR_FIELDS, n=1, cutoff=0.87)):
             raise ValueError(
                 f"Expected the DPVR fields {DPVR_FIELDS}; got {key!r}. Remedy: did you mean {match[0]!r}?"
             )

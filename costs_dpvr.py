@@ -2,7 +2,7 @@
 
     layer plan, V image and X text tokens
         |
-    per layer: tokens that query, tokens that make keys, keys that are seen
+    per layer: tokens that query, tokens that make keys
         |
     FLOPs, bytes            checked in the tests against torch.utils.flop_counter and the tensors of a real cache
 
@@ -46,22 +46,22 @@ class CostFormulas:
         for index, mode in enumerate(plan.modes):
             queries = kept if two_stream and index == depth - 1 and kept < text else text
             if mode == TEXT:
-                flops += self._layer_flops(queries, new_keys=text, keys=text)
+                flops += self._layer_flops(queries, keys=text)
             elif mode == CONTEXT:
-                flops += self._layer_flops(queries, new_keys=total, keys=total)
+                flops += self._layer_flops(queries, keys=total)
             else:
-                flops += self._layer_flops(total, new_keys=total, keys=total)
+                flops += self._layer_flops(total, keys=total)
         if two_stream and plan.reads_side_branch:
-            flops += len(self.side_branch) * self._layer_flops(image, new_keys=image, keys=image)
+            flops += len(self.side_branch) * self._layer_flops(image, keys=image)
         flops += 2 * kept * self.config.text_config.hidden_size * self.config.text_config.vocab_size
         return batch_size * flops
 
-    def _layer_flops(self, queries: int, new_keys: int, keys: int) -> int:
-        """A layer: `queries` tokens through q, o and MLP, `new_keys` through k and v, attention over `keys`."""
+    def _layer_flops(self, queries: int, keys: int) -> int:
+        """A layer: `queries` tokens through q, o and the MLP, `keys` through k and v, attention between them."""
         text = self.config.text_config
         query_width, key_width = text.num_attention_heads * self._head_dim, text.num_key_value_heads * self._head_dim
         per_query = 2 * text.hidden_size * (2 * query_width + 3 * text.intermediate_size)
-        return queries * (per_query + 4 * keys * query_width) + new_keys * 4 * text.hidden_size * key_width
+        return queries * (per_query + 4 * keys * query_width) + keys * 4 * text.hidden_size * key_width
 
     @property
     def _head_dim(self) -> int:

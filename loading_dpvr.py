@@ -48,7 +48,7 @@ class SideBranchLoading:
             llava: a model, or the id or path of one.
             **dpvr_fields: fields of `DpvrLlavaConfig`; with an id, also what `from_pretrained` takes (dtype, ...).
         """
-        if isinstance(llava, str):
+        if isinstance(llava, str | os.PathLike):
             return cls.from_pretrained(llava, **dpvr_fields)
         if unknown := sorted(set(dpvr_fields) - set(DPVR_FIELDS)):
             raise ValueError(f"Expected the DPVR fields {DPVR_FIELDS}; got {unknown}. Remedy: drop or respell them.")
@@ -61,8 +61,8 @@ class SideBranchLoading:
         for name in ("vision_tower", "multi_modal_projector", "language_model"):
             setattr(model.model, name, llava.model.get_submodule(name))
         model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
-        split_weight = next(llava.model.language_model.layers[config.split_layer].parameters())
-        model.side_branch.to(split_weight.dtype).to_empty(device=split_weight.device)
+        base_weight = next(llava.model.language_model.layers[-1].parameters())
+        model.side_branch.to(base_weight.dtype).to_empty(device=base_weight.device)
         model.reset_side_branch()
         return model.train(llava.training)
 
@@ -160,28 +160,45 @@ class SideBranchLoading:
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
 
+    def side_branch_base(self, save_directory: str | os.PathLike) -> str:
+        """The name of the base to save beside a side branch in `save_directory`.
+
+        Raises:
+            ValueError: if the model does not know where its base came from, or if that is where it should be saved.
+        """
+        base = self.config.base_model_name_or_path or self.config._name_or_path
+        if not base:
+            raise ValueError(
+                "Expected config.base_model_name_or_path, where the frozen LLaVA lies, to save the side branch alone; "
+                "got None. Remedy: set it to a Hub id or a path, or save with side_branch_only=False."
+            )
+        if not os.path.isdir(base):
+            return base
+        if os.path.realpath(base) == os.path.realpath(save_directory):
+            raise ValueError(
+                "Expected another folder than the base's, whose weights the side branch alone would replace; got "
+                f"{str(save_directory)!r} for both. Remedy: save into a new folder, or with side_branch_only=False."
+            )
+        return os.path.abspath(base)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *, side_branch_only: bool = False, **kwargs) -> None:
         """Save weights, config and code so that one `from_pretrained(..., trust_remote_code=True)` loads them.
 
         Args:
-            side_branch_only: save the side branch, and the name of the base in the config in place of its weights.
+            side_branch_only: save the side branch, and the name of the base in the config in place of its weights. A
+                base in a local folder is named by its absolute path; for sharing, load it by its Hub id.
             **kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
-            ValueError: with side_branch_only, if the model does not know where its base came from.
+            ValueError: with side_branch_only, as `side_branch_base`.
         """
-        base = self.config.base_model_name_or_path or self.config._name_or_path or None
+        base = self.side_branch_base(save_directory) if side_branch_only else None
         if side_branch_only:
-            if base is None:
-                raise ValueError(
-                    "Expected config.base_model_name_or_path, where the frozen LLaVA lies, to save the side branch "
-                    "alone; got None. Remedy: set it to a Hub id or a path, or save with side_branch_only=False."
-                )
-            base = os.path.abspath(base) if os.path.isdir(base) else base
+            kwargs.setdefault("max_shard_size", "1TB")  # it is read back as one file
             weights = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {name: tensor for name, tensor in weights.items() if is_side_branch(name)}
         before = self.config.base_model_name_or_path
-        self.config.base_model_name_or_path = base if side_branch_only else None
+        self.config.base_model_name_or_path = base
         self.config.auto_map = dict(AUTO_MAP)
         try:
             super().save_pretrained(save_directory, **kwargs)

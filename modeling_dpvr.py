@@ -94,7 +94,7 @@ class DpvrLlavaModel(LlavaModel):
                 use_cache=use_cache,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
-                **kwargs,
+                **{**kwargs, "return_dict": True},
             )
             if image_mask is not None and output.past_key_values is not None:
                 CacheRecord.note_vanilla(plan, output.past_key_values)
@@ -129,6 +129,13 @@ class DpvrLlavaModel(LlavaModel):
             image_hidden_states=features,
         )
 
+    def image_marks(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """bool (B, T), True where the image token stands, or its embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        mark = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(mark)).all(-1)
+
     def _find_images(
         self,
         input_ids: torch.Tensor | None,
@@ -144,13 +151,9 @@ class DpvrLlavaModel(LlavaModel):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if pixel_values is None and tokens.shape[1] == 1 and past_key_values is not None:
             return None
-        if input_ids is not None:
-            image_mask = input_ids == self.config.image_token_id
-        elif pixel_values is not None:
-            mark = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            image_mask = (inputs_embeds == self.get_input_embeddings()(mark)).all(-1)
-        else:
+        if input_ids is None and pixel_values is None:
             return None
+        image_mask = self.image_marks(input_ids, inputs_embeds)
         num_tokens = int(image_mask.sum())
         if pixel_values is None and num_tokens == 0:
             return None
@@ -192,11 +195,11 @@ class DpvrLlavaModel(LlavaModel):
         return inputs_embeds.masked_scatter(image_mask[..., None], features), features
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        if past_key_values is not None:
+            return past_key_values
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.text_config.use_cache and not self.training)
-        if not use_cache:
-            return None
-        return DynamicCache() if past_key_values is None else past_key_values
+            use_cache = self.config.text_config.use_cache and not self.training
+        return DynamicCache() if use_cache else None
 
     def _check_two_stream(
         self,
@@ -280,7 +283,8 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
         Args:
             input_ids: int64 (B, T), `config.image_token_id` once per image feature.
             pixel_values: float (N, 3, height, width), the images of all rows in order of their marks.
-            attention_mask: (B, past + T), 0 at padding on either side.
+            attention_mask: (B, past + T), 0 at padding on either side. After an unpadded prompt it is not read for a
+                single new token.
             position_ids: int64 (B or 1, T).
             past_key_values: a growing cache such as `DynamicCache`, read and extended.
             inputs_embeds: float (B, T, D) in place of input_ids, with the image token's embedding at image places;
@@ -308,13 +312,13 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             logits_to_keep=logits_to_keep,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         logits = self.lm_head(output.last_hidden_state)
         loss = None
         if labels is not None:
-            if self.config.routing != "none" and input_ids is not None:
-                after_image = nn.functional.pad(input_ids[:, :-1] == self.config.image_token_id, (1, 0))
+            if self.config.routing != "none":
+                after_image = nn.functional.pad(self.model.image_marks(input_ids, inputs_embeds)[:, :-1], (1, 0))
                 labels = labels.masked_fill(after_image, IGNORED_LABEL)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
@@ -357,8 +361,9 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
         """Of the images of whole rows (N, ...), each row's last ones, whose tokens are in the chunk."""
         if chunk.shape[1] == input_ids.shape[1]:
             return pixel_values
-        images = _images_per_row(input_ids, self.config, self.config.image_seq_length)
-        new = _images_per_row(chunk, self.config, self.config.image_seq_length)
+        tokens_per_image = _tokens_per_image(self.config)
+        images = _images_per_row(input_ids, self.config, tokens_per_image)
+        new = _images_per_row(chunk, self.config, tokens_per_image)
         if sum(new) == 0:
             return None
         if len(pixel_values) != sum(images):  # the new images alone, or a mistake, which forward will name
@@ -441,6 +446,17 @@ def _check_pixels(pixel_values: torch.Tensor) -> None:
 
 def _images_per_row(input_ids: torch.Tensor, config: DpvrLlavaConfig, tokens_per_image: int) -> list[int]:
     return ((input_ids == config.image_token_id).sum(1) // tokens_per_image).tolist()
+
+
+def _tokens_per_image(config: DpvrLlavaConfig) -> int:
+    """From the tower's shape where it is a plain ViT; configs often leave `image_seq_length` at its default."""
+    vision = config.vision_config
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return config.image_seq_length
+    patches = (vision.image_size // vision.patch_size) ** 2
+    has_class_token = vision.model_type == "clip_vision_model"
+    drops_one = config.vision_feature_select_strategy == "default"
+    return patches + has_class_token - drops_one
 
 
 def _text_tail(logits_to_keep: int | torch.Tensor, length: int, image_mask: torch.Tensor | None) -> int | None:

@@ -57,7 +57,7 @@ class DpvrArguments:
 
 
 @dataclass
-class TrainingArguments(SFTConfig):
+class SideBranchSFTConfig(SFTConfig):
     """TRL's SFTConfig with the paper's recipe (section 3.4, learning rate scaled to dpvr-mini) as defaults."""
 
     output_dir: str | None = field(default="outputs/dpvr-mini-sft", metadata={"help": "Where the side branch goes."})
@@ -98,7 +98,7 @@ def train(
     model: DpvrLlavaForConditionalGeneration,
     processor: LlavaProcessor,
     args: DpvrArguments,
-    training: TrainingArguments,
+    training: SideBranchSFTConfig,
 ) -> SFTTrainer:
     """Train the side branch on MiniBench; the loss curve is in `trainer.state.log_history`."""
     rows = to_hf_dataset("train", args.num_rows, args.questions_per_row, seed=training.seed)
@@ -139,16 +139,17 @@ def require_transformers() -> None:
         )
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, TrainingArguments]:
+def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, SideBranchSFTConfig]:
     require_transformers()
-    return TrlParser((DpvrArguments, TrainingArguments)).parse_args_and_config(args=argv)
+    return TrlParser((DpvrArguments, SideBranchSFTConfig)).parse_args_and_config(args=argv)
 
 
-def main(args: DpvrArguments, training: TrainingArguments) -> dict[str, Any]:
+def main(args: DpvrArguments, training: SideBranchSFTConfig) -> dict[str, Any]:
     """Train, measure before and after, save; returns what training.json holds."""
     transformers.set_seed(training.seed)
     processor = LlavaProcessor.from_pretrained(args.model_name_or_path)
     model = load_model(args)
+    model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
     routing, rows = model.config.routing, []
     trainable = sum(parameter.numel() for name, parameter in model.named_parameters() if is_side_branch(name))
     print(f"Training {trainable:,} of {model.num_parameters():,} parameters; plan {model.config.layer_plan()}")
@@ -166,7 +167,6 @@ def main(args: DpvrArguments, training: TrainingArguments) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "seed": training.seed,
         "train_seconds": seconds,
-        "rows_per_second": args.num_rows * training.num_train_epochs / seconds,
         "log": trainer.state.log_history,
         "accuracy": rows,
     }

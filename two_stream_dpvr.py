@@ -39,9 +39,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 try:
-    from .configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
+    from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
 except ImportError:
-    from configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
+    from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
 
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2")
 SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
@@ -110,6 +110,7 @@ class CacheRecord:
 
     plan: LayerPlan
     length: int  # slots seen when this was written
+    last_image: int  # slots up to the end of the last image token
     plain: bool  # nothing is padded and no row has filler
     keys: dict[str, torch.Tensor]  # kind of layer -> int64 (B, N) slots, in the order of the keys
 
@@ -125,23 +126,38 @@ class CacheRecord:
                 f"Expected a cache filled under the layer plan in use, {plan}; got one filled under {record.plan}. "
                 "Remedy: prefill again after changing the routing or its layers."
             )
-        if past < record.length:
+        if past < record.last_image:
             raise ValueError(
-                f"Expected at least the {record.length} cached tokens that end with the last image chunk; got {past}. "
+                f"Expected at least the {record.last_image} cached tokens that end with the last image; got {past}. "
                 "Remedy: crop no further back than that, or prefill again."
             )
+        record.check(cache, past)
         return record
+
+    def check(self, cache: Cache, past: int) -> None:
+        """Refuse a cache whose layers do not hold what is noted here, as after a crop to an absolute length."""
+        kinds = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}
+        for index, mode in enumerate(self.plan.modes if self.keys else ()):
+            kind, got = kinds[mode], cache.get_seq_length(index)
+            expected = past if kind == "joint" else self.keys[kind].shape[1] + past - self.length
+            if got != expected:
+                raise ValueError(
+                    f"Expected {expected} keys in layer {index} of a cache of {past} tokens; got {got}. Remedy: "
+                    "prefill again; an absolute crop, as in transformers 4, does not fit layers of different lengths."
+                )
 
     @classmethod
     def note_vanilla(cls, plan: LayerPlan, cache: Cache) -> None:
         """Note on a cache that vanilla LLaVA filled it with an image, so that no other plan goes on with it."""
-        cache.dpvr_record = cls(plan, length=0, plain=True, keys={})
+        cache.dpvr_record = cls(plan, length=0, last_image=0, plain=True, keys={})
 
     def slots(self, kind: str, past: int) -> torch.Tensor:
         """The slots (B, N) of the keys that layers of this kind hold, `past` tokens into the sequence."""
         known = self.keys[kind]
         if kind == "image":
             return known
+        if past < self.length:  # cropped, as assisted decoding does; what lies last in a layer is text
+            return known[:, : known.shape[1] - (self.length - past)]
         later = torch.arange(self.length, past, device=known.device).expand(len(known), -1)
         return torch.cat([known, later], dim=1)
 
@@ -178,6 +194,13 @@ def as_attention_mask(seen: torch.Tensor, implementation: str, dtype: torch.dtyp
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method: one forward pass over a layer plan
+
+
+class SideBranchKeys(DynamicLayer):
+    """The keys of a side layer in a cache: images only, so dropping the last text tokens leaves them alone."""
+
+    def crop(self, *_) -> None:
+        pass
 
 
 class TwoStreamPass:
@@ -222,7 +245,9 @@ class TwoStreamPass:
             return
         counts = image_mask.sum(1)
         padding = counts.new_zeros(()) if self.valid is None else (~self.valid).sum()
-        fewest, most, padding = torch.stack([counts.min(), counts.max(), padding]).tolist()
+        text_at_end = (image_mask.flip(1).cumsum(1) == 0).sum(1).min()
+        fewest, most, padding, text_at_end = torch.stack([counts.min(), counts.max(), padding, text_at_end]).tolist()
+        self.last_image = self.past + self.length - text_at_end
         self.streams = Streams.sort(image_mask, self.past, num_text=self.length - fewest, num_image=most)
         self.plain = self.plain and padding == 0 and fewest == most
 
@@ -232,7 +257,8 @@ class TwoStreamPass:
             return
         if self.streams.has_image:
             keys = {kind: self.key_slots(kind) for kind in ("text", "image", "context")}
-            self.cache.dpvr_record = CacheRecord(self.plan, self.past + self.length, self.plain, keys)
+            end = self.past + self.length
+            self.cache.dpvr_record = CacheRecord(self.plan, end, self.last_image, self.plain, keys)
         elif self.record is not None and self.record.plain and not self.plain:
             self.cache.dpvr_record = replace(self.record, plain=False)
 
@@ -310,10 +336,12 @@ class TwoStreamPass:
 
     def run_side_branch(self, side_branch: nn.ModuleList, image: torch.Tensor) -> torch.Tensor:
         """Algorithm 1, phase 2: the image tokens of a row among themselves, at their own positions, (B, V, D)."""
-        if self.cache is not None and self.cache.layer_class_to_replicate is None:
-            # a cache made for the decoder's layers gets the side branch's as well
-            while len(self.cache.layers) <= side_branch[-1].self_attn.layer_idx:
-                self.cache.layers.append(DynamicLayer())
+        if self.cache is not None:
+            layers, new_layer = self.cache.layers, self.cache.layer_class_to_replicate or DynamicLayer
+            while len(layers) < side_branch[0].self_attn.layer_idx:
+                layers.append(new_layer())
+            while len(layers) <= side_branch[-1].self_attn.layer_idx:
+                layers.append(SideBranchKeys())
         for layer in side_branch:
             image = self.run(layer, image, "image")
         return image

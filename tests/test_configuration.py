@@ -62,6 +62,7 @@ def test_the_default_is_the_papers_recipe_for_7b():
         ({"split_layer": 3, "fusion_layers": [2, 4]}, "from split_layer=3 to 5", "got [2, 4]", "deep stack"),
         ({"split_layer": 3, "fusion_layers": [6]}, "from split_layer=3 to 5", "got [6]", "deep stack"),
         ({"split_layer": 3, "fusion_layers": []}, "from split_layer=3 to 5", "got []", "text_only"),
+        ({"split_layer": 3, "fusion_layers": 4}, "from split_layer=3 to 5", "got 4", "deep stack"),
         ({"split_layer": 3, "fusion_layers": [5, 4]}, "ascending", "got [5, 4]", "[4, 5]"),
         ({"split_layer": 3, "fusion_layers": [4, 4]}, "each once", "got [4, 4]", "[4]"),
         (
@@ -90,9 +91,15 @@ def test_a_plan_survives_saving_and_loading(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = DpvrLlavaConfig.from_pretrained(tmp_path)
     assert loaded.layer_plan() == config.layer_plan()
-    assert loaded.num_fusion_layers == 2 and loaded.side_branch_init == "identity"
+    assert loaded.side_branch_init == "identity"
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == "dpvr_llava" and saved["auto_map"] == AUTO_MAP
+
+
+def test_a_saved_list_of_fusion_layers_can_be_replaced_and_dropped(tmp_path):
+    DpvrLlavaConfig(text_config=TEXT, split_layer=2, fusion_layers=[3, 5]).save_pretrained(tmp_path)
+    assert str(DpvrLlavaConfig.from_pretrained(tmp_path, fusion_layers=[4]).layer_plan()) == "oo|..c."
+    assert str(DpvrLlavaConfig.from_pretrained(tmp_path, fusion_layers=None).layer_plan()) == "oo|...c"
 
 
 def test_a_plan_made_wrong_after_construction_is_refused_when_it_is_used():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from configuration_dpvr import ROUTINGS, DpvrLlavaConfig
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 TOLERANCE = 1e-9
-RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3]]  # one image, two side by side, none, and one in front
+RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3], [1, 0, 2, 1]]  # 1 image, 2 side by side, none, 1 in front, 3
 VARIANTS = [*({"routing": routing} for routing in ROUTINGS), {"num_fusion_layers": 2}, {"fusion_layers": [2]}]
 
 
@@ -84,6 +85,57 @@ def test_repeated_rows_keep_their_own_images_together() -> None:
     model, batch = make_dpvr(), Prompts(RAGGED, "left")
     repeated = answer(model, batch.inputs, do_sample=True, top_k=1, num_return_sequences=3).sequences
     assert torch.equal(repeated, answer(model, batch.inputs).sequences.repeat_interleave(3, dim=0))
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="transformers 4 crops a cache to an absolute length, which layers of different lengths do not have",
+)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_prompt_lookup_finds_the_greedy_answer(variant: dict[str, object]) -> None:
+    model, inputs = make_dpvr(**variant), Prompts([[1, 6]]).inputs
+    greedy = answer(model, inputs, max_new_tokens=8).sequences
+    assert torch.equal(answer(model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3).sequences, greedy)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@torch.no_grad()
+def test_a_rejected_answer_may_be_cropped_and_another_picture_sent(variant: dict[str, object]) -> None:
+    model, first, second = make_dpvr(**variant), Prompts([[2, 4]]), Prompts([[1, 2]], seed=1)
+    cache = DynamicCache()
+    model(**first.inputs, past_key_values=cache)
+    model(input_ids=torch.tensor([[9, 9, 9]]), past_key_values=cache)
+    cache.crop(-5)  # the answer, and two tokens of the question
+    kept = Prompts([[2, 4]])
+    kept.rows[0] = kept.rows[0][:-2]
+    inputs = {**second.inputs, "attention_mask": None}
+    logits = model(**inputs, past_key_values=cache).logits[0]
+    row, images = joined([kept, second], 0)
+    text, want = naive_logits(model, row, images)
+    new = text >= len(kept.rows[0])
+    assert (logits[text[new] - len(kept.rows[0])] - want[new]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_cache_cropped_into_its_picture_or_layer_by_layer_is_refused() -> None:
+    model, batch = make_dpvr(), Prompts([[2, 3]])
+    for damage, message in (
+        (lambda cache: cache.crop(-4), "cached tokens that end with the last image"),
+        (lambda cache: cache.layers[-2].crop(-1), "keys in layer"),
+    ):
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+        damage(cache)
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_given_cache_is_read_even_if_none_is_asked_for() -> None:
+    model, batch = make_dpvr(), Prompts([[2, 3]])
+    caches = [model(**batch.inputs, use_cache=True).past_key_values for _ in range(2)]
+    token = torch.tensor([[9]])
+    kept = model(input_ids=token, past_key_values=caches[0], use_cache=True).logits
+    assert torch.equal(model(input_ids=token, past_key_values=caches[1], use_cache=False).logits, kept)
 
 
 # -- many pieces ------------------------------------------------------------------------------------------------------

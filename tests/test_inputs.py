@@ -67,6 +67,27 @@ def test_an_attention_mask_of_a_wrong_shape_is_refused(llava):
         model(input_ids=ids(1, *IMAGE, 9), pixel_values=pixels(), attention_mask=torch.ones(1, 5))
 
 
+def test_embeddings_with_image_marks_get_the_logits_and_loss_of_ids(model):
+    input_ids = ids(1, *IMAGE, 9, 10)
+    images, labels = pixels() + 0.1, torch.where(input_ids == IMAGE_TOKEN_ID, -100, input_ids)
+    by_ids = model(input_ids=input_ids, pixel_values=images, labels=labels)
+    embeds = model.get_input_embeddings()(input_ids)
+    by_embeds = model(inputs_embeds=embeds, pixel_values=images, labels=labels)
+    assert torch.equal(by_ids.logits, by_embeds.logits) and torch.equal(by_ids.loss, by_embeds.loss)
+
+
+def test_a_tuple_comes_back_where_it_is_asked_for(model):
+    inputs = {"input_ids": ids(1, *IMAGE, 9), "pixel_values": pixels()}
+    assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+
+
+def test_a_cache_is_made_in_evaluation_and_not_in_training(llava):
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2)
+    inputs = {"input_ids": ids(1, *IMAGE, 9), "pixel_values": pixels()}
+    assert model.eval()(**inputs).past_key_values is not None
+    assert model.train()(**inputs).past_key_values is None
+
+
 def test_both_or_neither_of_ids_and_embeddings_are_refused(model):
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(pixel_values=pixels())

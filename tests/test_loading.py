@@ -75,6 +75,13 @@ def copy(source, target, **config_changes):
     return target
 
 
+def load_and_compare(folder, *arguments: str) -> None:
+    command = [sys.executable, "-c", LOAD_AND_COMPARE, *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "MISSING" not in result.stderr and "newly initialized" not in result.stderr
+
+
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 @pytest.mark.parametrize("kind", ["whole", "side"])
 def test_auto_classes_load_a_repository_in_a_fresh_process_from_another_folder(
@@ -82,14 +89,8 @@ def test_auto_classes_load_a_repository_in_a_fresh_process_from_another_folder(
 ):
     repository = copy(repositories / kind, tmp_path / kind)
     arguments = [str(repository), auto_class, str(repositories / "expected.pt")]
-    for path in (str(repository), str(repository) + "-saved-again"):
-        command = [sys.executable, "-c", LOAD_AND_COMPARE, path, *arguments[1:]]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert "MISSING" not in result.stderr and "newly initialized" not in result.stderr
-        if path.endswith("again"):
-            break
-        assert (tmp_path / f"{kind}-saved-again" / "model.safetensors").exists()
+    load_and_compare(tmp_path, *arguments)
+    load_and_compare(tmp_path, f"{repository}-saved-again", *arguments[1:])
 
 
 def test_a_vanilla_checkpoint_loads_directly_and_gets_a_copy_of_the_split_layer(repositories):
@@ -170,6 +171,16 @@ def test_a_whole_repository_that_claims_a_base_is_refused(repositories, tmp_path
 def test_another_number_of_side_layers_than_the_repository_holds_is_refused(repositories):
     with pytest.raises(ValueError, match="weights of 2 side layers"):
         DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole", num_side_layers=2)
+
+
+@pytest.mark.parametrize("kind", ["llava", "whole"])
+def test_the_side_branch_alone_is_never_saved_over_the_base_it_needs(repositories, tmp_path, kind):
+    repository = copy(repositories / kind, tmp_path / kind)
+    before = (repository / "model.safetensors").read_bytes()
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(repository, split_layer=3)
+    with pytest.raises(ValueError, match="Expected another folder than the base's"):
+        model.save_pretrained(repository, side_branch_only=True)
+    assert (repository / "model.safetensors").read_bytes() == before
 
 
 def test_a_model_that_does_not_know_its_base_cannot_save_the_side_branch_alone(tmp_path):

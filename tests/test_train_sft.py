@@ -130,3 +130,9 @@ def test_an_older_transformers_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(train_sft.transformers, "__version__", "4.57.6")
     with pytest.raises(ImportError, match="Expected transformers 5.18 or newer.*got 4.57.6.*Remedy: pip install"):
         train_sft.parse_args([])
+
+
+@NEEDS_TRAINING
+def test_the_bases_own_folder_is_refused_as_output_before_any_training(base):
+    with pytest.raises(ValueError, match="Expected another folder than the base's"):
+        run(base, base)

@@ -29,7 +29,7 @@ from modeling_dpvr import DpvrLlavaForConditionalGeneration, is_side_branch
 
 TOLERANCE = 1e-9
 DEEP_ROUTINGS = tuple(routing for routing in ROUTINGS if routing != "none")
-RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3]]  # one image, two side by side, none, and one in front
+RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3], [1, 0, 2, 1]]  # 1 image, 2 side by side, none, 1 in front, 3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,23 +114,19 @@ model = make_dpvr(dtype=torch.float32)
 valid = (batch.inputs["attention_mask"] == 1)
 with torch.no_grad():
     want = model(**batch.inputs).logits[valid]
-    try:
-        model.set_attn_implementation({"text_config": "flex_attention"})
-        got = model(**batch.inputs).logits[valid]
-    except ValueError:
-        print("refused")
-    else:
-        print("equal" if torch.allclose(got, want, atol=1e-3) else "different")
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    got = model(**batch.inputs).logits[valid]
+    print("equal" if torch.allclose(got, want, atol=1e-3) else "different")
 """
 
 
-def test_flex_attention_is_right_or_refused_and_never_ends_the_process() -> None:
+def test_flex_attention_is_sdpa() -> None:
     """In a process of its own: on CPUs torch's flex kernel can write past its memory when it gets an additive mask."""
     here = Path(__file__).parent
     path = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
     done = subprocess.run([sys.executable, "-c", path + FLEX], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-300:]}"
-    assert done.stdout.split()[-1] in ("equal", "refused")
+    assert done.stdout.split()[-1] == "equal"
 
 
 @examples(10)
