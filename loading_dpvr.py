@@ -42,7 +42,7 @@ class SideBranchLoading:
 
     @classmethod
     def from_llava(cls, llava: LlavaForConditionalGeneration | str, **dpvr_fields) -> "SideBranchLoading":
-        """Turn a LLaVA into DPVR: its weights are shared, not copied; only the side branch is new.
+        """Turn a LLaVA into DPVR: its weights and sub-configs are shared, not copied; only the side branch is new.
 
         Args:
             llava: a model, or the id or path of one.
