@@ -2,8 +2,8 @@
 
     picture -> CLIP ViT -> hidden state of the layer LLaVA reads -> per patch: colour, shape, digit, place (or none)
 
-LLaVA starts from a tower that can already see. A tower from scratch that is trained through the decoder stays blind
-for long: it gets no gradient worth having until the decoder looks at it. The heads are thrown away afterwards.
+LLaVA starts from a tower that can already see, and so does this one. The heads are thrown away afterwards. Training
+without this stage was not tried.
 """
 
 import torch
