@@ -361,9 +361,7 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
         """Of the images of whole rows (N, ...), each row's last ones, whose tokens are in the chunk."""
         if chunk.shape[1] == input_ids.shape[1]:
             return pixel_values
-        tokens_per_image = _tokens_per_image(self.config)
-        images = _images_per_row(input_ids, self.config, tokens_per_image)
-        new = _images_per_row(chunk, self.config, tokens_per_image)
+        images, new = _images_per_row(input_ids, self.config), _images_per_row(chunk, self.config)
         if sum(new) == 0:
             return None
         if len(pixel_values) != sum(images):  # the new images alone, or a mistake, which forward will name
@@ -381,8 +379,7 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
         """Repeat rows for beams and samples; the images of a row stay together, which stock LLaVA gets wrong."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            num_tokens = int((input_ids == self.config.image_token_id).sum())
-            images = _images_per_row(input_ids, self.config, max(num_tokens // len(pixel_values), 1))
+            images = _images_per_row(input_ids, self.config)
             if sum(images) == len(pixel_values):  # if not, forward will name the mismatch
                 pixel_values = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(images)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
@@ -444,8 +441,8 @@ def _check_pixels(pixel_values: torch.Tensor) -> None:
         )
 
 
-def _images_per_row(input_ids: torch.Tensor, config: DpvrLlavaConfig, tokens_per_image: int) -> list[int]:
-    return ((input_ids == config.image_token_id).sum(1) // tokens_per_image).tolist()
+def _images_per_row(input_ids: torch.Tensor, config: DpvrLlavaConfig) -> list[int]:
+    return ((input_ids == config.image_token_id).sum(1) // _tokens_per_image(config)).tolist()
 
 
 def _tokens_per_image(config: DpvrLlavaConfig) -> int:

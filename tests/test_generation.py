@@ -129,6 +129,14 @@ def test_a_cache_cropped_into_its_picture_or_layer_by_layer_is_refused() -> None
             model(input_ids=torch.tensor([[9]]), past_key_values=cache)
 
 
+def test_images_are_counted_by_the_tower_and_not_by_a_config_left_at_its_default() -> None:
+    model, batch = make_dpvr(), Prompts([[1, 0, 2, 1], [2, 2]], "left")
+    beams = {"num_beams": 2, "num_return_sequences": 2}
+    want = answer(model, batch.inputs, **beams).sequences
+    model.config.image_seq_length = 576
+    assert torch.equal(answer(model, batch.inputs, **beams).sequences, want)
+
+
 @torch.no_grad()
 def test_a_given_cache_is_read_even_if_none_is_asked_for() -> None:
     model, batch = make_dpvr(), Prompts([[2, 3]])
