@@ -1,32 +1,28 @@
-"""MiniBench as rows for training and as items for testing.
+"""MiniBench as rows for training.
 
-    MiniBench[i]       {"images": [PIL], "messages": [user, assistant, user, assistant, ...]}   TRL's vision format
-    evaluation_items   (kind, image, question, answer)                                         one question a picture
+    MiniBench[i]   {"images": [PIL], "messages": [user, assistant, user, assistant, ...]}   TRL's vision format
 
 Rows are made when they are asked for, from the split, the seed and their index, so nothing is downloaded or stored.
-The questions of one row share its picture: the picture's tokens are paid for once.
+The questions of one row share its pictures: the pictures' tokens are paid for once. Every task is asked in every row
+of one picture; some rows have two pictures.
 """
 
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
 
-from .questions import CAPTION_REQUEST, KINDS, ask, ask_many, caption
-from .scenes import Split, make_scene
+from .questions import CAPTION_REQUESTS, caption
+from .scenes import Scene, Split, draw_scene
+from .tasks import ONE_PICTURE, Question, ask, ask_openly
 
 Row = dict[str, Any]
 
-
-class Item(NamedTuple):
-    """One question for the evaluation."""
-
-    kind: str
-    image: Image.Image
-    question: str
-    answer: str
+KINDS = (*ONE_PICTURE, "open", "open")
+PAIR_SHARE = 0.15
+SECOND_PICTURE = 3  # questions left out for it: rows of one and of two pictures then have about as many tokens
+CHINESE_CAPTIONS = 0.25
 
 
 class MiniBench:
@@ -35,13 +31,13 @@ class MiniBench:
     Args:
         split: which pictures and handwritten digits; the splits share none.
         size: how many rows.
-        questions_per_row: how many questions about one picture.
+        questions_per_row: how many questions about one picture; rows of two pictures have three fewer.
         seed: another seed is another data set of the same split.
         caption_share: the share of rows that ask for a caption in place of questions.
     """
 
     def __init__(
-        self, split: Split, size: int, questions_per_row: int = 6, seed: int = 0, caption_share: float = 0.0
+        self, split: Split, size: int, questions_per_row: int = 9, seed: int = 0, caption_share: float = 0.0
     ) -> None:
         self.split = split
         self.size = size
@@ -55,37 +51,47 @@ class MiniBench:
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of a data set with {self.size} rows.")
-        scene = make_scene(self.split, self.seed, index)
         rng = random.Random(f"rows/{self.split}/{self.seed}/{index}")
+        scene = draw_scene(self.split, rng)
         if rng.random() < self.caption_share:
-            turns = [(CAPTION_REQUEST, caption(scene))]
+            chinese = rng.random() < CHINESE_CAPTIONS
+            return to_row((scene,), [(CAPTION_REQUESTS[chinese], caption(scene, chinese))])
+        if rng.random() < PAIR_SHARE:
+            scenes = (scene, draw_scene(self.split, rng))
+            kinds = ["multi_image"] * max(1, self.questions_per_row - SECOND_PICTURE)
         else:
-            turns = [(question.text, question.answer) for question in ask_many(scene, self.questions_per_row, rng)]
-        return {"images": [scene.draw()], "messages": to_messages(turns)}
+            scenes = (scene,)
+            kinds = [KINDS[turn % len(KINDS)] for turn in range(self.questions_per_row)]
+        rng.shuffle(kinds)
+        return to_row(scenes, _ask_all(kinds, scenes, rng))
 
 
-def to_messages(turns: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
-    """Return a conversation that starts with the picture; a last answer of None is left for the model to write."""
+def _ask_all(kinds: list[str], scenes: tuple[Scene, ...], rng: random.Random) -> list[tuple[str, str]]:
+    """Return questions of these kinds with their answers, none twice, without those that do not fit the scenes."""
+    found = [ask_openly(*scenes, rng) if kind == "open" else ask(kind, scenes, rng) for kind in kinds]
+    asked: dict[str, Question] = {}
+    for question in found:
+        if question is not None:
+            asked.setdefault(question.text, question)
+    return [(question.text, question.answer) for question in asked.values()]
+
+
+def to_row(scenes: tuple[Scene, ...], turns: list[tuple[str, str]]) -> Row:
+    return {"images": [scene.draw() for scene in scenes], "messages": to_messages(turns, len(scenes))}
+
+
+def to_messages(turns: list[tuple[str, str | None]], num_pictures: int = 1) -> list[dict[str, Any]]:
+    """Return a conversation that starts with the pictures; a last answer of None is left for the model to write."""
     messages = []
     for question, answer in turns:
-        picture = [{"type": "image"}] if not messages else []
-        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        pictures = [] if messages else [{"type": "image"}] * num_pictures
+        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
 
-def evaluation_items(split: Split, num_questions: int, seed: int = 0) -> list[Item]:
-    """Return `num_questions` items of each kind, every one about a picture of its own."""
-    items = []
-    for index in range(num_questions * len(KINDS)):
-        scene = make_scene(split, seed, index)
-        question = ask(scene, KINDS[index % len(KINDS)], random.Random(f"items/{split}/{seed}/{index}"))
-        items.append(Item(question.kind, scene.draw(), question.text, question.answer))
-    return items
-
-
-def to_hf_dataset(split: Split, size: int, questions_per_row: int = 6, seed: int = 0) -> Dataset:
+def to_hf_dataset(split: Split, size: int, questions_per_row: int = 9, seed: int = 0) -> Dataset:
     """Return the rows as a `datasets.Dataset` with the columns images and messages, ready for TRL's SFTTrainer."""
     part = {"type": Value("string"), "text": Value("string")}
     features = Features(

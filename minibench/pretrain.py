@@ -50,7 +50,7 @@ from .tower import PatchCollator, PatchNamer, PatchNames
 
 IGNORED = -100
 VISION_NAME = re.compile(r"vision_tower\.(?!vision_model\.)")
-LENGTH_STEP = 32  # rows are padded to multiples of this, so that compiled layers meet few lengths
+LENGTH_STEP = 16  # rows are padded to multiples of this, so that compiled layers meet few lengths
 
 
 def attention_in_float32(
@@ -188,8 +188,8 @@ class Validation(TrainerCallback):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             with torch.compiler.set_stance("force_eager"):
                 result = evaluate(model, self.processor, split="validation", num_questions=self.num_questions)
-            accuracies = {kind: round(value["accuracy"], 4) for kind, value in result["kinds"].items()}
-            self.log.write(step=state.global_step, validation=accuracies, mean=round(result["mean"], 4))
+            scores = {task: round(score, 4) for task, score in result["tasks"].items()}
+            self.log.write(step=state.global_step, validation=scores, mean=round(result["mean"], 4))
 
 
 def training_arguments(args: argparse.Namespace, stage: str, num_rows: int) -> TrainingArguments:
@@ -286,11 +286,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--text_layers", type=int, default=12)
     parser.add_argument("--text_width", type=int, default=256)
-    parser.add_argument("--vision_layers", type=int, default=5)
-    parser.add_argument("--vision_width", type=int, default=160)
-    parser.add_argument("--tower_pictures", type=int, default=80_000)
+    parser.add_argument("--vision_layers", type=int, default=6)
+    parser.add_argument("--vision_width", type=int, default=192)
+    parser.add_argument("--tower_pictures", type=int, default=120_000)
     parser.add_argument("--pictures", type=int, default=48_000)
-    parser.add_argument("--questions_per_row", type=int, default=8)
+    parser.add_argument("--questions_per_row", type=int, default=9)
     parser.add_argument("--captions_first", type=float, default=0.1875, help="share of the run that is captions only")
     parser.add_argument("--caption_share", type=float, default=0.1, help="share of captions in the rest of it")
     parser.add_argument("--batch_size", type=int, default=48)
@@ -302,7 +302,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--logging_steps", type=int, default=20)
     parser.add_argument("--save_steps", type=int, default=100)
     parser.add_argument("--validation_steps", type=int, default=200)
-    parser.add_argument("--validation_questions", type=int, default=40, help="of each kind")
+    parser.add_argument("--validation_questions", type=int, default=40, help="of each task")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers; needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

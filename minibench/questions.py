@@ -1,115 +1,291 @@
-"""Questions about a scene with one-word answers, and a caption of all of it.
+"""Queries: what can be asked about one picture, before it has a picture.
 
-    attribute   What colour is the thing at the top left?     -> red        (or its shape -> star)
-    existence   Is there a red circle?                        -> yes / no
-    digit       Which digit is at the centre?                 -> 7
-    caption     Describe the picture.                         -> top left: red star; centre: digit 7
+    Query = wording in English and Chinese, the answers it can have, and solve(scene) -> those that are true
 
-No answer can be had without the picture. Colours, shapes and digits are drawn uniformly and independently of the place
-and of the wording. Existence is a coin thrown before the pair is chosen, and every pair is as likely to be asked with
-yes as with no. Half of the absent pairs are adversarial: one half of the pair is in the picture.
+`tasks.py` turns a query into yes/no pairs, multiple choice or comparisons of two pictures. A query that does not fit a
+scene (the star is asked for, and there are two) has no true answer there.
 """
 
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .scenes import COLOURS, SHAPES, Scene
+from .scenes import COLOURS, PLACES, SHAPES, Scene, Shape
 
-KINDS = ("attribute", "existence", "digit")
-CAPTION_REQUEST = "Describe the picture."
-COLOUR_PHRASINGS = (
-    "What colour is the shape at the {place}?",
-    "Which colour does the thing at the {place} have?",
-    "Name the colour at the {place}.",
+NOTHING: frozenset[str] = frozenset()
+DIGITS = tuple(str(digit) for digit in range(10))
+PAIRS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+SIDES = ("left", "right", "above", "below")
+
+_WORDS = dict(
+    zip(
+        (*PLACES, *COLOURS, *SHAPES, "objects", "shapes", "digits"),
+        "左上 上方 右上 左边 中间 右边 左下 下方 右下 红色 绿色 蓝色 黄色 紫色 橙色 "
+        "圆形 方形 三角形 星形 十字 圆环 东西 形状 数字".split(),
+        strict=True,
+    )
 )
-SHAPE_PHRASINGS = (
-    "What shape is at the {place}?",
-    "Which shape does the thing at the {place} have?",
-    "Name the shape at the {place}.",
-)
-DIGIT_PHRASINGS = (
-    "Which digit is at the {place}?",
-    "What digit is written at the {place}?",
-    "Read the digit at the {place}.",
-)
-EXISTENCE_PHRASINGS = (
-    "Is there {pair}?",
-    "Is there {pair} in the picture?",
-    "Does the picture show {pair}?",
-    "Can you see {pair}?",
-)
+CHINESE = _WORDS | {f"{colour} {shape}": _WORDS[colour] + _WORDS[shape] for colour in COLOURS for shape in SHAPES}
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question of a kind about a topic, and the one answer that counts as right."""
+class Query:
+    """A question with a family of answers.
 
-    kind: str
-    topic: str
-    text: str
-    answer: str
-
-
-def ask(scene: Scene, kind: str, rng: random.Random) -> Question:
-    """Return one question of a kind in `KINDS`.
-
-    Raises:
-        ValueError: the kind is unknown.
+    Attributes:
+        skill: what it takes, such as "colour".
+        text: the question in English, `chinese` the same in Chinese.
+        claim: the yes/no question whether "{answer}" is true.
+        subject: the thing it is about.
+        topic: what is asked for, as the noun of "Same or different: ...".
+        answers: all answers it can have.
+        solve: the true ones for a scene, none if the question does not fit it.
     """
-    if kind == "attribute":
-        return _ask_attribute(scene, rng)
-    if kind == "existence":
-        return _ask_existence(scene, rng)
-    if kind == "digit":
-        thing = rng.choice(scene.digits)
-        text = rng.choice(DIGIT_PHRASINGS).format(place=thing.place)
-        return Question(kind, f"digit at {thing.place}", text, str(thing.digit))
-    raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
+
+    skill: str
+    text: str
+    chinese: str
+    claim: str
+    subject: str
+    topic: str
+    answers: tuple[str, ...]
+    solve: Callable[[Scene], frozenset[str]]
 
 
-def _ask_attribute(scene: Scene, rng: random.Random) -> Question:
-    thing = rng.choice(scene.shapes)
-    if rng.random() < 0.5:
-        what, phrasings, answer = "colour", COLOUR_PHRASINGS, thing.colour
-    else:
-        what, phrasings, answer = "shape", SHAPE_PHRASINGS, thing.shape
-    text = rng.choice(phrasings).format(place=thing.place)
-    return Question("attribute", f"{what} at {thing.place}", text, answer)
+def in_chinese(word: str) -> str:
+    """Return an answer in Chinese; numbers stay."""
+    return CHINESE.get(word, word)
 
 
-def _ask_existence(scene: Scene, rng: random.Random) -> Question:
-    present = {(thing.colour, thing.shape) for thing in scene.shapes}
-    answer = rng.choice(("yes", "no"))
-    if answer == "yes":
-        colour, shape = rng.choice(sorted(present))
-    else:
-        colour, shape = rng.choice(_absent_pairs(present, adversarial=rng.random() < 0.5))
-    article = "an" if colour[0] in "aeiou" else "a"
-    text = rng.choice(EXISTENCE_PHRASINGS).format(pair=f"{article} {colour} {shape}")
-    return Question("existence", text, text, answer)
+def _the_only(things: Iterable[Shape], read: Callable[[Shape], str]) -> frozenset[str]:
+    found = list(things)
+    return frozenset((read(found[0]),)) if len(found) == 1 else NOTHING
 
 
-def _absent_pairs(present: set[tuple[str, str]], adversarial: bool) -> list[tuple[str, str]]:
-    absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in present]
-    if not adversarial:
-        return absent
-    colours, shapes = {colour for colour, _ in present}, {shape for _, shape in present}
-    return [(colour, shape) for colour, shape in absent if colour in colours or shape in shapes]
+def colour_at(rng: random.Random) -> Query:
+    place = rng.choice(PLACES)
+
+    def solve(scene: Scene) -> frozenset[str]:
+        thing = scene.by_place.get(place)
+        return frozenset((thing.colour,)) if isinstance(thing, Shape) else NOTHING
+
+    return Query(
+        "colour",
+        f"What colour is the thing at the {place}?",
+        f"{CHINESE[place]}的东西是什么颜色？",
+        f"Is the thing at the {place} {{answer}}?",
+        f"the thing at the {place}",
+        f"the colour at the {place}",
+        tuple(COLOURS),
+        solve,
+    )
 
 
-def ask_many(scene: Scene, count: int, rng: random.Random) -> list[Question]:
-    """Return `count` questions on different topics in random order, the kinds in turn while they have one."""
-    questions: dict[str, Question] = {}
-    turn = 0
-    while len(questions) < count:
-        question = ask(scene, KINDS[turn % len(KINDS)], rng)
-        questions.setdefault(question.topic, question)
-        turn += 1
-    shuffled = list(questions.values())
-    rng.shuffle(shuffled)
-    return shuffled
+def shape_at(rng: random.Random) -> Query:
+    place = rng.choice(PLACES)
+
+    def solve(scene: Scene) -> frozenset[str]:
+        thing = scene.by_place.get(place)
+        return frozenset((thing.shape,)) if isinstance(thing, Shape) else NOTHING
+
+    return Query(
+        "shape",
+        f"What shape is at the {place}?",
+        f"{CHINESE[place]}是什么形状？",
+        f"Is the thing at the {place} a {{answer}}?",
+        f"the thing at the {place}",
+        f"the shape at the {place}",
+        SHAPES,
+        solve,
+    )
 
 
-def caption(scene: Scene) -> str:
+def digit_at(rng: random.Random) -> Query:
+    place = rng.choice(PLACES)
+
+    def solve(scene: Scene) -> frozenset[str]:
+        thing = scene.by_place.get(place)
+        return NOTHING if thing is None or isinstance(thing, Shape) else frozenset((str(thing.digit),))
+
+    return Query(
+        "digit",
+        f"Which digit is at the {place}?",
+        f"{CHINESE[place]}是哪个数字？",
+        f"Is the digit at the {place} a {{answer}}?",
+        f"the digit at the {place}",
+        f"the digit at the {place}",
+        DIGITS,
+        solve,
+    )
+
+
+def colour_of(rng: random.Random) -> Query:
+    shape = rng.choice(SHAPES)
+
+    def solve(scene: Scene) -> frozenset[str]:
+        return _the_only((thing for thing in scene.shapes if thing.shape == shape), lambda thing: thing.colour)
+
+    return Query(
+        "colour",
+        f"What colour is the {shape}?",
+        f"{CHINESE[shape]}是什么颜色？",
+        f"Is the {shape} {{answer}}?",
+        f"the {shape}",
+        f"the colour of the {shape}",
+        tuple(COLOURS),
+        solve,
+    )
+
+
+def place_of_shape(rng: random.Random) -> Query:
+    shape = rng.choice(SHAPES)
+
+    def solve(scene: Scene) -> frozenset[str]:
+        return _the_only((thing for thing in scene.shapes if thing.shape == shape), lambda thing: thing.place)
+
+    return _place_query(f"the {shape}", CHINESE[shape], solve)
+
+
+def place_of_digit(rng: random.Random) -> Query:
+    digit = rng.randrange(10)
+
+    def solve(scene: Scene) -> frozenset[str]:
+        return _the_only((thing for thing in scene.digits if thing.digit == digit), lambda thing: thing.place)
+
+    return _place_query(f"the digit {digit}", f"数字{digit}", solve)
+
+
+def _place_query(name: str, chinese: str, solve: Callable[[Scene], frozenset[str]]) -> Query:
+    return Query(
+        "place",
+        f"Where is {name}?",
+        f"{chinese}在哪里？",
+        f"Is {name} at the {{answer}}?",
+        name,
+        f"the place of {name}",
+        PLACES,
+        solve,
+    )
+
+
+def countable(rng: random.Random) -> tuple[str, str, tuple[str, ...], Callable[[Scene], int]]:
+    """Return something to count: its plural, that in Chinese, the counts that occur, and the count in a scene."""
+    kind = rng.choice(("all", "shape", "shape", "colour", "colour"))
+    if kind == "shape":
+        shape = rng.choice(SHAPES)
+        few = ("0", "1", "2", "3")
+        return PLURALS[shape], CHINESE[shape], few, lambda scene: sum(thing.shape == shape for thing in scene.shapes)
+    if kind == "colour":
+        colour = rng.choice(tuple(COLOURS))
+        name, chinese = f"{colour} things", f"{CHINESE[colour]}的东西"
+        return name, chinese, ("0", "1", "2", "3"), lambda scene: sum(s.colour == colour for s in scene.shapes)
+    whole, counts, read = rng.choice(
+        (
+            ("objects", ("3", "4", "5", "6"), lambda scene: len(scene.objects)),
+            ("shapes", ("1", "2", "3", "4"), lambda scene: len(scene.shapes)),
+            ("digits", ("1", "2", "3", "4"), lambda scene: len(scene.digits)),
+        )
+    )
+    return whole, CHINESE[whole], counts, read
+
+
+def count(rng: random.Random) -> Query:
+    name, chinese, counts, read = countable(rng)
+    return Query(
+        "count",
+        f"How many {name} are there?",
+        f"有几个{chinese}？",
+        f"Is the number of {name} {{answer}}?",
+        f"the {name}",
+        f"the number of {name}",
+        counts,
+        lambda scene: frozenset((str(read(scene)),)),
+    )
+
+
+def side(rng: random.Random) -> Query:
+    """Two shapes in one row or one column."""
+    first, second = rng.sample(SHAPES, 2)
+
+    def solve(scene: Scene) -> frozenset[str]:
+        places = [
+            [PLACES.index(thing.place) for thing in scene.shapes if thing.shape == shape] for shape in (first, second)
+        ]
+        if [len(found) for found in places] != [1, 1]:
+            return NOTHING
+        (row, column), (other_row, other_column) = (divmod(found[0], 3) for found in places)
+        if row == other_row:
+            return frozenset(("left" if column < other_column else "right",))
+        if column == other_column:
+            return frozenset(("above" if row < other_row else "below",))
+        return NOTHING
+
+    return Query(
+        "side",
+        f"On which side of the {second} is the {first}?",
+        f"{CHINESE[first]}在{CHINESE[second]}的哪一边？",
+        f"Is the {first} on this side of the {second}: {{answer}}?",
+        f"the {first}",
+        f"the side of the {second} that the {first} is on",
+        SIDES,
+        solve,
+    )
+
+
+def presence(rng: random.Random) -> Query:
+    """Which pair of colour and shape is there; every one that is there is a true answer."""
+    return Query(
+        "presence",
+        "Which of these is in the picture?",
+        "图中有哪一个？",
+        "Is there a {answer}?",
+        "the picture",
+        "what is there",
+        PAIRS,
+        lambda scene: frozenset(thing.name for thing in scene.shapes),
+    )
+
+
+def digit_sum(rng: random.Random) -> Query:
+    """The sum of the two digits of a picture that has two."""
+
+    def solve(scene: Scene) -> frozenset[str]:
+        if len(scene.digits) != 2:
+            return NOTHING
+        return frozenset((str(sum(thing.digit for thing in scene.digits)),))
+
+    return Query(
+        "sum",
+        "What do the digits add up to?",
+        "数字的和是多少？",
+        "Do the digits add up to {answer}?",
+        "the digits",
+        "the sum of the digits",
+        tuple(str(number) for number in range(2, 17)),
+        solve,
+    )
+
+
+OPEN_QUERIES = (
+    colour_at,
+    shape_at,
+    digit_at,
+    colour_of,
+    place_of_shape,
+    place_of_digit,
+    count,
+    side,
+    digit_sum,
+)
+
+
+CAPTION_REQUESTS = {False: "Describe the picture.", True: "请描述这张图片。"}
+
+
+def caption(scene: Scene, chinese: bool = False) -> str:
     """Return everything in the picture in reading order."""
-    return "; ".join(f"{thing.place}: {thing.name}" for thing in scene.objects)
+    if not chinese:
+        return "; ".join(f"{thing.place}: {thing.name}" for thing in scene.objects)
+    names = [CHINESE[thing.name] if isinstance(thing, Shape) else f"数字 {thing.digit}" for thing in scene.objects]
+    return "; ".join(f"{CHINESE[thing.place]}: {name}" for thing, name in zip(scene.objects, names, strict=True))

@@ -1,16 +1,21 @@
-"""Pictures of a few coloured shapes and handwritten digits, the same for the same seed on every machine.
+"""Pictures of coloured shapes and handwritten digits, the same for the same seed on every machine.
 
-    Split + seed + index -> random.Random -> Scene(background, objects) -> draw() -> 96 x 96 RGB picture
+    random.Random -> Scene(background, objects, drawing order) -> draw() -> 96 x 96 RGB picture
 
-A picture is a 3 x 3 grid of places; two to four of them hold one object each, moved, scaled and tilted a little. The
-digits are real handwriting: the 8 x 8 scans of `sklearn.datasets.load_digits`. That data set does not name its
+A picture is a 3 x 3 grid of places; three to six of them hold one object each, moved, scaled and tilted, so that
+neighbours may overlap. The background is plain or textured, light or dark.
+
+The world has habits, as photos have: six "popular" pairs of colour and shape are drawn three times as often as others,
+and a shape likes company, the `companion` of its colour. POPE's popular and adversarial negatives need both.
+
+The digits are real handwriting: the 8 x 8 scans of `sklearn.datasets.load_digits`. That data set does not name its
 writers, so the splits share writers and are disjoint in *images*: by the index of the scan, see `digit_indices`.
 """
 
 import math
 import random
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -28,9 +33,13 @@ COLOURS = {
     "yellow": (240, 210, 30),
     "purple": (140, 50, 175),
     "orange": (245, 130, 20),
-    "cyan": (50, 200, 215),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+POPULAR = tuple(zip(COLOURS, SHAPES, strict=True))
+POPULAR_SHARE = 0.25
+COMPANION_SHARE = 0.25
+SAME_SHAPE_SHARE = 0.15
+BACKGROUNDS = ("plain", "grain", "gradient", "stripes", "checks")
 OVERSAMPLING = 4
 
 
@@ -69,28 +78,62 @@ class Digit(Object):
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Objects in reading order on a grey background, light or dark, with a little grain."""
+class Background:
+    """A grey surface: `brightness` in 0..255, a texture of `BACKGROUNDS` and its strength in steps of grey."""
 
     brightness: int
-    grain: int
-    grain_seed: int
+    texture: str
+    strength: int
+    seed: int
+
+    def draw(self) -> np.ndarray:
+        """Return `uint8[SIDE, SIDE]`."""
+        rng = np.random.default_rng(self.seed)
+        y, x = np.mgrid[0:SIDE, 0:SIDE]
+        across = x * (turn := rng.uniform(-1, 1)) + y * (1 - abs(turn))
+        if self.texture == "grain":
+            pattern = rng.uniform(-1, 1, (SIDE, SIDE))
+        elif self.texture == "gradient":
+            pattern = across / (SIDE / 2) - 1
+        elif self.texture == "stripes":
+            pattern = np.sin(across * rng.uniform(0.3, 0.9))
+        elif self.texture == "checks":
+            side = rng.integers(5, 14)
+            pattern = (x // side + y // side) % 2 * 2.0 - 1
+        else:
+            pattern = np.zeros((SIDE, SIDE))
+        return np.clip(self.brightness + self.strength * pattern, 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in reading order; `drawing_order` holds their indices, the last one lies on top."""
+
+    background: Background
     objects: tuple[Shape | Digit, ...]
+    drawing_order: tuple[int, ...]
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        return tuple(thing for thing in self.objects if isinstance(thing, Shape))
+
+    @cached_property
+    def digits(self) -> tuple[Digit, ...]:
+        return tuple(thing for thing in self.objects if isinstance(thing, Digit))
+
+    @cached_property
+    def by_place(self) -> dict[str, Shape | Digit]:
+        return {thing.place: thing for thing in self.objects}
 
     @property
-    def shapes(self) -> list[Shape]:
-        return [thing for thing in self.objects if isinstance(thing, Shape)]
-
-    @property
-    def digits(self) -> list[Digit]:
-        return [thing for thing in self.objects if isinstance(thing, Digit)]
+    def from_back_to_front(self) -> list[Shape | Digit]:
+        return [self.objects[index] for index in self.drawing_order]
 
     def draw(self) -> Image.Image:
         """Return the RGB picture, `SIDE` pixels square."""
-        noise = np.random.default_rng(self.grain_seed).integers(-self.grain, self.grain + 1, (SIDE, SIDE, 1))
-        picture = Image.fromarray(np.repeat(np.clip(self.brightness + noise, 0, 255).astype(np.uint8), 3, axis=2))
-        ink = (20, 20, 20) if self.brightness > 127 else (245, 245, 245)
-        for thing in self.objects:
+        picture = Image.fromarray(self.background.draw()).convert("RGB")
+        ink = (20, 20, 20) if self.background.brightness > 127 else (245, 245, 245)
+        for thing in self.from_back_to_front:
             if isinstance(thing, Shape):
                 colour, mask = COLOURS[thing.colour], shape_mask(thing.shape, thing.size, thing.tilt)
             else:
@@ -100,37 +143,73 @@ class Scene:
         return picture
 
 
+def companion(colour: str, shape: str) -> tuple[str, str]:
+    """The pair that likes to be where this one is: the same colour, the next shape."""
+    return colour, SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
+
+
 def make_scene(split: Split, seed: int, index: int) -> Scene:
-    """Return picture `index` of a seed: at least one shape and one digit, two to four objects in all."""
-    rng = random.Random(f"{split}/{seed}/{index}")
-    places = sorted(rng.sample(range(len(PLACES)), rng.randint(2, 4)))
-    kinds = [Shape, Digit] + [rng.choice((Shape, Shape, Digit)) for _ in places[2:]]
-    rng.shuffle(kinds)
-    things = [_make_object(kind, place, split, rng) for kind, place in zip(kinds, places, strict=True)]
-    brightness = rng.choice((rng.randint(200, 250), rng.randint(10, 60)))
-    return Scene(brightness, rng.choice((0, 4, 8)), rng.getrandbits(32), tuple(things))
+    """Return picture `index` of a seed, see `draw_scene`."""
+    return draw_scene(split, random.Random(f"{split}/{seed}/{index}"))
 
 
-def _make_object(kind: type[Shape] | type[Digit], place: int, split: Split, rng: random.Random) -> Shape | Digit:
-    cell = SIDE // 3
-    size = rng.randint(20, 28)
-    slack = (cell - size) // 2
-    centre = tuple(cell * position + cell // 2 + rng.randint(-slack, slack) for position in (place % 3, place // 3))
-    where = (PLACES[place], centre, size, rng.randint(-12, 12))
-    if kind is Shape:
-        return Shape(*where, rng.choice(list(COLOURS)), rng.choice(SHAPES))
+def draw_scene(split: Split, rng: random.Random) -> Scene:
+    """Return three to six objects, one to four of them digits and at least one a shape."""
+    count = rng.randint(3, 6)
+    places = sorted(rng.sample(range(len(PLACES)), count))
+    num_digits = rng.randint(1, min(4, count - 1))
+    digits = set(rng.sample(range(count), num_digits))
+    pairs = _draw_pairs(count - num_digits, rng)
+    things = tuple(
+        _make_digit(place, split, rng) if position in digits else Shape(*_where(place, rng), *pairs.pop())
+        for position, place in enumerate(places)
+    )
+    brightness = rng.choice((rng.randint(195, 250), rng.randint(10, 60)))
+    texture = rng.choice(BACKGROUNDS)
+    background = Background(brightness, texture, rng.randint(5, 20), rng.getrandbits(32))
+    return Scene(background, things, tuple(rng.sample(range(count), count)))
+
+
+def _draw_pairs(count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Return colours and shapes with the world's habits, in random order."""
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < count:
+        habit = rng.random()
+        if pairs and habit < COMPANION_SHARE:
+            pair = companion(*rng.choice(pairs))
+        elif pairs and habit < COMPANION_SHARE + SAME_SHAPE_SHARE:
+            pair = (rng.choice(tuple(COLOURS)), rng.choice(pairs)[1])
+        elif rng.random() < POPULAR_SHARE:
+            pair = rng.choice(POPULAR)
+        else:
+            pair = (rng.choice(tuple(COLOURS)), rng.choice(SHAPES))
+        pairs.append(pair)
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _where(place: int, rng: random.Random) -> tuple[str, tuple[int, int], int, int]:
+    cell, size = SIDE // 3, rng.randint(26, 34)
+    low, high = size - size // 2, SIDE - (size - size // 2)  # inside the picture
+    x, y = (
+        min(max(cell * position + cell // 2 + rng.randint(-5, 5), low), high) for position in (place % 3, place // 3)
+    )
+    return PLACES[place], (x, y), size, rng.randint(-15, 15)
+
+
+def _make_digit(place: int, split: Split, rng: random.Random) -> Digit:
     digit = rng.randrange(10)
-    return Digit(*where, digit, rng.choice(digit_indices(split)[digit]))
+    return Digit(*_where(place, rng), digit, rng.choice(digit_indices(split)[digit]))
 
 
 @cache
 def digit_indices(split: Split) -> list[list[int]]:
-    """Return the scans of each digit in a split: of nine scans in a row, six train, one validates and two test."""
+    """Return the scans of each digit in a split: of ten scans in a row, seven train, one validates and two test."""
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}.")
-    remainders = {"train": range(6), "validation": range(6, 7), "test": range(7, 9)}[split]
+    remainders = {"train": range(7), "validation": range(7, 8), "test": range(8, 10)}[split]
     targets = _digits().target
-    return [[int(i) for i in np.flatnonzero(targets == digit) if i % 9 in remainders] for digit in range(10)]
+    return [[int(i) for i in np.flatnonzero(targets == digit) if i % 10 in remainders] for digit in range(10)]
 
 
 @cache

@@ -67,10 +67,11 @@ class PatchCollator:
 
 
 def patch_labels(scene: Scene, patch: int) -> torch.Tensor:
-    """Return `int[patches, len(NAMES)]`, in raster order: what covers the middle of every patch, 0 for nothing."""
+    """Return `int[patches, len(NAMES)]`, in raster order: what lies on top at the middle of every patch, 0 for
+    nothing."""
     centres = torch.arange(SIDE // patch) * patch + patch / 2
     labels = torch.zeros(len(centres), len(centres), len(NAMES), dtype=torch.long)
-    for thing in scene.objects:
+    for thing in scene.from_back_to_front:
         (x, y), half = thing.centre, thing.size / 2
         covered = ((centres - y).abs() <= half)[:, None] & ((centres - x).abs() <= half)[None, :]
         if isinstance(thing, Shape):

@@ -1,0 +1,134 @@
+"""Scores of MiniBench's tasks, each as in the benchmark that the task is the twin of, all between 0 and 1.
+
+    existence                accuracy, with POPE's precision, recall, F1 and yes-ratio beside it
+    perception, cognition    MME: the mean of accuracy (questions) and accuracy+ (pictures with both answers right)
+    choice_en, choice_cn     MMBench's circular evaluation: right only if right in all four rotations of the options
+    the others               accuracy
+
+Replies are compared as they are: anything but the expected word is wrong.
+"""
+
+from collections import defaultdict
+from math import sqrt
+from typing import Any
+
+from .tasks import TASKS, Item
+
+SIX_BENCH = ("existence", "choice_en", "choice_cn", "science", "scene", "multi_image")
+Z = 1.96
+
+
+def unit_score(item: Item, replies: list[str]) -> float:
+    """Return an item's share of its task's score, in [0, 1]."""
+    right = [reply == answer for reply, (_, answer) in zip(replies, item.questions, strict=True)]
+    if item.task in ("perception", "cognition"):
+        return (sum(right) / len(right) + all(right)) / 2
+    return float(all(right))
+
+
+def score_task(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
+    """Score the items of one task.
+
+    Returns:
+        "score" with its 95 % interval "low", "high"; "n", the number of items; "accuracy" of single questions, of
+        which there are "questions", and its "chance" by guessing; "skills", the score by skill; and what the twin reports besides.
+    """
+    units = [unit_score(item, reply) for item, reply in zip(items, replies, strict=True)]
+    pairs = [
+        (reply, answer)
+        for item, several in zip(items, replies, strict=True)
+        for reply, (_, answer) in zip(several, item.questions, strict=True)
+    ]
+    skills = defaultdict(list)
+    for item, unit in zip(items, units, strict=True):
+        skills[item.skill].append(unit)
+    low, high = wilson_interval(sum(units), len(units))
+    result = {
+        "score": _mean(units),
+        "low": low,
+        "high": high,
+        "n": len(items),
+        "accuracy": _mean([reply == answer for reply, answer in pairs]),
+        "chance": _mean([item.chance for item in items]),
+        "questions": len(pairs),
+        "skills": {skill: _mean(scores) for skill, scores in skills.items()},
+    }
+    if items[0].task == "existence":
+        result |= pope_statistics(pairs)
+    if items[0].task in ("perception", "cognition"):
+        result["accuracy_plus"] = 2 * result["score"] - result["accuracy"]
+    return result
+
+
+def pope_statistics(pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Return POPE's precision, recall, F1 ("yes" is the positive class) and yes-ratio of (reply, answer) pairs."""
+    said = sum(reply == "yes" for reply, _ in pairs)
+    true = sum(answer == "yes" for _, answer in pairs)
+    hits = sum(reply == answer == "yes" for reply, answer in pairs)
+    return {
+        "precision": hits / said if said else 0.0,
+        "recall": hits / true if true else 0.0,
+        "f1": 2 * hits / (said + true) if said + true else 0.0,
+        "yes_ratio": said / len(pairs),
+    }
+
+
+def summarise(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
+    """Score all tasks.
+
+    Returns:
+        "tasks": {task: score}; "mean" over the tasks and "six_bench_mean" over `SIX_BENCH` (None without all of
+        them); "low" and "high" of the mean; "n", the number of items; "details": {task: see `score_task`}.
+    """
+    details = {}
+    for task in TASKS:
+        chosen = [(item, reply) for item, reply in zip(items, replies, strict=True) if item.task == task]
+        if chosen:
+            details[task] = score_task(*map(list, zip(*chosen, strict=True)))
+    scores = {task: detail["score"] for task, detail in details.items()}
+    low, high = mean_interval([(detail["score"], detail["low"], detail["high"]) for detail in details.values()])
+    six = [scores[task] for task in SIX_BENCH if task in scores]
+    return {
+        "tasks": scores,
+        "mean": _mean(list(scores.values())),
+        "low": low,
+        "high": high,
+        "six_bench_mean": _mean(six) if len(six) == len(SIX_BENCH) else None,
+        "n": len(items),
+        "details": details,
+    }
+
+
+def constant_replies(items: list[Item]) -> dict[str, Any]:
+    """Return the summary of the best constant reply to each task: what a majority answer is worth."""
+    best: dict[str, tuple[float, str]] = {}
+    for task in dict.fromkeys(item.task for item in items):
+        own = [item for item in items if item.task == task]
+        answers = sorted({answer for item in own for _, answer in item.questions})
+        best[task] = max(
+            (sum(unit_score(item, [reply] * len(item.questions)) for item in own), reply) for reply in answers
+        )
+    return summarise(items, [[best[item.task][1]] * len(item.questions) for item in items])
+
+
+def wilson_interval(right: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a mean of n values in [0, 1] with the sum `right`.
+
+    Exact coverage is known for proportions; values between 0 and 1 vary less, so for MME it is on the safe side.
+    """
+    share = right / n
+    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(scores: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of independent scores (score, low, high), by MOVER (Zou and Donner 2008)."""
+    mean = _mean([score for score, _, _ in scores])
+    below = sqrt(sum((score - low) ** 2 for score, low, _ in scores)) / len(scores)
+    above = sqrt(sum((high - score) ** 2 for score, _, high in scores)) / len(scores)
+    return mean - below, mean + above
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

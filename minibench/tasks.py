@@ -1,0 +1,389 @@
+"""MiniBench's eight tasks, each the small twin of one of the paper's benchmarks.
+
+    existence    POPE         yes/no, with random, popular and adversarial negatives
+    perception   MME-P        pairs of a yes and a no question: colour, position, count, digit
+    cognition    MME-C        the same: sums of digits, comparisons of digits and of counts, ordering
+    choice_en    MMBench-EN   four options, in all four rotations (circular evaluation)
+    choice_cn    MMBench-CN   the same questions in Chinese
+    science      ScienceQA    a text and the picture together: rules to apply, a sum, a subtraction
+    scene        SEED-Bench   counting, spatial relation, attribute, instance location
+    multi_image  BLINK        two pictures: same or different, which has more, which one holds X
+
+A task drafts a question first, then an outcome is drawn, and the picture last, so that in a test every outcome of
+every question is equally likely, whatever its words: without the picture nothing is better than guessing.
+
+    draft(task, rng) -> Draft  --+-- test: draw an outcome, then scenes until one has it     make_item()
+                                 +-- training: drafts until one fits the scene at hand       ask()
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .questions import (
+    OPEN_QUERIES,
+    PAIRS,
+    PLURALS,
+    Query,
+    colour_at,
+    colour_of,
+    count,
+    countable,
+    digit_at,
+    digit_sum,
+    in_chinese,
+    place_of_digit,
+    place_of_shape,
+    presence,
+    shape_at,
+    side,
+)
+from .scenes import COLOURS, PLACES, POPULAR, SHAPES, Digit, Scene, Split, companion, draw_scene
+
+SKILLS = {
+    "existence": ("random", "popular", "adversarial"),
+    "perception": ("colour", "position", "count", "digit"),
+    "cognition": ("sum", "larger", "more", "order"),
+    "choice_en": ("colour", "shape", "digit", "place", "count", "presence"),
+    "choice_cn": ("colour", "shape", "digit", "place", "count", "presence"),
+    "science": ("rule", "machine", "remainder"),
+    "scene": ("count", "side", "colour", "place"),
+    "multi_image": ("same", "more", "holds"),
+}
+TASKS = tuple(SKILLS)
+ONE_PICTURE = tuple(task for task in TASKS if task != "multi_image")
+LETTERS = ("A", "B", "C", "D")
+PROPERTIES = ("hot", "cold", "wet", "dry", "soft", "hard")
+PATIENCE = 1_000_000
+
+
+class Prompt(NamedTuple):
+    """One wording of a draft, and the reply that is right for each outcome."""
+
+    text: str
+    replies: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question that waits for its picture: all its prompts are scored together.
+
+    Attributes:
+        skill: one of `SKILLS[task]`.
+        outcomes: the outcomes that are equally likely in a test.
+        solve: the outcome for one scene (two for multi_image), None if the question does not fit.
+        prompts: four rotations of the options, the two questions of a pair, or one.
+    """
+
+    skill: str
+    outcomes: tuple[str, ...]
+    solve: Callable[..., str | None]
+    prompts: tuple[Prompt, ...]
+
+
+class Item(NamedTuple):
+    """One unit of a test: `questions` are pairs of a prompt and its right reply about the same pictures.
+
+    `chance` is the share of single questions that a guess among the possible replies gets right.
+    """
+
+    task: str
+    skill: str
+    chance: float
+    scenes: tuple[Scene, ...]
+    questions: tuple[tuple[str, str], ...]
+
+
+class Question(NamedTuple):
+    """A question about a given picture and its answer."""
+
+    task: str
+    text: str
+    answer: str
+
+
+def draft(task: str, skill: str, rng: random.Random) -> Draft:
+    """Return a question of a task and one of its skills.
+
+    Raises:
+        ValueError: the task or the skill is unknown.
+    """
+    if skill not in SKILLS.get(task, ()):
+        raise ValueError(f"Expected a task and one of its skills, one of {SKILLS}; got {task!r} and {skill!r}.")
+    if task == "existence":
+        return _existence(skill, rng)
+    if task in ("perception", "cognition"):
+        return _pair(skill, rng)
+    if task in ("choice_en", "choice_cn"):
+        return _choice(skill, _query(skill, rng), rng, chinese=task == "choice_cn", rotations=4)
+    if task == "science":
+        return _science(skill, rng)
+    if task == "scene":
+        query = colour_of(rng) if skill == "colour" else _query(skill, rng)
+        return _choice(skill, query, rng)
+    return _comparison(skill, rng)
+
+
+def _query(skill: str, rng: random.Random) -> Query:
+    makers = {
+        "colour": (colour_at, colour_of),
+        "shape": (shape_at,),
+        "digit": (digit_at,),
+        "place": (place_of_shape, place_of_digit),
+        "position": (place_of_shape, place_of_digit),
+        "count": (count,),
+        "presence": (presence,),
+        "side": (side,),
+        "sum": (digit_sum,),
+    }
+    return rng.choice(makers[skill])(rng)
+
+
+def _existence(skill: str, rng: random.Random) -> Draft:
+    """POPE: is an object there? The negatives: any, a popular one, one that usually goes with what is there."""
+    colour, shape = rng.choice(POPULAR) if skill == "popular" else rng.choice(PAIRS).split()
+
+    def solve(scene: Scene) -> str | None:
+        pairs = [(thing.colour, thing.shape) for thing in scene.shapes]
+        if (colour, shape) in pairs:
+            return "yes"
+        if skill == "adversarial" and (colour, shape) not in [companion(*pair) for pair in pairs]:
+            return None
+        return "no"
+
+    text = f"Is there {_with_article(f'{colour} {shape}')}?"
+    return Draft(skill, ("yes", "no"), solve, (Prompt(text, {"yes": "yes", "no": "no"}),))
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _pair(skill: str, rng: random.Random) -> Draft:
+    """MME: two statements about one picture, as questions; just one of them is true."""
+    if skill in ("larger", "more", "order"):
+        texts, first_is_true = {"larger": _larger, "more": _more, "order": _order}[skill](rng)
+    else:
+        query = _query(skill, rng)
+        values = rng.sample(query.answers, 2)
+        texts = [query.claim.format(answer=value) for value in values]
+
+        def first_is_true(scene: Scene) -> bool | None:
+            true = query.solve(scene)
+            return None if (values[0] in true) == (values[1] in true) else values[0] in true
+
+    if rng.random() < 0.5:
+        texts, first_is_true = texts[::-1], _negated(first_is_true)
+
+    def solve(scene: Scene) -> str | None:
+        holds = first_is_true(scene)
+        return None if holds is None else "first" if holds else "second"
+
+    replies = ({"first": "yes", "second": "no"}, {"first": "no", "second": "yes"})
+    return Draft(skill, ("first", "second"), solve, tuple(map(Prompt, texts, replies)))
+
+
+def _negated(holds: Callable[[Scene], bool | None]) -> Callable[[Scene], bool | None]:
+    def negation(scene: Scene) -> bool | None:
+        value = holds(scene)
+        return None if value is None else not value
+
+    return negation
+
+
+def _larger(rng: random.Random) -> tuple[list[str], Callable[[Scene], bool | None]]:
+    first, second = rng.sample(PLACES, 2)
+
+    def holds(scene: Scene) -> bool | None:
+        things = [scene.by_place.get(place) for place in (first, second)]
+        if not all(isinstance(thing, Digit) for thing in things) or things[0].digit == things[1].digit:
+            return None
+        return things[0].digit > things[1].digit
+
+    texts = [f"Is the digit at the {first} {how} than the digit at the {second}?" for how in ("larger", "smaller")]
+    return texts, holds
+
+
+def _more(rng: random.Random) -> tuple[list[str], Callable[[Scene], bool | None]]:
+    words = rng.choice((tuple(COLOURS), SHAPES, ("shapes", "digits")))
+    first, second = rng.sample(words, 2)
+
+    def number(word: str, scene: Scene) -> int:
+        if word in ("shapes", "digits"):
+            return len(scene.shapes if word == "shapes" else scene.digits)
+        return sum(word in (thing.colour, thing.shape) for thing in scene.shapes)
+
+    def holds(scene: Scene) -> bool | None:
+        counts = number(first, scene), number(second, scene)
+        return None if counts[0] == counts[1] else counts[0] > counts[1]
+
+    names = [f"{word} things" if word in COLOURS else PLURALS.get(word, word) for word in (first, second)]
+    return [f"Are there {how} {names[0]} than {names[1]}?" for how in ("more", "fewer")], holds
+
+
+def _order(rng: random.Random) -> tuple[list[str], Callable[[Scene], bool | None]]:
+    def holds(scene: Scene) -> bool | None:
+        columns = [PLACES.index(thing.place) % 3 for thing in scene.digits]
+        if len(columns) < 2 or len(set(columns)) < len(columns):
+            return None
+        digits = [thing.digit for _, thing in sorted(zip(columns, scene.digits, strict=True))]
+        steps = {(after > before) - (after < before) for before, after in zip(digits, digits[1:], strict=False)}
+        return None if len(steps) > 1 or 0 in steps else steps == {1}
+
+    return [f"From left to right, do the digits go {way}?" for way in ("up", "down")], holds
+
+
+def _choice(
+    skill: str, query: Query, rng: random.Random, num: int = 4, chinese: bool = False, rotations: int = 1
+) -> Draft:
+    """A query with options, just one of them true; MMBench asks it once per rotation of the options."""
+    options = tuple(rng.sample(query.answers, num))
+
+    def solve(scene: Scene) -> str | None:
+        true = [option for option in options if option in query.solve(scene)]
+        return true[0] if len(true) == 1 else None
+
+    text = query.chinese if chinese else query.text
+    prompts = tuple(_with_options(text, options[turn:] + options[:turn], chinese) for turn in range(rotations))
+    return Draft(skill, options, solve, prompts)
+
+
+def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) -> Prompt:
+    replies = dict(zip(options, LETTERS, strict=False))
+    if chinese:
+        words = [f"{letter}.{in_chinese(option)}" for option, letter in replies.items()]
+    else:
+        words = [f"{letter}. {option}" for option, letter in replies.items()]
+    return Prompt(" ".join([text, *words]), replies)
+
+
+def _science(skill: str, rng: random.Random) -> Draft:
+    """ScienceQA: the text holds one half of what the answer needs, the picture the other."""
+    if skill == "rule":
+        return _rule(rng)
+    if skill == "machine":
+        return _machine(rng)
+    colour = rng.choice(tuple(COLOURS))
+    options = tuple(rng.sample(("1", "2", "3", "4", "5"), 4))
+
+    def solve(scene: Scene) -> str | None:
+        taken = sum(thing.colour == colour for thing in scene.shapes)
+        left = str(len(scene.objects) - taken)
+        return left if taken and left in options else None
+
+    text = f"All {colour} things are taken away. How many objects are left?"
+    return Draft(skill, options, solve, (_with_options(text, options),))
+
+
+def _rule(rng: random.Random) -> Draft:
+    """Three rules in the text: which one holds for the thing in the picture?"""
+    query = rng.choice((colour_at, colour_of, shape_at))(rng)
+    keys = rng.sample(query.answers, 3)
+    rules = dict(zip(keys, rng.sample(PROPERTIES, 3), strict=True))
+    options = tuple(rng.sample(tuple(rules.values()), 3))
+
+    def solve(scene: Scene) -> str | None:
+        return next((rules[value] for value in query.solve(scene) if value in rules), None)
+
+    names = [PLURALS[key] if key in SHAPES else f"{key} things" for key in keys]
+    text = ", ".join(f"{name} are {rules[key]}" for name, key in zip(names, keys, strict=True))
+    return Draft("rule", options, solve, (_with_options(f"Rules: {text}. How is {query.subject}?", options),))
+
+
+def _machine(rng: random.Random) -> Draft:
+    query, step = digit_at(rng), rng.randint(1, 5)
+    options = tuple(str(int(digit) + step) for digit in rng.sample(query.answers, 4))
+
+    def solve(scene: Scene) -> str | None:
+        return next((out for digit in query.solve(scene) if (out := str(int(digit) + step)) in options), None)
+
+    text = f"A machine adds {step}. {query.subject.capitalize()} goes in. What comes out?"
+    return Draft("machine", options, solve, (_with_options(text, options),))
+
+
+def _comparison(skill: str, rng: random.Random) -> Draft:
+    """BLINK: two pictures."""
+    if skill == "same":
+        query = rng.choice((colour_at, colour_of, shape_at, digit_at, count))(rng)
+
+        def solve(one: Scene, other: Scene) -> str | None:
+            answers = query.solve(one), query.solve(other)
+            return None if not all(answers) else "same" if answers[0] == answers[1] else "different"
+
+        return _words(skill, ("same", "different"), solve, f"Same or different: {query.topic}?")
+    if skill == "more":
+        name, _, _, read = countable(rng)
+
+        def solve(one: Scene, other: Scene) -> str | None:
+            counts = read(one), read(other)
+            return None if counts[0] == counts[1] else "first" if counts[0] > counts[1] else "second"
+
+        return _words(skill, ("first", "second"), solve, f"Which picture has more {name}?")
+    name = rng.choice(PAIRS) if rng.random() < 0.6 else f"digit {rng.randrange(10)}"
+
+    def solve(one: Scene, other: Scene) -> str | None:
+        held = [name in [thing.name for thing in scene.objects] for scene in (one, other)]
+        return None if held[0] == held[1] else "first" if held[0] else "second"
+
+    return _words(skill, ("first", "second"), solve, f"Which picture has the {name}?")
+
+
+def _words(skill: str, outcomes: tuple[str, str], solve: Callable[[Scene, Scene], str | None], text: str) -> Draft:
+    return Draft(skill, outcomes, solve, (Prompt(text, {outcome: outcome for outcome in outcomes}),))
+
+
+def make_item(task: str, split: Split, seed: int, index: int) -> Item:
+    """Return test item `index` of a task: question first, then an outcome, then scenes until they have it.
+
+    The two choice tasks share their random numbers, and so their questions and pictures.
+    """
+    rng = random.Random(f"items/{split}/{seed}/{task.removesuffix('_cn').removesuffix('_en')}/{index}")
+    skill = SKILLS[task][index % len(SKILLS[task])]
+    question = draft(task, skill, rng)
+    outcome = rng.choice(question.outcomes)
+    for _ in range(PATIENCE):
+        scenes = tuple(draw_scene(split, rng) for _ in range(2 if task == "multi_image" else 1))
+        if question.solve(*scenes) == outcome:
+            texts = tuple((prompt.text, prompt.replies[outcome]) for prompt in question.prompts)
+            return Item(task, skill, 1 / len(question.outcomes), scenes, texts)
+    raise RuntimeError(f"No scene in {PATIENCE} answers {question.prompts[0].text!r} with {outcome!r}.")
+
+
+def ask(task: str, scenes: tuple[Scene, ...], rng: random.Random) -> Question | None:
+    """Return a question of a task that fits the scenes at hand, for training; None if none was found.
+
+    Outcomes are as even as the scenes allow: one is drawn first, and drafts are made until one has it.
+    """
+    for skill in rng.sample(SKILLS[task], len(SKILLS[task])):
+        found = _ask(task, skill, scenes, rng)
+        if found is not None:
+            return found
+    return None
+
+
+def _ask(task: str, skill: str, scenes: tuple[Scene, ...], rng: random.Random, tries: int = 40) -> Question | None:
+    aim, spare = rng.random(), None
+    for _ in range(tries):
+        question = draft(task, skill, rng)
+        outcome = question.solve(*scenes)
+        if outcome is None:
+            continue
+        prompt = rng.choice(question.prompts)
+        found = Question(task, prompt.text, prompt.replies[outcome])
+        if outcome == sorted(question.outcomes)[int(aim * len(question.outcomes))]:
+            return found
+        spare = spare or found
+    return spare
+
+
+def ask_openly(scene: Scene, rng: random.Random) -> Question | None:
+    """Return a question with a free, short answer, in English or Chinese, for training: no task asks it."""
+    chinese = rng.random() < 0.5
+    for _ in range(20):
+        query = rng.choice(OPEN_QUERIES)(rng)
+        for answer in query.solve(scene):
+            if chinese:
+                return Question("open", query.chinese, in_chinese(answer))
+            return Question("open", query.text, answer)
+    return None
