@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from tqdm import tqdm
 
 from .questions import CAPTION_REQUESTS, caption
 from .scenes import Scene, Split, draw_scene
@@ -98,7 +99,8 @@ def to_hf_dataset(split: Split, size: int, questions_per_row: int = 9, seed: int
         {"images": [ImageFeature()], "messages": [{"role": Value("string"), "content": [part]}]},
     )
     rows = MiniBench(split, size, questions_per_row, seed)
-    return Dataset.from_list([_with_texts(rows[index]) for index in range(size)], features=features)
+    indices = tqdm(range(size), desc=f"MiniBench {split}", unit="row")
+    return Dataset.from_list([_with_texts(rows[index]) for index in indices], features=features)
 
 
 def _with_texts(row: Row) -> Row:

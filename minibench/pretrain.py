@@ -1,7 +1,7 @@
 """Train a small vanilla LLaVA from scratch on MiniBench.
 
     vision tower    PatchNamer on pictures alone (tower.py)                         in the place of CLIP's training
-    LLaVA           dense captions, then questions and a few captions, one go       in the place of LLaVA's two stages
+    projector, LLM  dense captions, then questions and a few captions, one go       in the place of LLaVA's two stages
 
 Both run in `transformers.Trainer` and keep checkpoints: the same command again goes on where a killed run stopped. The
 linear layers run in bfloat16 by autocast and the attention in float32, which is the fast way round on a CPU.
@@ -87,8 +87,8 @@ def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForC
         hidden_size=args.text_width,
         intermediate_size=5 * args.text_width // 4,
         num_hidden_layers=args.text_layers,
-        num_attention_heads=args.text_width // 32,
-        num_key_value_heads=args.text_width // 32,
+        num_attention_heads=args.text_width // 64,
+        num_key_value_heads=args.text_width // 64,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         **special,
@@ -242,7 +242,11 @@ def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
 
 
 def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    """Train everything on captions first, then on questions with some captions among them."""
+    """Train projector and decoder on captions first, then on questions with some captions among them.
+
+    The tower stays as it is, as CLIP does in LLaVA.
+    """
+    model.model.vision_tower.requires_grad_(False)
     num_captions = int(args.captions_first * args.pictures)
     captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
     num_mixed = args.pictures - num_captions
@@ -289,11 +293,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision_layers", type=int, default=6)
     parser.add_argument("--vision_width", type=int, default=192)
     parser.add_argument("--tower_pictures", type=int, default=120_000)
-    parser.add_argument("--pictures", type=int, default=48_000)
+    parser.add_argument("--pictures", type=int, default=76_000)
     parser.add_argument("--questions_per_row", type=int, default=9)
-    parser.add_argument("--captions_first", type=float, default=0.1875, help="share of the run that is captions only")
-    parser.add_argument("--caption_share", type=float, default=0.1, help="share of captions in the rest of it")
-    parser.add_argument("--batch_size", type=int, default=48)
+    parser.add_argument("--captions_first", type=float, default=0.13, help="share of the run that is captions only")
+    parser.add_argument("--caption_share", type=float, default=0.08, help="share of captions in the rest of it")
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adamw_lr", type=float, default=2e-3)
     parser.add_argument("--warmup_steps", type=int, default=50)
@@ -301,7 +305,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--logging_steps", type=int, default=20)
     parser.add_argument("--save_steps", type=int, default=100)
-    parser.add_argument("--validation_steps", type=int, default=200)
+    parser.add_argument("--validation_steps", type=int, default=250)
     parser.add_argument("--validation_questions", type=int, default=40, help="of each task")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers; needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)

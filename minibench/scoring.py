@@ -31,7 +31,8 @@ def score_task(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
 
     Returns:
         "score" with its 95 % interval "low", "high"; "n", the number of items; "accuracy" of single questions, of
-        which there are "questions", and its "chance" by guessing; "skills", the score by skill; and what the twin reports besides.
+        which there are "questions", and its "chance" by guessing; "skills", the score by skill; and what the twin
+        reports besides.
     """
     units = [unit_score(item, reply) for item, reply in zip(items, replies, strict=True)]
     pairs = [
