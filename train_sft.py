@@ -50,9 +50,9 @@ class DpvrArguments:
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Deep layers that read the image."})
     side_branch_init: str | None = field(default=None, metadata={"help": "split_layer, identity or random."})
     num_rows: int = field(default=5000, metadata={"help": "Training pictures from MiniBench."})
-    questions_per_row: int = field(default=6, metadata={"help": "Questions about one picture, in one conversation."})
+    questions_per_row: int = field(default=7, metadata={"help": "Questions about one picture, in one conversation."})
     eval_questions: int = field(
-        default=200, metadata={"help": "Test questions of each kind, before and after; 0: none."}
+        default=60, metadata={"help": "Validation questions of each task, before and after; 0: none."}
     )
 
 
@@ -110,13 +110,13 @@ def train(
 def measure(
     model: DpvrLlavaForConditionalGeneration, processor: LlavaProcessor, name: str, routing: str, num_questions: int
 ) -> dict[str, Any]:
-    """Accuracy on MiniBench's test questions under a routing, printed as one line of the table."""
+    """Score on MiniBench's validation questions under a routing, printed as one line of the table."""
     before = model.config.routing
     model.set_routing(routing)
-    scores = evaluate(model, processor, num_questions=num_questions)
+    scores = evaluate(model, processor, split="validation", num_questions=num_questions, description=name)
     model.set_routing(before)
-    kinds = "  ".join(f"{kind} {score['accuracy']:6.1%}" for kind, score in scores["kinds"].items())
-    print(f"{name:<18} mean {scores['mean']:6.1%}   {kinds}   (n = {scores['n']})", flush=True)
+    tasks = "  ".join(f"{task} {score:.1%}" for task, score in scores["tasks"].items())
+    print(f"{name:<16} mean {scores['mean']:6.1%}   {tasks}   (n = {scores['n']})", flush=True)
     return {"name": name, "routing": routing, **scores}
 
 

@@ -16,13 +16,11 @@ from tqdm import tqdm
 
 from .questions import CAPTION_REQUESTS, caption
 from .scenes import Scene, Split, draw_scene
-from .tasks import ONE_PICTURE, Question, ask, ask_openly
+from .tasks import ONE_PICTURE, Question, ask
 
 Row = dict[str, Any]
 
-KINDS = (*ONE_PICTURE, "open", "open")
 PAIR_SHARE = 0.15
-SECOND_PICTURE = 3  # questions left out for it: rows of one and of two pictures then have about as many tokens
 CHINESE_CAPTIONS = 0.25
 
 
@@ -32,13 +30,13 @@ class MiniBench:
     Args:
         split: which pictures and handwritten digits; the splits share none.
         size: how many rows.
-        questions_per_row: how many questions about one picture; rows of two pictures have three fewer.
+        questions_per_row: how many questions of the tasks, in turn, without the free ones before some of them.
         seed: another seed is another data set of the same split.
         caption_share: the share of rows that ask for a caption in place of questions.
     """
 
     def __init__(
-        self, split: Split, size: int, questions_per_row: int = 9, seed: int = 0, caption_share: float = 0.0
+        self, split: Split, size: int, questions_per_row: int = 7, seed: int = 0, caption_share: float = 0.0
     ) -> None:
         self.split = split
         self.size = size
@@ -59,20 +57,19 @@ class MiniBench:
             return to_row((scene,), [(CAPTION_REQUESTS[chinese], caption(scene, chinese))])
         if rng.random() < PAIR_SHARE:
             scenes = (scene, draw_scene(self.split, rng))
-            kinds = ["multi_image"] * max(1, self.questions_per_row - SECOND_PICTURE)
+            tasks = ["multi_image"] * self.questions_per_row
         else:
             scenes = (scene,)
-            kinds = [KINDS[turn % len(KINDS)] for turn in range(self.questions_per_row)]
-        rng.shuffle(kinds)
-        return to_row(scenes, _ask_all(kinds, scenes, rng))
+            tasks = rng.sample(ONE_PICTURE, len(ONE_PICTURE))
+            tasks = [tasks[turn % len(tasks)] for turn in range(self.questions_per_row)]
+        return to_row(scenes, _ask_all(tasks, scenes, rng))
 
 
-def _ask_all(kinds: list[str], scenes: tuple[Scene, ...], rng: random.Random) -> list[tuple[str, str]]:
-    """Return questions of these kinds with their answers, none twice, without those that do not fit the scenes."""
-    found = [ask_openly(*scenes, rng) if kind == "open" else ask(kind, scenes, rng) for kind in kinds]
+def _ask_all(tasks: list[str], scenes: tuple[Scene, ...], rng: random.Random) -> list[tuple[str, str]]:
+    """Return questions of these tasks with their answers, none twice, without those that do not fit the scenes."""
     asked: dict[str, Question] = {}
-    for question in found:
-        if question is not None:
+    for task in tasks:
+        for question in ask(task, scenes, rng):
             asked.setdefault(question.text, question)
     return [(question.text, question.answer) for question in asked.values()]
 
@@ -92,7 +89,7 @@ def to_messages(turns: list[tuple[str, str | None]], num_pictures: int = 1) -> l
     return messages
 
 
-def to_hf_dataset(split: Split, size: int, questions_per_row: int = 9, seed: int = 0) -> Dataset:
+def to_hf_dataset(split: Split, size: int, questions_per_row: int = 7, seed: int = 0) -> Dataset:
     """Return the rows as a `datasets.Dataset` with the columns images and messages, ready for TRL's SFTTrainer."""
     part = {"type": Value("string"), "text": Value("string")}
     features = Features(

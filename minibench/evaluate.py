@@ -54,6 +54,7 @@ def evaluate(
     batch_size: int = 64,
     blind: bool = False,
     tasks: Iterable[str] = TASKS,
+    description: str = "MiniBench",
 ) -> dict[str, Any]:
     """Ask `num_questions` of each task and return `scoring.summarise`, with "ended": the share of replies that stopped
     by themselves within `MAX_NEW_TOKENS`."""
@@ -62,7 +63,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     replies: list[Reply] = []
-    with tqdm(total=len(asked), desc=f"MiniBench {split}", unit="question") as progress:
+    with tqdm(total=len(asked), desc=description, unit="question") as progress:
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
             replies += answer(model, processor, batch, blind=blind)

@@ -6,8 +6,8 @@
 
     python -m minibench.export --output_dir outputs/train --format datasets --split train --size 5000
 
-Both forms hold the rows of `MiniBench(split, size, questions_per_row, seed)`. In LLaVA's JSON a row of two pictures has
-a list of names as its "image", and one "<image>" per picture at the start of its first question.
+Both forms hold the rows of `MiniBench(split, size, questions_per_row, seed)`. In LLaVA's JSON a row of two pictures
+has a list of names as its "image", and one "<image>" per picture at the start of its first question.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"Expected --size of at least 1 row, got {args.size}.")
     if args.output_dir.is_file() or (args.output_dir.is_dir() and any(args.output_dir.iterdir())):
         raise ValueError(
-            f"Expected --output_dir to be a new or an empty folder, got {args.output_dir}, where something is already. "
+            f"Expected --output_dir to be a new or an empty folder, got {args.output_dir}, where something is. "
             "Remedy: name another folder, or empty this one."
         )
     path = write_datasets(args) if args.format == "datasets" else write_llava(args)

@@ -267,19 +267,6 @@ def digit_sum(rng: random.Random) -> Query:
     )
 
 
-OPEN_QUERIES = (
-    colour_at,
-    shape_at,
-    digit_at,
-    colour_of,
-    place_of_shape,
-    place_of_digit,
-    count,
-    side,
-    digit_sum,
-)
-
-
 CAPTION_REQUESTS = {False: "Describe the picture.", True: "请描述这张图片。"}
 
 

@@ -1,9 +1,11 @@
-"""The README's table of dpvr-mini's accuracy, made from the JSON files in `results/dpvr_mini/`.
+"""The README's tables about dpvr-mini, made from the JSON files in `results/dpvr_mini/`.
 
-training.json   from train_sft.py: vanilla, the untrained and the trained side branch
-accuracy.json   from minibench.evaluate: the weights in this repository, seeing and blind
+accuracy.json       benchmark_accuracy.py --suite minibench    vanilla, untrained, trained, blind
+depth.json          minibench.depth                            the score by the number of layers that see the picture
+pretraining.jsonl   minibench.pretrain                         the curve on the validation split
+training.json       train_sft.py                               what training the side branch took
     |
-README.md, between the marks <!-- accuracy -->
+README.md, between marks such as <!-- accuracy --> and <!-- /accuracy -->
 
 python -m minibench.report
 """
@@ -13,60 +15,146 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path("results/dpvr_mini")
-MARKS = ("<!-- accuracy -->\n", "<!-- /accuracy -->\n")
-NAMES = {"none": "vanilla LLaVA", "late_fusion": "late fusion, trained side branch"}
+NAMES = {
+    "vanilla": "vanilla LLaVA",
+    "untrained": "late fusion, untrained side branch",
+    "late_fusion": "late fusion, trained side branch",
+    "blind": "vanilla LLaVA, blind",
+    "constant reply": "always the best constant reply",
+}
 
 
-def render(results: Path = RESULTS) -> str:
-    """The table and the records under it, as Markdown."""
-    training, accuracy = (_read(results / f"{name}.json") for name in ("training", "accuracy"))
-    untrained = next(row for row in training["accuracy"] if row["name"] == "untrained branch")
-    kinds = list(untrained["kinds"])
-    seeing, blind = ([row for row in accuracy["rows"] if row["blind"] == is_blind] for is_blind in (False, True))
-    rows = [(NAMES[row["routing"]], row) for row in seeing]
-    rows.insert(1, ("late fusion, untrained side branch", untrained))
-    rows += [(f"{NAMES[row['routing']]}, blind", row) for row in blind]
-    lines = [
-        "| " + " | ".join(["", *kinds, "mean", "95% interval, all questions"]) + " |",
-        "|---" * (len(kinds) + 3) + "|",
-    ]
-    for name, row in rows:
-        cells = [f"{row['kinds'][kind]['accuracy']:.1%}" for kind in kinds]
-        lines.append("| " + " | ".join([name, *cells, f"{row['mean']:.1%}", _interval(row)]) + " |")
-    chance = [f"{untrained['kinds'][kind]['chance']:.1%}" for kind in kinds]
-    lines.append(
-        "| " + " | ".join(["always the most frequent answer", *chance, f"{untrained['chance']:.1%}", ""]) + " |"
+def render_accuracy(results: Path) -> str:
+    """The scores of all rows, and what is behind them."""
+    accuracy, training = _read(results / "accuracy.json"), _read(results / "training.json")
+    rows = [*accuracy["rows"], {"name": "constant reply", **accuracy["constant_reply"]}]
+    vanilla, blind = (next(row for row in rows if row["name"] == name) for name in ("vanilla", "blind"))
+    lines = _table(
+        ["", *vanilla["tasks"], "mean", "95% interval of the mean", "six-bench mean"],
+        [
+            [
+                NAMES[row["name"]],
+                *map(_percent, row["tasks"].values()),
+                _percent(row["mean"]),
+                f"{_percent(row['low'])} to {_percent(row['high'])}",
+                _percent(row["six_bench_mean"]),
+            ]
+            for row in rows
+        ],
     )
-    plan = ", ".join(f"{name}={value!r}" for name, value in training["dpvr"].items() if value is not None)
+    details = blind["details"]
+    lines += ["", "Blind against chance, in single questions answered right (the scores above are stricter):", ""]
+    lines += _table(
+        ["", *details],
+        [
+            ["blind", *(_percent(detail["accuracy"]) for detail in details.values())],
+            ["a guess among the possible replies", *(_percent(detail["chance"]) for detail in details.values())],
+            ["single questions", *(str(detail["questions"]) for detail in details.values())],
+        ],
+    )
+    pope = ("precision", "recall", "f1", "yes_ratio")
+    lines += ["", "Existence, as POPE reports it:", ""]
+    lines += _table(
+        ["", *pope],
+        [
+            [NAMES[row["name"]], *(_percent(row["details"]["existence"][name]) for name in pope)]
+            for row in accuracy["rows"]
+        ],
+    )
+    plan = ", ".join(f"{name}={value!r}" for name, value in accuracy["dpvr"].items() if value is not None)
     lines += [
         "",
-        f"{accuracy['num_questions']} test questions of each kind, one seed. Config: `{plan}`. "
-        f"{training['trainable_parameters']:,} parameters were trained, for {training['train_seconds']:.0f} s.",
+        f"{accuracy['limit']} test questions of each task, seed {accuracy['seed']}; the 95% half-width of one task's "
+        f"score is at most {_widest(accuracy['rows'])} points. {vanilla['ended']:.1%} of the vanilla model's replies "
+        f"ended by themselves. Config: `{plan}`; {training['trainable_parameters']:,} parameters were trained, for "
+        f"{training['train_seconds']:.0f} s.",
         f"Made by `{accuracy['command']}` and `{training['command']}`",
-        f"on {accuracy['hardware']}, torch {accuracy['versions']['torch']}, "
-        f"transformers {accuracy['versions']['transformers']}.",
+        *_machine(accuracy),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _interval(row: dict[str, Any]) -> str:
-    return f"{row['low']:.1%} to {row['high']:.1%}"
+def render_depth(results: Path) -> str:
+    """One row per number of layers in which the text sees the picture."""
+    depth = _read(results / "depth.json")
+    lines = _table(
+        ["layers with the picture", *depth["rows"][0]["tasks"], "mean"],
+        [
+            [str(row["layers_with_image"]), *map(_percent, row["tasks"].values()), _percent(row["mean"])]
+            for row in depth["rows"]
+        ],
+    )
+    lines += [
+        "",
+        f"{depth['limit']} validation questions of each task. Made by `{depth['command']}`",
+        *_machine(depth),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_pretraining(results: Path) -> str:
+    """The validation scores in the course of pretraining."""
+    log = [json.loads(line) for line in (results / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()]
+    start = next(entry for entry in log if entry["stage"] == "start")
+    validations = [entry for entry in log if "validation" in entry]
+    losses = {entry["step"]: entry["loss"] for entry in log if entry["stage"] == "llava" and "loss" in entry}
+    lines = _table(
+        ["step", "loss", *validations[0]["validation"], "mean"],
+        [
+            [
+                str(entry["step"]),
+                f"{losses[max(step for step in losses if step <= entry['step'])]:.3f}",
+                *map(_percent, entry["validation"].values()),
+                _percent(entry["mean"]),
+            ]
+            for entry in validations
+        ],
+    )
+    return "\n".join([*lines, "", f"Made by `{start['command']}`", *_machine(start)]) + "\n"
+
+
+BLOCKS = {"accuracy": render_accuracy, "depth": render_depth, "pretraining": render_pretraining}
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _machine(record: dict[str, Any]) -> list[str]:
+    versions = record["versions"]
+    return [f"on {record['hardware']}, torch {versions['torch']}, transformers {versions['transformers']}."]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _widest(rows: list[dict[str, Any]]) -> str:
+    widths = [detail["high"] - detail["low"] for row in rows for detail in row["details"].values()]
+    return f"{100 * max(widths) / 2:.1f}"
 
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def between_marks(readme: str) -> str:
-    """What stands in the README between the marks."""
-    return readme.split(MARKS[0])[1].split(MARKS[1])[0]
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+
+
+def between_marks(readme: str, name: str) -> str:
+    """What stands in the README between the marks of a block."""
+    start, end = _marks(name)
+    return readme.split(start)[1].split(end)[0]
 
 
 def main() -> None:
     path = Path("README.md")
-    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    path.write_text(before + MARKS[0] + render() + MARKS[1] + after, encoding="utf-8")
+    readme = path.read_text(encoding="utf-8")
+    for name, render in BLOCKS.items():
+        start, end = _marks(name)
+        readme = readme.replace(start + between_marks(readme, name) + end, start + render(RESULTS) + end)
+    path.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .questions import (
-    OPEN_QUERIES,
     PAIRS,
     PLURALS,
     Query,
@@ -56,6 +55,7 @@ ONE_PICTURE = tuple(task for task in TASKS if task != "multi_image")
 LETTERS = ("A", "B", "C", "D")
 PROPERTIES = ("hot", "cold", "wet", "dry", "soft", "hard")
 PATIENCE = 1_000_000
+FREELY_FIRST = 0.5
 
 
 class Prompt(NamedTuple):
@@ -74,12 +74,14 @@ class Draft:
         outcomes: the outcomes that are equally likely in a test.
         solve: the outcome for one scene (two for multi_image), None if the question does not fit.
         prompts: four rotations of the options, the two questions of a pair, or one.
+        query: what it comes down to, if it is about one answer in one picture.
     """
 
     skill: str
     outcomes: tuple[str, ...]
     solve: Callable[..., str | None]
     prompts: tuple[Prompt, ...]
+    query: Query | None = None
 
 
 class Item(NamedTuple):
@@ -162,6 +164,7 @@ def _with_article(name: str) -> str:
 
 def _pair(skill: str, rng: random.Random) -> Draft:
     """MME: two statements about one picture, as questions; just one of them is true."""
+    query = None
     if skill in ("larger", "more", "order"):
         texts, first_is_true = {"larger": _larger, "more": _more, "order": _order}[skill](rng)
     else:
@@ -181,7 +184,7 @@ def _pair(skill: str, rng: random.Random) -> Draft:
         return None if holds is None else "first" if holds else "second"
 
     replies = ({"first": "yes", "second": "no"}, {"first": "no", "second": "yes"})
-    return Draft(skill, ("first", "second"), solve, tuple(map(Prompt, texts, replies)))
+    return Draft(skill, ("first", "second"), solve, tuple(map(Prompt, texts, replies)), query)
 
 
 def _negated(holds: Callable[[Scene], bool | None]) -> Callable[[Scene], bool | None]:
@@ -246,7 +249,7 @@ def _choice(
 
     text = query.chinese if chinese else query.text
     prompts = tuple(_with_options(text, options[turn:] + options[:turn], chinese) for turn in range(rotations))
-    return Draft(skill, options, solve, prompts)
+    return Draft(skill, options, solve, prompts, query)
 
 
 def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) -> Prompt:
@@ -288,7 +291,7 @@ def _rule(rng: random.Random) -> Draft:
 
     names = [PLURALS[key] if key in SHAPES else f"{key} things" for key in keys]
     text = ", ".join(f"{name} are {rules[key]}" for name, key in zip(names, keys, strict=True))
-    return Draft("rule", options, solve, (_with_options(f"Rules: {text}. How is {query.subject}?", options),))
+    return Draft("rule", options, solve, (_with_options(f"Rules: {text}. How is {query.subject}?", options),), query)
 
 
 def _machine(rng: random.Random) -> Draft:
@@ -299,7 +302,7 @@ def _machine(rng: random.Random) -> Draft:
         return next((out for digit in query.solve(scene) if (out := str(int(digit) + step)) in options), None)
 
     text = f"A machine adds {step}. {query.subject.capitalize()} goes in. What comes out?"
-    return Draft("machine", options, solve, (_with_options(text, options),))
+    return Draft("machine", options, solve, (_with_options(text, options),), query)
 
 
 def _comparison(skill: str, rng: random.Random) -> Draft:
@@ -350,19 +353,24 @@ def make_item(task: str, split: Split, seed: int, index: int) -> Item:
     raise RuntimeError(f"No scene in {PATIENCE} answers {question.prompts[0].text!r} with {outcome!r}.")
 
 
-def ask(task: str, scenes: tuple[Scene, ...], rng: random.Random) -> Question | None:
-    """Return a question of a task that fits the scenes at hand, for training; None if none was found.
+def ask(task: str, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
+    """Return a question of a task that fits the scenes at hand, for training; nothing if none was found.
+
+    Half of the questions that come down to one answer have that asked before them, freely: "What colour is the star?
+    red", then "Is the star blue? no". To look and to reason on what was seen are then learnt one after the other.
 
     Outcomes are as even as the scenes allow: one is drawn first, and drafts are made until one has it.
     """
     for skill in rng.sample(SKILLS[task], len(SKILLS[task])):
         found = _ask(task, skill, scenes, rng)
         if found is not None:
-            return found
-    return None
+            return _ask_freely(task, found[0], scenes, rng) + [found[1]]
+    return []
 
 
-def _ask(task: str, skill: str, scenes: tuple[Scene, ...], rng: random.Random, tries: int = 40) -> Question | None:
+def _ask(
+    task: str, skill: str, scenes: tuple[Scene, ...], rng: random.Random, tries: int = 40
+) -> tuple[Draft, Question] | None:
     aim, spare = rng.random(), None
     for _ in range(tries):
         question = draft(task, skill, rng)
@@ -370,20 +378,20 @@ def _ask(task: str, skill: str, scenes: tuple[Scene, ...], rng: random.Random, t
         if outcome is None:
             continue
         prompt = rng.choice(question.prompts)
-        found = Question(task, prompt.text, prompt.replies[outcome])
+        found = question, Question(task, prompt.text, prompt.replies[outcome])
         if outcome == sorted(question.outcomes)[int(aim * len(question.outcomes))]:
             return found
         spare = spare or found
     return spare
 
 
-def ask_openly(scene: Scene, rng: random.Random) -> Question | None:
-    """Return a question with a free, short answer, in English or Chinese, for training: no task asks it."""
-    chinese = rng.random() < 0.5
-    for _ in range(20):
-        query = rng.choice(OPEN_QUERIES)(rng)
-        for answer in query.solve(scene):
-            if chinese:
-                return Question("open", query.chinese, in_chinese(answer))
-            return Question("open", query.text, answer)
-    return None
+def _ask_freely(task: str, question: Draft, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
+    if question.query is None or rng.random() >= FREELY_FIRST:
+        return []
+    answers = question.query.solve(*scenes)
+    if len(answers) != 1:
+        return []
+    answer = next(iter(answers))
+    if task == "choice_cn":
+        return [Question(task, question.query.chinese, in_chinese(answer))]
+    return [Question(task, question.query.text, answer)]

@@ -1,8 +1,13 @@
-"""One tiny random LLaVA for all tests: CPU, float64 where exactness is asked, nothing downloaded."""
+"""One tiny random LLaVA and one processor for all tests: CPU, float64 where exactness is asked, nothing downloaded."""
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from minibench.pretrain import make_model
+from minibench.pretrain import parse_args as parse_pretrain_args
+from minibench.processor import make_processor, save_processor
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, VOCAB_SIZE = 7, 4, 40
 
@@ -41,3 +46,22 @@ def make_llava(
 @pytest.fixture
 def llava() -> LlavaForConditionalGeneration:
     return make_llava()
+
+
+@pytest.fixture(scope="session")
+def minibench_processor() -> LlavaProcessor:
+    """The processor of the small LLaVA, whose tokenizer takes some seconds to train."""
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def random_mini(tmp_path_factory, minibench_processor) -> str:
+    """The folder of a random dpvr-mini in very small: its processor, pictures and shapes, four narrow layers."""
+    folder = tmp_path_factory.mktemp("random_mini")
+    size = ["--text_layers", "4", "--text_width", "64", "--vision_layers", "2", "--vision_width", "32"]
+    torch.manual_seed(0)
+    llava = make_model(minibench_processor, parse_pretrain_args(["--output_dir", str(folder), *size]))
+    llava.set_attn_implementation("sdpa")
+    DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2).save_pretrained(folder)
+    save_processor(minibench_processor, folder)
+    return str(folder)

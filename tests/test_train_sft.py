@@ -11,9 +11,6 @@ from test_loading import SIDE_BRANCH_KEYS
 from transformers import AutoModelForImageTextToText, LlavaProcessor
 
 import train_sft
-from minibench.pretrain import make_model
-from minibench.pretrain import parse_args as parse_pretrain_args
-from minibench.processor import make_processor, save_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 NEEDS_TRAINING = pytest.mark.skipif(
@@ -23,32 +20,18 @@ NEEDS_TRAINING = pytest.mark.skipif(
 SHORT = ["--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_questions", "2", "--logging_steps", "1"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    """A random dpvr-mini in very small: its processor, pictures and shapes, four narrow layers."""
-    folder = tmp_path_factory.mktemp("base")
-    processor = make_processor()
-    size = ["--text_layers", "4", "--text_width", "64", "--vision_layers", "2", "--vision_width", "32"]
-    torch.manual_seed(0)
-    llava = make_model(processor, parse_pretrain_args(["--output_dir", str(folder), *size]))
-    llava.set_attn_implementation("sdpa")
-    DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2).save_pretrained(folder)
-    save_processor(processor, folder)
-    return str(folder)
-
-
 def run(base: str, output_dir, *arguments: str) -> dict:
     arguments = ["--model_name_or_path", base, "--output_dir", str(output_dir), *SHORT, *arguments]
     return train_sft.main(*train_sft.parse_args(arguments))
 
 
 @NEEDS_TRAINING
-def test_a_run_saves_exactly_the_side_branch_and_leaves_the_base_bit_identical(base, tmp_path):
-    before = load_file(f"{base}/model.safetensors")
-    record = run(base, tmp_path / "out")
+def test_a_run_saves_exactly_the_side_branch_and_leaves_the_base_bit_identical(random_mini, tmp_path):
+    before = load_file(f"{random_mini}/model.safetensors")
+    record = run(random_mini, tmp_path / "out")
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == SIDE_BRANCH_KEYS
-    assert load_file(f"{base}/model.safetensors").keys() == before.keys()
-    whole = DpvrLlavaForConditionalGeneration.from_pretrained(base)
+    assert load_file(f"{random_mini}/model.safetensors").keys() == before.keys()
+    whole = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
     moved = set()
     for name, weight in trained.state_dict().items():
@@ -65,11 +48,11 @@ def test_a_run_saves_exactly_the_side_branch_and_leaves_the_base_bit_identical(b
 
 @NEEDS_TRAINING
 @pytest.mark.parametrize("routing", ["late_fusion", "kv_substitution"])
-def test_the_trainer_optimises_the_loss_of_the_routed_model(base, tmp_path, routing):
+def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_path, routing):
     args, training = train_sft.parse_args(
-        ["--model_name_or_path", base, "--output_dir", str(tmp_path), "--routing", routing, *SHORT, "--max_steps", "1"]
+        ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--routing", routing, *SHORT, "--max_steps", "1"]
     )
-    processor = LlavaProcessor.from_pretrained(base)
+    processor = LlavaProcessor.from_pretrained(random_mini)
     model = train_sft.load_model(args)
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
     trainer = train_sft.train(model, processor, args, training)
@@ -85,9 +68,9 @@ def test_the_trainer_optimises_the_loss_of_the_routed_model(base, tmp_path, rout
 
 
 @NEEDS_TRAINING
-def test_the_loss_is_on_the_replies_and_their_end_tokens_only(base, tmp_path):
-    args, training = train_sft.parse_args(["--model_name_or_path", base, "--output_dir", str(tmp_path), *SHORT])
-    processor = LlavaProcessor.from_pretrained(base)
+def test_the_loss_is_on_the_replies_and_their_end_tokens_only(random_mini, tmp_path):
+    args, training = train_sft.parse_args(["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), *SHORT])
+    processor = LlavaProcessor.from_pretrained(random_mini)
     trainer = train_sft.train(train_sft.load_model(args), processor, args, training)
     batch, rows = next(iter(trainer.get_train_dataloader())), trainer.train_dataset
     replies = {
@@ -101,18 +84,18 @@ def test_the_loss_is_on_the_replies_and_their_end_tokens_only(base, tmp_path):
 
 
 @NEEDS_TRAINING
-def test_one_seed_gives_one_result_and_two_seeds_differ(base, tmp_path):
+def test_one_seed_gives_one_result_and_two_seeds_differ(random_mini, tmp_path):
     losses = {}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        run(base, tmp_path / name, "--seed", seed, "--eval_questions", "0")
+        run(random_mini, tmp_path / name, "--seed", seed, "--eval_questions", "0")
         losses[name] = load_file(tmp_path / name / "model.safetensors")
     assert all(torch.equal(weight, losses["b"][name]) for name, weight in losses["a"].items())
     assert not all(torch.equal(weight, losses["c"][name]) for name, weight in losses["a"].items())
 
 
 @NEEDS_TRAINING
-def test_a_plan_is_data_that_the_trained_repository_carries(base, tmp_path):
-    run(base, tmp_path, "--split_layer", "1", "--fusion_layers", "2", "--eval_questions", "0", "--max_steps", "1")
+def test_a_plan_is_data_that_the_trained_repository_carries(random_mini, tmp_path):
+    run(random_mini, tmp_path, "--split_layer", "1", "--fusion_layers", "2", "--eval_questions", "0", "--max_steps", "1")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["split_layer"] == 1 and config["fusion_layers"] == [2]
     trained = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path)
@@ -120,9 +103,9 @@ def test_a_plan_is_data_that_the_trained_repository_carries(base, tmp_path):
 
 
 @NEEDS_TRAINING
-def test_a_routing_with_nothing_to_train_is_refused(base, tmp_path):
+def test_a_routing_with_nothing_to_train_is_refused(random_mini, tmp_path):
     with pytest.raises(ValueError, match="exactly zero gradient"):
-        run(base, tmp_path / "out", "--routing", "text_only")
+        run(random_mini, tmp_path / "out", "--routing", "text_only")
     assert not (tmp_path / "out").exists()
 
 
@@ -133,6 +116,6 @@ def test_an_older_transformers_is_refused_with_the_way_out(monkeypatch):
 
 
 @NEEDS_TRAINING
-def test_the_bases_own_folder_is_refused_as_output_before_any_training(base):
+def test_the_bases_own_folder_is_refused_as_output_before_any_training(random_mini):
     with pytest.raises(ValueError, match="Expected another folder than the base's"):
-        run(base, base)
+        run(random_mini, random_mini)

@@ -1,0 +1,160 @@
+"""minibench/pretrain.py, tower.py and optimizer.py: the training of the small LLaVA, resumed, logged and saved."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from minibench.data import MiniBench
+from minibench.scenes import Shape, make_scene
+from minibench.tasks import TASKS
+
+pretrain = pytest.importorskip("minibench.pretrain")
+tower = pytest.importorskip("minibench.tower")
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch, minibench_processor):
+    """Pretrains a tiny model in a folder and returns the log lines of the call."""
+    monkeypatch.setattr(pretrain, "make_processor", lambda: minibench_processor)
+    sizes = "--text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32 --batch_size 2 --num_workers 0"
+    data = "--tower_pictures 2 --questions_per_row 2 --captions_first 0 --validation_questions 2"
+    steps = "--logging_steps 1 --save_steps 2"
+
+    def run(name: str, pictures: int) -> list[dict]:
+        log = tmp_path / name / "log.jsonl"
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        command = f"--output_dir {tmp_path / name} --pictures {pictures} {sizes} {data} {steps}"
+        pretrain.main(pretrain.parse_args(command.split()))
+        return [json.loads(line) for line in log.read_text().splitlines()[before:]]
+
+    return run
+
+
+# Batches
+
+
+def test_patch_labels_name_the_object_that_lies_on_top_at_each_patch():
+    patch, side = 12, 8
+    for index in range(100):
+        scene = make_scene("train", 0, index)
+        labels = tower.patch_labels(scene, patch).view(side, side, len(tower.NAMES)).tolist()
+        for row in range(side):
+            for column in range(side):
+                x, y = (position * patch + patch / 2 for position in (column, row))
+                on_top = None
+                for thing in scene.from_back_to_front:
+                    if max(abs(thing.centre[0] - x), abs(thing.centre[1] - y)) <= thing.size / 2:
+                        on_top = thing
+                expected = ["none"] * 4
+                if isinstance(on_top, Shape):
+                    expected = [on_top.colour, on_top.shape, "none", on_top.place]
+                elif on_top is not None:
+                    expected = ["none", "none", str(on_top.digit), on_top.place]
+                words = [names[label] for names, label in zip(tower.NAMES, labels[row][column], strict=True)]
+                assert words == expected
+
+
+def test_the_labels_of_a_batch_are_the_replies_of_its_rows_and_their_end_tokens(minibench_processor):
+    rows = list(MiniBench("train", 20, 4, caption_share=0.3))
+    assert {len(row["images"]) for row in rows} == {1, 2}
+    batch = pretrain.RowCollator(minibench_processor)(rows)
+    assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in rows)
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
+        kept = labels != pretrain.IGNORED
+        answers = [message["content"][0]["text"] for message in row["messages"][1::2]]
+        assert minibench_processor.tokenizer.decode(labels[kept]) == "".join(f" {answer}</s>" for answer in answers)
+        assert torch.equal(ids[kept], labels[kept])
+
+
+# A run
+
+
+def test_pretraining_goes_on_from_its_last_checkpoint_as_if_it_had_never_stopped(tiny_run, tmp_path):
+    def losses(log: list[dict]) -> dict[int, float]:
+        return {entry["step"]: entry["loss"] for entry in log if entry["stage"] == "llava" and "loss" in entry}
+
+    straight = losses(tiny_run("run", pictures=12))
+    shutil.rmtree(tmp_path / "run" / "llava" / "checkpoint-6")
+    resumed = losses(tiny_run("run", pictures=12))
+    assert list(straight) == [1, 2, 3, 4, 5, 6] and list(resumed) == [5, 6]
+    assert resumed == pytest.approx({step: straight[step] for step in (5, 6)}, rel=1e-4)
+
+
+def test_the_log_holds_the_command_losses_and_validation_scores(tiny_run):
+    log = tiny_run("run", pictures=2)
+    assert {"stage", "command", "hardware", "versions"} <= log[0].keys()
+    assert {"stage", "step", "seconds", "loss", "learning_rate"} <= log[1].keys()
+    (validation,) = [entry for entry in log if "validation" in entry]
+    assert set(validation["validation"]) == set(TASKS)
+    assert validation["mean"] == pytest.approx(sum(validation["validation"].values()) / len(TASKS), abs=1e-3)
+
+
+def test_the_tower_stays_as_its_own_stage_left_it(tiny_run, tmp_path):
+    tiny_run("run", pictures=4)
+    schooled = load_file(tmp_path / "run" / "tower.safetensors")
+    saved = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    saved = {name.split("vision_model.")[1]: weight for name, weight in saved.items() if "vision_model." in name}
+    schooled = {name.removeprefix("vision_model."): weight for name, weight in schooled.items()}
+    assert set(saved) == set(schooled)
+    assert all(torch.equal(weight, schooled[name].half()) for name, weight in saved.items())
+
+
+def test_the_trained_model_is_saved_in_half_and_loads_in_full_precision(tiny_run, tmp_path):
+    tiny_run("run", pictures=2)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "final")
+    assert model.dtype == torch.float32
+    bytes_on_disk = (tmp_path / "run" / "final" / "model.safetensors").stat().st_size
+    assert bytes_on_disk < 2.5 * model.num_parameters()
+    assert "use_cache" not in json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+
+
+def test_the_saved_weights_bear_the_names_of_published_llava_checkpoints(tiny_run, tmp_path):
+    tiny_run("run", pictures=2)
+    with safe_open(tmp_path / "run" / "final" / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    assert "vision_tower.vision_model.embeddings.class_embedding" in {name.removeprefix("model.") for name in names}
+    assert not any("vision_tower.encoder" in name for name in names)
+
+
+# Optimizer
+
+
+def test_hidden_matrices_go_to_muon_and_everything_else_to_adamw(minibench_processor):
+    args = pretrain.parse_args(["--output_dir", "x", "--text_layers", "1", "--vision_layers", "2"])
+    model = pretrain.make_model(minibench_processor, args)
+    optimizer = pretrain.MuonWithAdamW(model, 0.02, 0.002)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    muon = {names[id(weight)] for weight in optimizer.parts[0].param_groups[0]["params"]}
+    assert any("q_proj" in name for name in muon) and any("multi_modal_projector" in name for name in muon)
+    assert not any("embed" in name or "lm_head" in name or "norm" in name or "bias" in name for name in muon)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_frozen_parameters_are_left_to_no_optimizer():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    optimizer = pretrain.MuonWithAdamW(model, 0.02, 0.002)
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    assert held == {id(weight) for weight in model[1].parameters()}
+
+
+def test_a_restored_optimizer_takes_the_steps_of_the_saved_one():
+    def step(model: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        model(torch.ones(1, 4)).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return model.weight.detach().clone()
+
+    torch.manual_seed(0)
+    model, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    optimizer, restored = (pretrain.MuonWithAdamW(m, 0.02, 0.002) for m in (model, other))
+    step(model, optimizer)
+    other.load_state_dict(model.state_dict())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(step(model, optimizer), step(other, restored))

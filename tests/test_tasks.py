@@ -1,0 +1,266 @@
+"""minibench/tasks.py and questions.py: the answers are right, the wording does not give them away."""
+
+import random
+import re
+from collections import Counter, defaultdict
+from functools import cache
+
+import numpy as np
+import pytest
+from reference_answers import in_english, reply
+
+from minibench.data import MiniBench
+from minibench.questions import caption
+from minibench.scenes import POPULAR, Scene, companion, make_scene
+from minibench.tasks import ONE_PICTURE, SKILLS, TASKS, Item, ask, ask_openly, draft, make_item
+
+NUM_ITEMS = {0: 1500, 1: 3000}  # by seed
+NUM_ROWS = 1500
+PAIRED, CIRCULAR = ("perception", "cognition"), ("choice_en", "choice_cn")
+LETTERED = ("choice_en", "choice_cn", "science", "scene")
+WORDED = tuple(task for task in TASKS if task != "choice_cn")
+
+
+CHOICES = {
+    "colour": "^What colour",
+    "shape": "^What shape",
+    "digit": "^Which digit",
+    "place": "^Where",
+    "count": "^How many",
+    "presence": "^Which of these",
+}
+SIGNS = {  # by which a skill's questions are known; those of existence differ in their pictures alone
+    "perception": {
+        "colour": r"(red|green|blue|yellow|purple|orange)\?$",
+        "position": r"at the (top|bottom|left|right|centre|top left|top right|bottom left|bottom right)\?$",
+        "count": "^Is the number of",
+        "digit": r"^Is the digit at the .* an? \d\?$",
+    },
+    "cognition": {"sum": "add up to", "larger": "larger|smaller", "more": "more|fewer", "order": "From left to right"},
+    "choice_en": CHOICES,
+    "choice_cn": CHOICES,
+    "science": {"rule": "^Rules", "machine": "^A machine", "remainder": "taken away"},
+    "scene": {"count": "^How many", "side": "^On which side", "colour": "^What colour", "place": "^Where"},
+    "multi_image": {"same": "^Same or different", "more": "has more", "holds": "has the"},
+}
+
+
+def skills_of(task: str, text: str) -> list[str]:
+    return [skill for skill, sign in SIGNS[task].items() if re.search(sign, in_english(text))]
+
+
+@cache
+def items_of(task: str, seed: int = 0) -> list[Item]:
+    return [make_item(task, "test", seed, index) for index in range(NUM_ITEMS[seed])]
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [make_scene("train", 0, index) for index in range(400)]
+
+
+def is_chinese(text: str) -> bool:
+    return not text.isascii()
+
+
+# Answers
+
+
+@pytest.mark.parametrize("task", WORDED)
+def test_the_answers_of_a_test_item_are_those_of_a_second_reading_of_its_text(task):
+    for item in items_of(task):
+        assert [answer for _, answer in item.questions] == [reply(text, *item.scenes) for text, _ in item.questions]
+
+
+def test_the_chinese_items_are_the_english_ones_translated():
+    for english, chinese in zip(items_of("choice_en"), items_of("choice_cn"), strict=True):
+        assert (english.scenes, english.skill, english.chance) == (chinese.scenes, chinese.skill, chinese.chance)
+        assert [(in_english(text), answer) for text, answer in chinese.questions] == list(english.questions)
+        assert all(is_chinese(text) for text, _ in chinese.questions)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_answer_to_a_training_question_is_that_of_a_second_reading_of_its_text(task, scenes):
+    rng, asked = random.Random(0), 0
+    for one, other in zip(scenes, scenes[1:], strict=False):
+        pictures = (one, other) if task == "multi_image" else (one,)
+        question = ask(task, pictures, rng)
+        if question is not None:
+            asked += 1
+            assert question.task == task and is_chinese(question.text) == (task == "choice_cn")
+            assert question.answer == reply(in_english(question.text), *pictures)
+    assert asked > 0.98 * (len(scenes) - 1)
+
+
+def test_the_answer_to_an_open_question_in_either_language_is_that_of_a_second_reading(scenes):
+    rng, languages = random.Random(0), Counter()
+    for scene in scenes * 5:
+        question = ask_openly(scene, rng)
+        if question is None:
+            continue
+        languages[is_chinese(question.text)] += 1
+        assert in_english(question.answer) == reply(in_english(question.text), scene)
+    assert languages.total() > 0.98 * 5 * len(scenes) and min(languages.values()) > 0.4 * languages.total()
+
+
+@pytest.mark.parametrize("chinese", [False, True])
+def test_the_caption_names_every_object_at_its_place(chinese, scenes):
+    for scene in scenes:
+        parts = dict(part.split(": ") for part in caption(scene, chinese).split("; "))
+        if chinese:
+            parts = {in_english(place): in_english(name.replace("数字", "digit")) for place, name in parts.items()}
+        assert parts == {thing.place: thing.name for thing in scene.objects}
+
+
+# What the tasks are made of
+
+
+def test_every_skill_of_every_task_comes_up_equally_often():
+    for task, skills in SKILLS.items():
+        counts = Counter(item.skill for item in items_of(task))
+        assert set(counts) == set(skills) and max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("task", SIGNS)
+def test_every_skill_asks_its_own_questions_in_tests_and_in_training(task, scenes):
+    assert list(SIGNS[task]) == list(SKILLS[task])
+    for item in items_of(task):
+        for text, _ in item.questions:
+            assert skills_of(task, text) == [item.skill]
+    rng = random.Random(0)
+    for skill in SKILLS[task]:
+        assert {tuple(skills_of(task, draft(task, skill, rng).prompts[0].text)) for _ in range(50)} == {(skill,)}
+    pictures = [pair if task == "multi_image" else pair[:1] for pair in zip(scenes, scenes[1:], strict=False)]
+    asked = [question for pair in pictures if (question := ask(task, pair, rng)) is not None]
+    assert {skill for question in asked for skill in skills_of(task, question.text)} == set(SKILLS[task])
+
+
+def test_an_item_of_multi_image_has_two_pictures_and_any_other_one():
+    for task in TASKS:
+        assert {len(item.scenes) for item in items_of(task)} == {1 if task in ONE_PICTURE else 2}
+
+
+def test_a_pair_has_one_yes_and_one_no():
+    for task in PAIRED:
+        assert all(sorted(answer for _, answer in item.questions) == ["no", "yes"] for item in items_of(task))
+
+
+def test_a_circular_question_comes_in_all_rotations_of_its_options_and_the_right_letter_moves_along():
+    for item in items_of("choice_en") + items_of("choice_cn"):
+        rotations = [re.split(r" [ABCD]\. ?", text) for text, _ in item.questions]
+        stem, *options = rotations[0]
+        assert len(set(options)) == 4
+        assert rotations == [[stem, *options[turn:], *options[:turn]] for turn in range(4)]
+        answers = [answer for _, answer in item.questions]
+        chosen = {rotation["ABCD".index(answer) + 1] for rotation, answer in zip(rotations, answers, strict=True)}
+        assert len(chosen) == 1 and set(answers) == set("ABCD")
+
+
+def test_popular_negatives_are_popular_and_adversarial_ones_the_company_of_what_is_there():
+    asked = defaultdict(set)
+    for item in items_of("existence"):
+        ((text, answer),) = item.questions
+        pair = tuple(text.removesuffix("?").split()[-2:])
+        asked[item.skill].add(pair)
+        present = {(thing.colour, thing.shape) for thing in item.scenes[0].shapes}
+        if item.skill == "adversarial" and answer == "no":
+            assert pair not in present and pair in {companion(*other) for other in present}
+    assert asked["popular"] == set(POPULAR)
+    assert len(asked["random"]) == len(asked["adversarial"]) == 36
+
+
+@pytest.mark.parametrize(("task", "skill"), [("existence", "sum"), ("captions", "random")])
+def test_an_unknown_task_or_skill_is_refused(task, skill):
+    with pytest.raises(ValueError, match=f"got '{task}' and '{skill}'"):
+        draft(task, skill, random.Random(0))
+
+
+# No shortcuts
+
+
+def chance(items: list[Item]) -> float:
+    return float(np.mean([item.chance for item in items for _ in item.questions]))
+
+
+def questions_of(items: list[Item]) -> list[tuple[str, str]]:
+    return [question for item in items for question in item.questions]
+
+
+def stem_and_options(text: str) -> tuple[str, dict[str, str]]:
+    stem, *parts = re.split(r" ([ABCD])\. ?", text)
+    return stem, dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+class Majority:
+    """Replies by text alone: the majority reply to the same text, else the option that is most often right after the
+    same stem, else the majority reply to all questions of the task."""
+
+    def __init__(self, questions: list[tuple[str, str]]) -> None:
+        self.texts, self.options, self.replies = defaultdict(Counter), defaultdict(Counter), Counter()
+        for text, answer in questions:
+            stem, options = stem_and_options(text)
+            self.texts[text][answer] += 1
+            self.options[stem][options.get(answer, answer)] += 1
+            self.replies[answer] += 1
+
+    def __call__(self, text: str) -> str:
+        stem, options = stem_and_options(text)
+        if text in self.texts:
+            return self.texts[text].most_common(1)[0][0]
+        if options and stem in self.options:
+            return max(options, key=lambda letter: self.options[stem][options[letter]])
+        return self.replies.most_common(1)[0][0]
+
+    def hits(self, items: list[Item]) -> list[bool]:
+        return [self(text) == answer for text, answer in questions_of(items)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_best_constant_reply_is_at_chance(task):
+    groups = [items_of(task)]
+    if task == "multi_image":
+        groups = [[item for item in items_of(task) if item.skill == skill] for skill in SKILLS[task]]
+    for group in groups:
+        counts = Counter(answer for item in group for _, answer in item.questions)
+        assert abs(max(counts.values()) / counts.total() - chance(group)) < 0.03
+
+
+@pytest.mark.parametrize("task", WORDED)
+def test_what_other_items_teach_about_the_words_is_worth_no_more_than_chance(task):
+    folds = [(items_of(task, 1), items_of(task)), (items_of(task), items_of(task, 1))]
+    hits = [hit for known, new in folds for hit in Majority(questions_of(known)).hits(new)]
+    assert abs(np.mean(hits) - chance(items_of(task))) < 0.03
+
+
+@pytest.fixture(scope="module")
+def training_questions() -> dict[bool, list[tuple[str, str]]]:
+    """The questions of training rows with their answers, by whether they are about two pictures."""
+    found = defaultdict(list)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scene, "draw", lambda scene: None)  # the text alone is looked at
+        for row in MiniBench("train", NUM_ROWS):
+            texts = [message["content"][-1]["text"] for message in row["messages"]]
+            found[len(row["images"]) == 2] += zip(texts[::2], texts[1::2], strict=True)
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_training_rows_teach_about_the_words_is_worth_no_more_than_chance(task, training_questions):
+    items = items_of(task) + (items_of(task, 1) if task in WORDED else [])
+    replies = {answer for _, answer in questions_of(items)}
+    questions = [(text, answer) for text, answer in training_questions[task == "multi_image"] if answer in replies]
+    assert len(questions) > 500
+    assert abs(np.mean(Majority(questions).hits(items)) - chance(items)) < 0.03
+
+
+def test_every_outcome_is_equally_likely_within_every_skill():
+    """Letters for questions with options; the others' replies; which one of a pair is true."""
+    for task in WORDED:
+        answers = defaultdict(Counter)
+        for item in items_of(task):
+            text, answer = item.questions[0]
+            answers[item.skill, len(stem_and_options(text)[1])][answer] += 1
+        for group, counts in answers.items():
+            mean = counts.total() / (group[1] or 2)
+            assert len(counts) == (group[1] or 2)
+            assert max(abs(count - mean) for count in counts.values()) < 3.5 * mean**0.5, (task, group, counts)
