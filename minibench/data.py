@@ -8,6 +8,7 @@ of one picture; some rows have two pictures.
 """
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, Features, Value
@@ -21,6 +22,8 @@ from .tasks import ONE_PICTURE, Question, ask
 Row = dict[str, Any]
 
 PAIR_SHARE = 0.15
+EASY = ("free", "existence", "free", "perception")
+MIXED = (*ONE_PICTURE, "cognition")
 CHINESE_CAPTIONS = 0.25
 
 
@@ -33,16 +36,27 @@ class MiniBench:
         questions_per_row: how many questions of the tasks, in turn, without the free ones before some of them.
         seed: another seed is another data set of the same split.
         caption_share: the share of rows that ask for a caption in place of questions.
+        tasks: what rows of one picture ask, of the tasks of one picture and "free".
+        pair_share: the share of rows with two pictures and multi_image questions.
     """
 
     def __init__(
-        self, split: Split, size: int, questions_per_row: int = 7, seed: int = 0, caption_share: float = 0.0
+        self,
+        split: Split,
+        size: int,
+        questions_per_row: int = 7,
+        seed: int = 0,
+        caption_share: float = 0.0,
+        tasks: Sequence[str] = ONE_PICTURE,
+        pair_share: float = PAIR_SHARE,
     ) -> None:
         self.split = split
         self.size = size
         self.questions_per_row = questions_per_row
         self.seed = seed
         self.caption_share = caption_share
+        self.tasks = tasks
+        self.pair_share = pair_share
 
     def __len__(self) -> int:
         return self.size
@@ -55,12 +69,12 @@ class MiniBench:
         if rng.random() < self.caption_share:
             chinese = rng.random() < CHINESE_CAPTIONS
             return to_row((scene,), [(CAPTION_REQUESTS[chinese], caption(scene, chinese))])
-        if rng.random() < PAIR_SHARE:
+        if rng.random() < self.pair_share:
             scenes = (scene, draw_scene(self.split, rng))
             tasks = ["multi_image"] * self.questions_per_row
         else:
             scenes = (scene,)
-            tasks = rng.sample(ONE_PICTURE, len(ONE_PICTURE))
+            tasks = rng.sample(self.tasks, len(self.tasks))
             tasks = [tasks[turn % len(tasks)] for turn in range(self.questions_per_row)]
         return to_row(scenes, _ask_all(tasks, scenes, rng))
 

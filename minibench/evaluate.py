@@ -6,7 +6,7 @@
 one: what is left is what the questions give away by themselves. `benchmark_accuracy.py` is the command.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from .scoring import summarise
 from .tasks import TASKS, Item, make_item
 
 GREY = (127, 127, 127)
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS = 10
 
 
 class Reply(NamedTuple):
@@ -30,7 +30,7 @@ class Reply(NamedTuple):
     ended: bool
 
 
-def make_items(split: Split, num_questions: int, seed: int = 0, tasks: Iterable[str] = TASKS) -> list[Item]:
+def make_items(split: Split, num_questions: int, seed: int = 0, tasks: Sequence[str] = TASKS) -> list[Item]:
     """Return items with `num_questions` questions of each task.
 
     A pair of perception or cognition is two questions, a question of a choice task in four rotations is one.
@@ -40,6 +40,8 @@ def make_items(split: Split, num_questions: int, seed: int = 0, tasks: Iterable[
     """
     if num_questions < 2:
         raise ValueError(f"Expected at least 2 questions of each task (a pair of MME is two), got {num_questions}.")
+    if unknown := sorted(set(tasks) - set(TASKS)):
+        raise ValueError(f"Expected tasks from {TASKS}, got {unknown}.")
     pairs = {"perception": num_questions // 2, "cognition": num_questions // 2}
     return [make_item(task, split, seed, index) for task in tasks for index in range(pairs.get(task, num_questions))]
 
@@ -53,7 +55,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     blind: bool = False,
-    tasks: Iterable[str] = TASKS,
+    tasks: Sequence[str] = TASKS,
     description: str = "MiniBench",
 ) -> dict[str, Any]:
     """Ask `num_questions` of each task and return `scoring.summarise`, with "ended": the share of replies that stopped

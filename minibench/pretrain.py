@@ -40,7 +40,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import MiniBench, Row
+from .data import EASY, MIXED, MiniBench, Row
 from .evaluate import evaluate
 from .optimizer import MuonWithAdamW
 from .processor import PATCH, make_processor, save_processor
@@ -242,20 +242,24 @@ def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
 
 
 def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    """Train projector and decoder on captions first, then on questions with some captions among them.
+    """Train projector and decoder on captions first, then on easy questions, then on all with captions among them.
 
     The tower stays as it is, as CLIP does in LLaVA.
     """
     model.model.vision_tower.requires_grad_(False)
     num_captions = int(args.captions_first * args.pictures)
     captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
-    num_mixed = args.pictures - num_captions
-    mixed = MiniBench("train", num_mixed, args.questions_per_row, args.seed + 3, args.caption_share)
+    num_easy = int(args.easy_next * args.pictures)
+    easy = MiniBench(
+        "train", num_easy, args.easy_questions_per_row, args.seed + 4, args.caption_share, tasks=EASY, pair_share=0.0
+    )
+    num_mixed = args.pictures - num_captions - num_easy
+    mixed = MiniBench("train", num_mixed, args.questions_per_row, args.seed + 3, args.caption_share, tasks=MIXED)
     log = JsonLog(args.output_dir / "log.jsonl", "llava")
     trainer = LlavaTrainer(
         model=model,
         args=training_arguments(args, "llava", args.pictures),
-        train_dataset=ConcatDataset([captions, mixed]),
+        train_dataset=ConcatDataset([captions, easy, mixed]),
         data_collator=RowCollator(processor),
         optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
         callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
@@ -293,9 +297,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision_layers", type=int, default=6)
     parser.add_argument("--vision_width", type=int, default=192)
     parser.add_argument("--tower_pictures", type=int, default=120_000)
-    parser.add_argument("--pictures", type=int, default=50_000)
-    parser.add_argument("--questions_per_row", type=int, default=7)
+    parser.add_argument("--pictures", type=int, default=46_000)
+    parser.add_argument("--questions_per_row", type=int, default=8)
+    parser.add_argument("--easy_questions_per_row", type=int, default=12, help="short ones: about as many tokens")
     parser.add_argument("--captions_first", type=float, default=0.1, help="share of the run that is captions only")
+    parser.add_argument("--easy_next", type=float, default=0.35, help="share of the run with short questions only")
     parser.add_argument("--caption_share", type=float, default=0.08, help="share of captions in the rest of it")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--muon_lr", type=float, default=0.02)

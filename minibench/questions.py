@@ -112,7 +112,7 @@ def digit_at(rng: random.Random) -> Query:
         "digit",
         f"Which digit is at the {place}?",
         f"{CHINESE[place]}是哪个数字？",
-        f"Is the digit at the {place} a {{answer}}?",
+        f"Is the digit at the {place} {{answer}}?",
         f"the digit at the {place}",
         f"the digit at the {place}",
         DIGITS,
@@ -266,6 +266,8 @@ def digit_sum(rng: random.Random) -> Query:
         solve,
     )
 
+
+FREE_QUERIES = (colour_at, shape_at, digit_at, colour_of, place_of_shape, place_of_digit, count, side, digit_sum)
 
 CAPTION_REQUESTS = {False: "Describe the picture.", True: "请描述这张图片。"}
 

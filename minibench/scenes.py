@@ -5,8 +5,8 @@
 A picture is a 3 x 3 grid of places; three to six of them hold one object each, moved, scaled and tilted, so that
 neighbours may overlap. The background is plain or textured, light or dark.
 
-The world has habits, as photos have: six "popular" pairs of colour and shape are drawn three times as often as others,
-and a shape likes company, the `companion` of its colour. POPE's popular and adversarial negatives need both.
+The world has habits, as photos have: six "popular" pairs of colour and shape are drawn more than twice as often as
+others, and a shape likes company, the `companion` of its colour. POPE's popular and adversarial negatives need both.
 
 The digits are real handwriting: the 8 x 8 scans of `sklearn.datasets.load_digits`. That data set does not name its
 writers, so the splits share writers and are disjoint in *images*: by the index of the scan, see `digit_indices`.

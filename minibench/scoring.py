@@ -87,7 +87,7 @@ def summarise(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
         if chosen:
             details[task] = score_task(*map(list, zip(*chosen, strict=True)))
     scores = {task: detail["score"] for task, detail in details.items()}
-    low, high = mean_interval([(detail["score"], detail["low"], detail["high"]) for detail in details.values()])
+    low, high = mean_interval(details)
     six = [scores[task] for task in SIX_BENCH if task in scores]
     return {
         "tasks": scores,
@@ -101,15 +101,18 @@ def summarise(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
 
 
 def constant_replies(items: list[Item]) -> dict[str, Any]:
-    """Return the summary of the best constant reply to each task: what a majority answer is worth."""
-    best: dict[str, tuple[float, str]] = {}
+    """Return the summary of the best constant reply to each task, the same word or letter always: the majority."""
+    replies: dict[str, list[list[str]]] = {}
     for task in dict.fromkeys(item.task for item in items):
         own = [item for item in items if item.task == task]
-        answers = sorted({answer for item in own for _, answer in item.questions})
-        best[task] = max(
-            (sum(unit_score(item, [reply] * len(item.questions)) for item in own), reply) for reply in answers
-        )
-    return summarise(items, [[best[item.task][1]] * len(item.questions) for item in items])
+        constants = [[[_pick(options, index) for options in item.options] for item in own] for index in range(4)]
+        replies[task] = max(constants, key=lambda constant: sum(map(unit_score, own, constant)))[::-1]
+    return summarise(items, [replies[item.task].pop() for item in items])
+
+
+def _pick(options: tuple[str, ...], index: int) -> str:
+    """The option with the letter of an index, or the word that comes there in the alphabet."""
+    return sorted(options, key=lambda option: option.split()[-1])[min(index, len(options) - 1)]
 
 
 def wilson_interval(right: float, n: int) -> tuple[float, float]:
@@ -123,12 +126,20 @@ def wilson_interval(right: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(scores: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean of independent scores (score, low, high), by MOVER (Zou and Donner 2008)."""
-    mean = _mean([score for score, _, _ in scores])
-    below = sqrt(sum((score - low) ** 2 for score, low, _ in scores)) / len(scores)
-    above = sqrt(sum((high - score) ** 2 for score, _, high in scores)) / len(scores)
-    return mean - below, mean + above
+def mean_interval(details: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of the tasks' scores, by MOVER (Zou and Donner 2008).
+
+    Tasks are independent, but for the two choice tasks: they share pictures and questions, so their deviations are
+    added as if they went up and down together.
+    """
+
+    def half_width(bound: str) -> float:
+        deviations = {task: abs(detail[bound] - detail["score"]) for task, detail in details.items()}
+        choices = sum(deviations.pop(task, 0.0) for task in ("choice_en", "choice_cn"))
+        return sqrt(choices**2 + sum(deviation**2 for deviation in deviations.values())) / len(details)
+
+    mean = _mean([detail["score"] for detail in details.values()])
+    return mean - half_width("low"), mean + half_width("high")
 
 
 def _mean(values: list[float]) -> float:

@@ -10,7 +10,8 @@
     multi_image  BLINK        two pictures: same or different, which has more, which one holds X
 
 A task drafts a question first, then an outcome is drawn, and the picture last, so that in a test every outcome of
-every question is equally likely, whatever its words: without the picture nothing is better than guessing.
+every question is equally likely, whatever its words: without the picture nothing is better than guessing. The reply
+to a question with options is the option and its letter, "red D".
 
     draft(task, rng) -> Draft  --+-- test: draw an outcome, then scenes until one has it     make_item()
                                  +-- training: drafts until one fits the scene at hand       ask()
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .questions import (
+    FREE_QUERIES,
     PAIRS,
     PLURALS,
     Query,
@@ -74,7 +76,7 @@ class Draft:
         outcomes: the outcomes that are equally likely in a test.
         solve: the outcome for one scene (two for multi_image), None if the question does not fit.
         prompts: four rotations of the options, the two questions of a pair, or one.
-        query: what it comes down to, if it is about one answer in one picture.
+        query: the one answer that it comes down to, to be asked for before it in training.
     """
 
     skill: str
@@ -87,7 +89,7 @@ class Draft:
 class Item(NamedTuple):
     """One unit of a test: `questions` are pairs of a prompt and its right reply about the same pictures.
 
-    `chance` is the share of single questions that a guess among the possible replies gets right.
+    `options` are all replies that each question could have, and `chance` the share that a guess among them gets right.
     """
 
     task: str
@@ -95,6 +97,7 @@ class Item(NamedTuple):
     chance: float
     scenes: tuple[Scene, ...]
     questions: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, ...], ...]
 
 
 class Question(NamedTuple):
@@ -249,16 +252,15 @@ def _choice(
 
     text = query.chinese if chinese else query.text
     prompts = tuple(_with_options(text, options[turn:] + options[:turn], chinese) for turn in range(rotations))
-    return Draft(skill, options, solve, prompts, query)
+    return Draft(skill, options, solve, prompts)
 
 
 def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) -> Prompt:
-    replies = dict(zip(options, LETTERS, strict=False))
-    if chinese:
-        words = [f"{letter}.{in_chinese(option)}" for option, letter in replies.items()]
-    else:
-        words = [f"{letter}. {option}" for option, letter in replies.items()]
-    return Prompt(" ".join([text, *words]), replies)
+    words = [in_chinese(option) if chinese else option for option in options]
+    dot = "." if chinese else ". "
+    lettered = [f"{letter}{dot}{word}" for letter, word in zip(LETTERS, words, strict=False)]
+    replies = [f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False)]
+    return Prompt(" ".join([text, *lettered]), dict(zip(options, replies, strict=True)))
 
 
 def _science(skill: str, rng: random.Random) -> Draft:
@@ -349,22 +351,26 @@ def make_item(task: str, split: Split, seed: int, index: int) -> Item:
         scenes = tuple(draw_scene(split, rng) for _ in range(2 if task == "multi_image" else 1))
         if question.solve(*scenes) == outcome:
             texts = tuple((prompt.text, prompt.replies[outcome]) for prompt in question.prompts)
-            return Item(task, skill, 1 / len(question.outcomes), scenes, texts)
+            options = tuple(tuple(prompt.replies.values()) for prompt in question.prompts)
+            return Item(task, skill, 1 / len(question.outcomes), scenes, texts, options)
     raise RuntimeError(f"No scene in {PATIENCE} answers {question.prompts[0].text!r} with {outcome!r}.")
 
 
 def ask(task: str, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
     """Return a question of a task that fits the scenes at hand, for training; nothing if none was found.
 
-    Half of the questions that come down to one answer have that asked before them, freely: "What colour is the star?
-    red", then "Is the star blue? no". To look and to reason on what was seen are then learnt one after the other.
+    Half of the yes/no and science questions that come down to one answer have that asked before them, freely: "What
+    colour is the star? red", then "Is the star blue? no". To look and to reason on what was seen are then learnt one
+    after the other. The task "free" is such a question alone.
 
     Outcomes are as even as the scenes allow: one is drawn first, and drafts are made until one has it.
     """
+    if task == "free":
+        return _ask_anything_freely(scenes, rng)
     for skill in rng.sample(SKILLS[task], len(SKILLS[task])):
         found = _ask(task, skill, scenes, rng)
         if found is not None:
-            return _ask_freely(task, found[0], scenes, rng) + [found[1]]
+            return _ask_freely(found[0], scenes, rng) + [found[1]]
     return []
 
 
@@ -385,13 +391,16 @@ def _ask(
     return spare
 
 
-def _ask_freely(task: str, question: Draft, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
+def _ask_freely(question: Draft, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
     if question.query is None or rng.random() >= FREELY_FIRST:
         return []
-    answers = question.query.solve(*scenes)
-    if len(answers) != 1:
-        return []
-    answer = next(iter(answers))
-    if task == "choice_cn":
-        return [Question(task, question.query.chinese, in_chinese(answer))]
-    return [Question(task, question.query.text, answer)]
+    return [Question("free", question.query.text, answer) for answer in question.query.solve(*scenes)]
+
+
+def _ask_anything_freely(scenes: tuple[Scene, ...], rng: random.Random, tries: int = 20) -> list[Question]:
+    for _ in range(tries):
+        query = rng.choice(FREE_QUERIES)(rng)
+        for answer in query.solve(*scenes):
+            if answer != "0" or rng.random() < 0.3:  # most things are not there
+                return [Question("free", query.text, answer)]
+    return []

@@ -25,7 +25,7 @@ PHRASES = (  # a question and the noun phrase it asks for
 CLAIMS = (  # a yes/no question, the noun phrase it is about, and what it is said to be
     (rf"Is the thing at the (.+) ({COLOURS})\?", r"the colour at the \1", r"\2"),
     (rf"Is the thing at the (.+) a ({SHAPES})\?", r"the shape at the \1", r"\2"),
-    (r"Is the digit at the (.+) an? (\d)\?", r"the digit at the \1", r"\2"),
+    (r"Is the digit at the (.+) (\d)\?", r"the digit at the \1", r"\2"),
     (rf"Is the ({SHAPES}) ({COLOURS})\?", r"the colour of the \1", r"\2"),
     (rf"Is (the (?:{SHAPES}|digit \d)) at the (.+)\?", r"the place of \1", r"\2"),
     (r"Is the number of (.+) (\d)\?", r"the number of \1", r"\2"),
@@ -45,7 +45,7 @@ def reply(text: str, *scenes: Scene) -> str:
         true = {_science(stem, scenes[0]) or _ask(stem, scenes[0]) or _check(stem, scenes[0])}
     if not options:
         return _only(true)
-    return _only(letter for letter, option in options.items() if option in true)
+    return _only(f"{option} {letter}" for letter, option in options.items() if option in true)
 
 
 def _only(found) -> str:
@@ -170,6 +170,8 @@ def in_english(text: str) -> str:
     """A Chinese question or answer, word by word in English; English stays."""
     if text.isascii():
         return text
+    if match := re.fullmatch(r"(\S+) ([ABCD])", text):
+        return f"{_word(match[1])} {match[2]}"
     stem, *parts = re.split(r" ([ABCD])\.", text)
     options = [f" {letter}. {_word(word)}" for letter, word in zip(parts[::2], parts[1::2], strict=True)]
     return _stem(stem) + "".join(options)

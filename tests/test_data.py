@@ -67,23 +67,29 @@ def test_rows_are_the_same_when_read_again_and_end_with_the_data_set(rows):
         assert texts(other[0]) != texts(rows[0])
 
 
-def test_the_questions_of_a_row_are_all_different_and_as_many_as_asked_for_at_most():
+def test_the_questions_of_a_row_are_all_different_and_as_many_as_asked_for():
     counts = {1: [], 2: []}
-    for row in MiniBench("train", 60, 9):
+    for row in MiniBench("train", 60, 7):
         questions = texts(row)[::2]
         assert len(set(questions)) == len(questions)
         counts[len(row["images"])].append(len(questions))
-    assert max(counts[1]) == 9 and np.mean(counts[1]) > 8
-    assert max(counts[2]) == 6
+    assert 8 < np.mean(counts[1]) < 11  # seven, and the free ones before some of them
+    assert 6 < np.mean(counts[2]) <= max(counts[2]) == 7
+
+
+def test_a_row_of_few_questions_draws_from_all_tasks():
+    asked = [texts(row)[-2] for row in MiniBench("train", 100, 1)]
+    assert any(text.startswith("Is there") for text in asked) and any(text.startswith("Rules") for text in asked)
+    assert any(not text.isascii() for text in asked)
 
 
 def test_rows_ask_with_letters_words_and_in_chinese_but_compare_only_two_pictures():
-    for row in MiniBench("train", 60, 9):
+    for row in MiniBench("train", 60, 7):
         questions, answers = texts(row)[::2], texts(row)[1::2]
         compares = [question.startswith(("Same or different", "Which picture")) for question in questions]
         assert all(compares) if len(row["images"]) == 2 else not any(compares)
         if len(row["images"]) == 1:
-            assert {"yes", "no"} & set(answers) and set(LETTERS) & set(answers)
+            assert {"yes", "no"} & set(answers) and set(LETTERS) & {answer.split()[-1] for answer in answers}
             assert not all(question.isascii() for question in questions)
 
 

@@ -116,3 +116,8 @@ def test_a_pair_counts_as_two_questions_and_four_rotations_as_one():
 def test_fewer_than_two_questions_are_refused():
     with pytest.raises(ValueError, match="at least 2 questions.*got 1"):
         make_items("test", 1)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="Expected tasks from .*got \\['captions'\\]"):
+        make_items("test", 2, tasks=["captions", "scene"])

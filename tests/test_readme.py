@@ -1,5 +1,6 @@
 """The README: its snippets run, print what it says they print, its commands work, and its table is the results'."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import transformers
 from conftest import make_llava
 
-from minibench.report import between_marks, render
+from minibench.report import BLOCKS as REPORT
+from minibench.report import between_marks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,10 +52,30 @@ def test_the_commands_are_the_ones_that_are_tested_below():
     assert COMMANDS == [
         "pip install -r requirements.txt && python train_sft.py",
         "pip install -r requirements-dev.txt && pytest",
+        "python benchmark_accuracy.py --suite minibench",
+        "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
+        "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
         "python -m minibench.pretrain --output_dir outputs/pretrain",
         "python train_sft.py --model_name_or_path outputs/pretrain/final --split_layer 7 --output_dir outputs/side",
         "python -m minibench.assemble --side_branch outputs/side --output_dir outputs/dpvr-mini",
+        "python -m minibench.depth --model_name_or_path outputs/dpvr-mini --output outputs/depth.json",
     ]
+
+
+def test_the_accuracy_command_ends_in_one_json_document():
+    printed = shell([sys.executable, "benchmark_accuracy.py", *"--suite minibench --limit 2".split()])
+    document = json.loads(printed.splitlines()[-1])
+    assert [row["name"] for row in document["rows"]] == ["vanilla", "untrained", "late_fusion", "blind"]
+    assert all(row.keys() >= {"routing", "tasks", "mean", "six_bench_mean", "n"} for row in document["rows"])
+
+
+@pytest.mark.parametrize(
+    ("form", "files"), [("datasets", ["train-00000-of-00001.parquet"]), ("llava", ["train.json"])]
+)
+def test_the_export_commands_write_the_split(form, files, tmp_path):
+    options = f"--output_dir {tmp_path / form} --format {form} --split train --size 3"
+    shell([sys.executable, "-m", "minibench.export", *options.split()])
+    assert [path.name for path in (tmp_path / form).rglob("train*.*") if path.suffix != ".png"] == files
 
 
 @pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
@@ -81,7 +103,11 @@ def test_the_rebuild_commands_make_a_repository_that_loads(tmp_path):
     code = f"from transformers import AutoModelForImageTextToText; print({load}.config.layer_plan().modes)"
     printed = shell([sys.executable, "-c", code])
     assert printed == "('joint', 'text', 'context')\n"
+    depth = ["--model_name_or_path", str(assembled), "--limit", "2", "--output", str(tmp_path / "depth.json")]
+    shell([sys.executable, "-m", "minibench.depth", *depth])
+    assert len(json.loads((tmp_path / "depth.json").read_text(encoding="utf-8"))["rows"]) == 3
 
 
-def test_the_table_is_made_from_the_results():
-    assert between_marks(README) == render(ROOT / "results" / "dpvr_mini")
+@pytest.mark.parametrize("name", REPORT)
+def test_the_tables_are_made_from_the_results(name):
+    assert between_marks(README, name) == REPORT[name](ROOT / "results" / "dpvr_mini")

@@ -10,17 +10,19 @@ from minibench.tasks import TASKS, Item
 
 def single(task: str, *answers: str, skill: str = "count", chance: float = 0.25) -> list[Item]:
     """Items of one question each."""
-    return [Item(task, skill, chance, (), (("?", answer),)) for answer in answers]
+    options = ("A", "B", "C", "D") if set(answers) <= set("ABCD") else ("yes", "no")
+    return [Item(task, skill, chance, (), (("?", answer),), (options,)) for answer in answers]
 
 
 def circular(task: str, *firsts: str) -> list[Item]:
     """Items of four rotations each, by the letter that is right in the first one."""
     letters = ["DCBADCBA"["DCBA".index(first) :][:4] for first in firsts]
-    return [Item(task, "colour", 0.25, (), tuple(("?", letter) for letter in several)) for several in letters]
+    options = (("A", "B", "C", "D"),) * 4
+    return [Item(task, "colour", 0.25, (), tuple(("?", letter) for letter in several), options) for several in letters]
 
 
 def pairs(task: str, num: int) -> list[Item]:
-    return [Item(task, "count", 0.5, (), (("first?", "yes"), ("second?", "no")))] * num
+    return [Item(task, "count", 0.5, (), (("first?", "yes"), ("second?", "no")), (("yes", "no"),) * 2)] * num
 
 
 @pytest.mark.parametrize("task", ["science", "scene", "multi_image", "existence"])
@@ -116,6 +118,12 @@ def test_the_replies_to_the_tasks_may_come_in_any_order(eight_tasks):
     assert summarise(items[::-1], replies[::-1])["tasks"] == summarise(items, replies)["tasks"]
 
 
+def test_a_constant_letter_picks_whatever_stands_there():
+    options = (("red A", "blue B", "green C"), ("blue A", "green B", "red C"))
+    item = Item("scene", "colour", 1 / 3, (), (("?", "blue B"), ("?", "green B")), options)
+    assert constant_replies([item])["tasks"] == {"scene": 1.0}
+
+
 def test_constant_replies_gives_every_task_its_best_single_reply():
     items = single("scene", "B", "B", "A", "C") + single("existence", "no", "no", "yes") + pairs("cognition", 2)
     result = constant_replies(items + circular("choice_en", "A", "B"))
@@ -143,8 +151,20 @@ def test_the_wilson_interval_is_that_of_scipy():
         assert wilson_interval(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-4)
 
 
+def detail(score: float, low: float, high: float) -> dict[str, float]:
+    return {"score": score, "low": low, "high": high}
+
+
 def test_the_interval_of_a_mean_adds_the_distances_of_its_parts_in_squares():
-    low, high = mean_interval([(0.8, 0.7, 0.85), (0.5, 0.3, 0.6), (0.2, 0.0, 0.3)])
+    parts = [detail(0.8, 0.7, 0.85), detail(0.5, 0.3, 0.6), detail(0.2, 0.0, 0.3)]
+    low, high = mean_interval(dict(zip(("existence", "science", "scene"), parts, strict=True)))
     assert low == pytest.approx(0.5 - sqrt(0.1**2 + 0.2**2 + 0.2**2) / 3)
     assert high == pytest.approx(0.5 + sqrt(0.05**2 + 0.1**2 + 0.1**2) / 3)
-    assert mean_interval([(0.8, 0.7, 0.85)]) == pytest.approx((0.7, 0.85))
+    assert mean_interval({"scene": detail(0.8, 0.7, 0.85)}) == pytest.approx((0.7, 0.85))
+
+
+def test_the_choice_tasks_count_as_one_since_they_share_their_pictures():
+    parts = {"scene": detail(0.5, 0.3, 0.6), "choice_en": detail(0.5, 0.4, 0.6), "choice_cn": detail(0.5, 0.3, 0.6)}
+    low, high = mean_interval(parts)
+    assert low == pytest.approx(0.5 - sqrt(0.2**2 + (0.1 + 0.2) ** 2) / 3)
+    assert high == pytest.approx(0.5 + sqrt(0.1**2 + (0.1 + 0.1) ** 2) / 3)

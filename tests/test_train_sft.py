@@ -49,9 +49,8 @@ def test_a_run_saves_exactly_the_side_branch_and_leaves_the_base_bit_identical(r
 @NEEDS_TRAINING
 @pytest.mark.parametrize("routing", ["late_fusion", "kv_substitution"])
 def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_path, routing):
-    args, training = train_sft.parse_args(
-        ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--routing", routing, *SHORT, "--max_steps", "1"]
-    )
+    paths = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path)]
+    args, training = train_sft.parse_args([*paths, "--routing", routing, *SHORT, "--max_steps", "1"])
     processor = LlavaProcessor.from_pretrained(random_mini)
     model = train_sft.load_model(args)
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -95,7 +94,8 @@ def test_one_seed_gives_one_result_and_two_seeds_differ(random_mini, tmp_path):
 
 @NEEDS_TRAINING
 def test_a_plan_is_data_that_the_trained_repository_carries(random_mini, tmp_path):
-    run(random_mini, tmp_path, "--split_layer", "1", "--fusion_layers", "2", "--eval_questions", "0", "--max_steps", "1")
+    plan = ["--split_layer", "1", "--fusion_layers", "2"]
+    run(random_mini, tmp_path, *plan, "--eval_questions", "0", "--max_steps", "1")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["split_layer"] == 1 and config["fusion_layers"] == [2]
     trained = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path)
