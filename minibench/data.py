@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 PAIR_SHARE = 0.15
 EASY = ("free", "existence", "free", "perception")
-MIXED = (*ONE_PICTURE, "cognition")
+MIXED = (*ONE_PICTURE, "free")
 CHINESE_CAPTIONS = 0.25
 
 

@@ -297,7 +297,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision_layers", type=int, default=6)
     parser.add_argument("--vision_width", type=int, default=192)
     parser.add_argument("--tower_pictures", type=int, default=120_000)
-    parser.add_argument("--pictures", type=int, default=46_000)
+    parser.add_argument("--pictures", type=int, default=43_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
     parser.add_argument("--easy_questions_per_row", type=int, default=12, help="short ones: about as many tokens")
     parser.add_argument("--captions_first", type=float, default=0.1, help="share of the run that is captions only")

@@ -256,11 +256,12 @@ def _choice(
 
 
 def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) -> Prompt:
+    """Options come first, so that the question ends as the same question without options does."""
     words = [in_chinese(option) if chinese else option for option in options]
     dot = "." if chinese else ". "
     lettered = [f"{letter}{dot}{word}" for letter, word in zip(LETTERS, words, strict=False)]
     replies = [f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False)]
-    return Prompt(" ".join([text, *lettered]), dict(zip(options, replies, strict=True)))
+    return Prompt(f"{' '.join(lettered)}\n{text}", dict(zip(options, replies, strict=True)))
 
 
 def _science(skill: str, rng: random.Random) -> Draft:

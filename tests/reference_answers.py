@@ -35,8 +35,7 @@ CLAIMS = (  # a yes/no question, the noun phrase it is about, and what it is sai
 
 def reply(text: str, *scenes: Scene) -> str:
     """The right reply to a question in English about one picture or two."""
-    stem, *parts = re.split(r" ([ABCD])\. ", text)
-    options = dict(zip(parts[::2], parts[1::2], strict=True))
+    stem, options = stem_and_options(text)
     if len(scenes) == 2:
         return _compare(stem, *scenes)
     if stem == "Which of these is in the picture?":
@@ -46,6 +45,13 @@ def reply(text: str, *scenes: Scene) -> str:
     if not options:
         return _only(true)
     return _only(f"{option} {letter}" for letter, option in options.items() if option in true)
+
+
+def stem_and_options(text: str) -> tuple[str, dict[str, str]]:
+    """A question without its options, and these by their letters."""
+    *head, stem = text.split("\n")
+    _, *parts = re.split(r"(?:^| )([ABCD])\. ?", "".join(head)) if head else [""]
+    return stem, dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _only(found) -> str:
@@ -172,9 +178,9 @@ def in_english(text: str) -> str:
         return text
     if match := re.fullmatch(r"(\S+) ([ABCD])", text):
         return f"{_word(match[1])} {match[2]}"
-    stem, *parts = re.split(r" ([ABCD])\.", text)
-    options = [f" {letter}. {_word(word)}" for letter, word in zip(parts[::2], parts[1::2], strict=True)]
-    return _stem(stem) + "".join(options)
+    stem, options = stem_and_options(text)
+    lettered = " ".join(f"{letter}. {_word(word)}" for letter, word in options.items())
+    return f"{lettered}\n{_stem(stem)}" if options else _stem(stem)
 
 
 def _stem(stem: str) -> str:

@@ -79,7 +79,7 @@ def test_the_questions_of_a_row_are_all_different_and_as_many_as_asked_for():
 
 def test_a_row_of_few_questions_draws_from_all_tasks():
     asked = [texts(row)[-2] for row in MiniBench("train", 100, 1)]
-    assert any(text.startswith("Is there") for text in asked) and any(text.startswith("Rules") for text in asked)
+    assert any(text.startswith("Is there") for text in asked) and any("Rules" in text for text in asked)
     assert any(not text.isascii() for text in asked)
 
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from reference_answers import in_english, reply
+from reference_answers import in_english, reply, stem_and_options
 
 from minibench.data import MiniBench
 from minibench.questions import caption
@@ -46,7 +46,8 @@ SIGNS = {  # by which a skill's questions are known; those of existence differ i
 
 
 def skills_of(task: str, text: str) -> list[str]:
-    return [skill for skill, sign in SIGNS[task].items() if re.search(sign, in_english(text))]
+    stem, _ = stem_and_options(in_english(text))
+    return [skill for skill, sign in SIGNS[task].items() if re.search(sign, stem)]
 
 
 @cache
@@ -153,15 +154,16 @@ def test_a_pair_has_one_yes_and_one_no():
 
 def test_a_circular_question_comes_in_all_rotations_of_its_options_and_the_right_letter_moves_along():
     for item in items_of("choice_en") + items_of("choice_cn"):
-        rotations = [re.split(r" [ABCD]\. ?", text) for text, _ in item.questions]
-        stem, *options = rotations[0]
-        assert len(set(options)) == 4
-        assert rotations == [[stem, *options[turn:], *options[:turn]] for turn in range(4)]
+        stems, rotations = zip(*(stem_and_options(text) for text, _ in item.questions), strict=True)
+        rotations = [list(rotation.values()) for rotation in rotations]
+        options = rotations[0]
+        assert len(set(options)) == 4 and len(set(stems)) == 1
+        assert rotations == [options[turn:] + options[:turn] for turn in range(4)]
         answers = [answer.split() for _, answer in item.questions]
         assert {letter for *_, letter in answers} == set("ABCD")
         assert len({" ".join(option) for *option, _ in answers}) == 1
         for rotation, (*option, letter) in zip(rotations, answers, strict=True):
-            assert rotation["ABCD".index(letter) + 1] == " ".join(option)
+            assert rotation["ABCD".index(letter)] == " ".join(option)
 
 
 def test_popular_negatives_are_popular_and_adversarial_ones_the_company_of_what_is_there():
@@ -192,11 +194,6 @@ def chance(items: list[Item]) -> float:
 
 def questions_of(items: list[Item]) -> list[tuple[str, str]]:
     return [question for item in items for question in item.questions]
-
-
-def stem_and_options(text: str) -> tuple[str, dict[str, str]]:
-    stem, *parts = re.split(r" ([ABCD])\. ?", text)
-    return stem, dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 class Majority:
