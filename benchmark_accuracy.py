@@ -18,10 +18,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
-
 from configuration_dpvr import DPVR_FIELDS
 from minibench.evaluate import evaluate, make_items
+from minibench.processor import load_processor
 from minibench.record import run_record
 from minibench.scoring import constant_replies
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -80,7 +79,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     model = load(args.model_name_or_path)
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    processor = load_processor(args.model_name_or_path)
     record = {
         **run_record("benchmark_accuracy.py"),
         **{name: vars(args)[name] for name in ("suite", "limit", "seed", "batch_size")},

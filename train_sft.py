@@ -29,6 +29,7 @@ from configuration_dpvr import DPVR_FIELDS
 from loading_dpvr import is_side_branch
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
+from minibench.processor import load_processor
 from minibench.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -147,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, SideBranch
 def main(args: DpvrArguments, training: SideBranchSFTConfig) -> dict[str, Any]:
     """Train, measure before and after, save; returns what training.json holds."""
     transformers.set_seed(training.seed)
-    processor = LlavaProcessor.from_pretrained(args.model_name_or_path)
+    processor = load_processor(args.model_name_or_path)
     model = load_model(args)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
     routing, rows = model.config.routing, []

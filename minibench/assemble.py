@@ -11,11 +11,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlavaProcessor
+from transformers import GenerationConfig
 
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 from .pretrain import save
+from .processor import load_processor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     tokens = {name: vars(model.generation_config)[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # an answer never holds a picture; suppressing its mark keeps sampling from ever drawing one
     model.generation_config = GenerationConfig(**tokens, suppress_tokens=[model.config.image_token_id])
-    save(model, LlavaProcessor.from_pretrained(args.side_branch), args.output_dir)
+    save(model, load_processor(args.side_branch), args.output_dir)
 
 
 if __name__ == "__main__":

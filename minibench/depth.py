@@ -14,11 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
-
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 from .evaluate import evaluate
+from .processor import load_processor
 from .record import run_record
 
 
@@ -35,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     model = DpvrLlavaForConditionalGeneration.from_pretrained(args.model_name_or_path)
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    processor = load_processor(args.model_name_or_path)
     num_layers = model.config.text_config.num_hidden_layers
     rows = []
     for split_layer in range(1, num_layers + 1):

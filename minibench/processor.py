@@ -18,7 +18,9 @@ import random
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import AutoConfig, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+from configuration_dpvr import DpvrLlavaConfig
 
 from .data import MiniBench
 from .questions import CHINESE, PLURALS
@@ -150,6 +152,12 @@ def _processor_settings() -> dict:
         "num_additional_image_tokens": 1,
         "image_token": IMAGE_TOKEN,
     }
+
+
+def load_processor(name_or_path: str) -> LlavaProcessor:
+    """Return a saved processor, without being asked whether the code beside it may run: a processor needs none."""
+    AutoConfig.register("dpvr_llava", DpvrLlavaConfig, exist_ok=True)
+    return LlavaProcessor.from_pretrained(name_or_path)
 
 
 def save_processor(processor: LlavaProcessor, folder: Path | str) -> None:

@@ -95,7 +95,7 @@ def render_depth(results: Path) -> str:
 def render_pretraining(results: Path) -> str:
     """The validation scores in the course of pretraining."""
     log = [json.loads(line) for line in (results / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()]
-    start = next(entry for entry in log if entry["stage"] == "start")
+    start = next((entry for entry in log if entry["stage"] == "start"), None)
     validations = [entry for entry in log if "validation" in entry]
     losses = {entry["step"]: entry["loss"] for entry in log if entry["stage"] == "llava" and "loss" in entry}
     lines = _table(
@@ -110,7 +110,8 @@ def render_pretraining(results: Path) -> str:
             for entry in validations
         ],
     )
-    return "\n".join([*lines, "", f"Made by `{start['command']}`", *_machine(start)]) + "\n"
+    made = [f"Made by `{start['command']}`", *_machine(start)] if start else ["Command and hardware were not logged."]
+    return "\n".join([*lines, "", *made]) + "\n"
 
 
 BLOCKS = {"accuracy": render_accuracy, "depth": render_depth, "pretraining": render_pretraining}

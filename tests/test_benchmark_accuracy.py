@@ -38,6 +38,7 @@ def test_the_last_line_is_one_json_document_with_a_row_per_model(random_mini, tm
     assert {"command", "hardware", "versions"} <= document.keys()
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == document
     assert all(name in printed.err for name in NAMES)  # progress bars
+    assert "run the custom code" not in printed.out
 
 
 def test_each_row_sees_its_own_model(trained, monkeypatch):
@@ -91,7 +92,7 @@ def test_depth_withdraws_the_picture_after_every_layer_in_turn(random_mini, tmp_
     monkeypatch.setattr(depth, "evaluate", look)
     path = tmp_path / "depth.json"
     depth.main(depth.parse_args(["--model_name_or_path", random_mini, "--output", str(path)]))
-    assert plans == ["o|...", "oo|..", "ooo|.", "oooo"]
+    assert plans == ["o|...", "oo|..", "ooo|.", "oooo|"]
     rows = json.loads(path.read_text())["rows"]
     assert [row["layers_with_image"] for row in rows] == [1, 2, 3, 4]
     assert {row["split"] for row in rows} == {"validation"}

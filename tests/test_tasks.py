@@ -198,24 +198,25 @@ def questions_of(items: list[Item]) -> list[tuple[str, str]]:
 
 class Majority:
     """Replies by text alone: the majority reply to the same text, else the option that is most often right after the
-    same stem, else the majority reply to all questions of the task."""
+    same stem, else the majority word or letter of all questions of the task."""
 
     def __init__(self, questions: list[tuple[str, str]]) -> None:
-        self.texts, self.options, self.replies = defaultdict(Counter), defaultdict(Counter), Counter()
+        self.texts, self.options, self.last_words = defaultdict(Counter), defaultdict(Counter), Counter()
         for text, answer in questions:
             stem, options = stem_and_options(text)
             self.texts[text][answer] += 1
             self.options[stem][options.get(answer[-1], answer)] += 1
-            self.replies[answer] += 1
+            self.last_words[answer.split()[-1]] += 1
 
     def __call__(self, text: str) -> str:
         stem, options = stem_and_options(text)
         if text in self.texts:
             return self.texts[text].most_common(1)[0][0]
-        if options and stem in self.options:
-            letter = max(options, key=lambda letter: self.options[stem][options[letter]])
+        if options:
+            known = self.options[stem] if stem in self.options else {}
+            letter = max(options, key=lambda letter: (known.get(options[letter], 0), self.last_words[letter]))
             return f"{options[letter]} {letter}"
-        return self.replies.most_common(1)[0][0]
+        return self.last_words.most_common(1)[0][0]
 
     def hits(self, items: list[Item]) -> list[bool]:
         return [self(text) == answer for text, answer in questions_of(items)]
