@@ -69,12 +69,12 @@ def test_rows_are_the_same_when_read_again_and_end_with_the_data_set(rows):
 
 def test_the_questions_of_a_row_are_all_different_and_as_many_as_asked_for():
     counts = {1: [], 2: []}
-    for row in MiniBench("train", 60, 7):
+    for row in MiniBench("train", 200, 7):
         questions = texts(row)[::2]
         assert len(set(questions)) == len(questions)
         counts[len(row["images"])].append(len(questions))
     assert 7.5 < np.mean(counts[1]) < 9.5  # seven, and the free ones before some of them
-    assert 6 < np.mean(counts[2]) <= max(counts[2]) == 7
+    assert 5.5 < np.mean(counts[2]) <= max(counts[2]) == 7
 
 
 def test_a_row_of_few_questions_draws_from_all_tasks():
