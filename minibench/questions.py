@@ -7,10 +7,10 @@ scene (the star is asked for, and there are two) has no true answer there.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from .scenes import COLOURS, PLACES, SHAPES, Scene, Shape
+from .scenes import COLOURS, PLACES, SHAPES, Digit, Object, Scene, Shape
 
 NOTHING: frozenset[str] = frozenset()
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -58,18 +58,32 @@ def in_chinese(word: str) -> str:
     return CHINESE.get(word, word)
 
 
-def _the_only(things: Iterable[Shape], read: Callable[[Shape], str]) -> frozenset[str]:
-    found = list(things)
-    return frozenset((read(found[0]),)) if len(found) == 1 else NOTHING
+def _at(place: str, kind: type[Object], read: Callable[[Object], str]) -> Callable[[Scene], frozenset[str]]:
+    """Solve by what stands at a place, if it is of a kind."""
+
+    def solve(scene: Scene) -> frozenset[str]:
+        thing = scene.by_place.get(place)
+        return frozenset((read(thing),)) if isinstance(thing, kind) else NOTHING
+
+    return solve
+
+
+def _of(is_meant: Callable[[Object], bool], read: Callable[[Object], str]) -> Callable[[Scene], frozenset[str]]:
+    """Solve by the one thing that is meant, if there is just one."""
+
+    def solve(scene: Scene) -> frozenset[str]:
+        found = [thing for thing in scene.objects if is_meant(thing)]
+        return frozenset((read(found[0]),)) if len(found) == 1 else NOTHING
+
+    return solve
+
+
+def _is_shape(shape: str) -> Callable[[Object], bool]:
+    return lambda thing: isinstance(thing, Shape) and thing.shape == shape
 
 
 def colour_at(rng: random.Random) -> Query:
     place = rng.choice(PLACES)
-
-    def solve(scene: Scene) -> frozenset[str]:
-        thing = scene.by_place.get(place)
-        return frozenset((thing.colour,)) if isinstance(thing, Shape) else NOTHING
-
     return Query(
         "colour",
         f"What colour is the thing at the {place}?",
@@ -78,17 +92,12 @@ def colour_at(rng: random.Random) -> Query:
         f"the thing at the {place}",
         f"the colour at the {place}",
         tuple(COLOURS),
-        solve,
+        _at(place, Shape, lambda thing: thing.colour),
     )
 
 
 def shape_at(rng: random.Random) -> Query:
     place = rng.choice(PLACES)
-
-    def solve(scene: Scene) -> frozenset[str]:
-        thing = scene.by_place.get(place)
-        return frozenset((thing.shape,)) if isinstance(thing, Shape) else NOTHING
-
     return Query(
         "shape",
         f"What shape is at the {place}?",
@@ -97,17 +106,12 @@ def shape_at(rng: random.Random) -> Query:
         f"the thing at the {place}",
         f"the shape at the {place}",
         SHAPES,
-        solve,
+        _at(place, Shape, lambda thing: thing.shape),
     )
 
 
 def digit_at(rng: random.Random) -> Query:
     place = rng.choice(PLACES)
-
-    def solve(scene: Scene) -> frozenset[str]:
-        thing = scene.by_place.get(place)
-        return NOTHING if thing is None or isinstance(thing, Shape) else frozenset((str(thing.digit),))
-
     return Query(
         "digit",
         f"Which digit is at the {place}?",
@@ -116,16 +120,12 @@ def digit_at(rng: random.Random) -> Query:
         f"the digit at the {place}",
         f"the digit at the {place}",
         DIGITS,
-        solve,
+        _at(place, Digit, lambda thing: str(thing.digit)),
     )
 
 
 def colour_of(rng: random.Random) -> Query:
     shape = rng.choice(SHAPES)
-
-    def solve(scene: Scene) -> frozenset[str]:
-        return _the_only((thing for thing in scene.shapes if thing.shape == shape), lambda thing: thing.colour)
-
     return Query(
         "colour",
         f"What colour is the {shape}?",
@@ -134,29 +134,21 @@ def colour_of(rng: random.Random) -> Query:
         f"the {shape}",
         f"the colour of the {shape}",
         tuple(COLOURS),
-        solve,
+        _of(_is_shape(shape), lambda thing: thing.colour),
     )
 
 
 def place_of_shape(rng: random.Random) -> Query:
     shape = rng.choice(SHAPES)
-
-    def solve(scene: Scene) -> frozenset[str]:
-        return _the_only((thing for thing in scene.shapes if thing.shape == shape), lambda thing: thing.place)
-
-    return _place_query(f"the {shape}", CHINESE[shape], solve)
+    return _place_query(f"the {shape}", CHINESE[shape], _is_shape(shape))
 
 
 def place_of_digit(rng: random.Random) -> Query:
     digit = rng.randrange(10)
-
-    def solve(scene: Scene) -> frozenset[str]:
-        return _the_only((thing for thing in scene.digits if thing.digit == digit), lambda thing: thing.place)
-
-    return _place_query(f"the digit {digit}", f"数字{digit}", solve)
+    return _place_query(f"the digit {digit}", f"数字{digit}", lambda thing: thing.name == f"digit {digit}")
 
 
-def _place_query(name: str, chinese: str, solve: Callable[[Scene], frozenset[str]]) -> Query:
+def _place_query(name: str, chinese: str, is_meant: Callable[[Object], bool]) -> Query:
     return Query(
         "place",
         f"Where is {name}?",
@@ -165,7 +157,7 @@ def _place_query(name: str, chinese: str, solve: Callable[[Scene], frozenset[str
         name,
         f"the place of {name}",
         PLACES,
-        solve,
+        _of(is_meant, lambda thing: thing.place),
     )
 
 
