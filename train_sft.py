@@ -7,7 +7,7 @@
 Nothing is stored for backward below the side branch and in the text-only layers, so no gradient checkpointing is
 wanted.
 
-    python train_sft.py                                          # dpvr-mini on MiniBench, a few minutes on 2 cores
+    python train_sft.py                                          # dpvr-mini on MiniBench, on a CPU
     python train_sft.py --split_layer 4 --fusion_layers 5 6 7    # another layer plan
     python train_sft.py --routing kv_substitution --learning_rate 5e-4 --max_steps 100 --seed 1
     python train_sft.py --model_name_or_path path/to/llava --split_layer 7   # a vanilla LLaVA with the same processor
