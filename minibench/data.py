@@ -15,6 +15,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
+from .drills import drill
 from .questions import CAPTION_REQUESTS, caption
 from .scenes import Scene, Split, draw_scene
 from .tasks import ONE_PICTURE, Question, ask
@@ -22,9 +23,9 @@ from .tasks import ONE_PICTURE, Question, ask
 Row = dict[str, Any]
 
 PAIR_SHARE = 0.15
-EASY = ("free", "existence", "free", "perception")
 MIXED = (*ONE_PICTURE, "free")
 CHINESE_CAPTIONS = 0.25
+TABLES_PER_ROW = 6
 
 
 class MiniBench:
@@ -36,6 +37,7 @@ class MiniBench:
         questions_per_row: how many questions of the tasks, in turn, without the free ones before some of them.
         seed: another seed is another data set of the same split.
         caption_share: the share of rows that ask for a caption in place of questions.
+        drill_share: the share of the other rows that are drills in place of questions.
         tasks: what rows of one picture ask, of the tasks of one picture and "free".
         pair_share: the share of rows with two pictures and multi_image questions.
     """
@@ -49,6 +51,7 @@ class MiniBench:
         caption_share: float = 0.0,
         tasks: Sequence[str] = ONE_PICTURE,
         pair_share: float = PAIR_SHARE,
+        drill_share: float = 0.0,
     ) -> None:
         self.split = split
         self.size = size
@@ -57,6 +60,7 @@ class MiniBench:
         self.caption_share = caption_share
         self.tasks = tasks
         self.pair_share = pair_share
+        self.drill_share = drill_share
 
     def __len__(self) -> int:
         return self.size
@@ -69,11 +73,12 @@ class MiniBench:
         if rng.random() < self.caption_share:
             chinese = rng.random() < CHINESE_CAPTIONS
             return to_row((scene,), [(CAPTION_REQUESTS[chinese], caption(scene, chinese))])
-        if rng.random() < self.pair_share:
-            scenes = (scene, draw_scene(self.split, rng))
+        scenes = (scene, draw_scene(self.split, rng)) if rng.random() < self.pair_share else (scene,)
+        if rng.random() < self.drill_share:
+            return to_row(scenes, drill(scenes, rng, TABLES_PER_ROW))
+        if len(scenes) == 2:
             tasks = ["multi_image"] * self.questions_per_row
         else:
-            scenes = (scene,)
             tasks = rng.sample(self.tasks, len(self.tasks))
             tasks = [tasks[turn % len(tasks)] for turn in range(self.questions_per_row)]
         return to_row(scenes, _ask_all(tasks, scenes, rng))

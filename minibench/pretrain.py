@@ -1,10 +1,11 @@
 """Train a small vanilla LLaVA from scratch on MiniBench.
 
     vision tower    PatchNamer on pictures alone (tower.py)                         in the place of CLIP's training
-    projector, LLM  dense captions, then questions and a few captions, one go       in the place of LLaVA's two stages
+    projector, LLM  dense captions, then drills, then questions (data.py), one go   in the place of LLaVA's two stages
 
 Both run in `transformers.Trainer` and keep checkpoints: the same command again goes on where a killed run stopped. The
-linear layers run in bfloat16 by autocast and the attention in float32, which is the fast way round on a CPU.
+linear layers run in bfloat16 by autocast and the attention in float32, which is the fast way round on a CPU that has
+instructions for bfloat16; on others everything is float32.
 
     python -m minibench.pretrain --output_dir DIR
 
@@ -40,7 +41,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import EASY, MIXED, MiniBench, Row
+from .data import MIXED, MiniBench, Row
 from .evaluate import evaluate
 from .optimizer import MuonWithAdamW
 from .processor import PATCH, make_processor, save_processor
@@ -50,7 +51,10 @@ from .tower import PatchCollator, PatchNamer, PatchNames
 
 IGNORED = -100
 VISION_NAME = re.compile(r"vision_tower\.(?!vision_model\.)")
-LENGTH_STEP = 16  # rows are padded to multiples of this, so that compiled layers meet few lengths
+LENGTH_STEP = 136  # rows are padded to multiples of this, so that compiled layers meet two lengths
+MAX_LENGTH = (
+    2 * LENGTH_STEP
+)  # and cut here: a quarter of the rows lose their last turns, the batches a fifth of padding
 
 
 def attention_in_float32(
@@ -108,7 +112,7 @@ def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForC
 
 
 class RowCollator:
-    """Turns rows of MiniBench into LLaVA's training inputs, padded on the right; the replies alone carry loss."""
+    """Turns rows of MiniBench into LLaVA's inputs, padded or cut on the right; the replies alone carry loss."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
         self.processor = processor
@@ -121,7 +125,7 @@ class RowCollator:
         images = [row["images"] for row in rows]
         padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": LENGTH_STEP}
         batch = self.processor(text=texts, images=images, return_tensors="pt", **padding)
-        ids = batch["input_ids"]
+        ids = batch["input_ids"][:, :MAX_LENGTH]  # a row begins with its pictures
         labels = ids.masked_fill(~self.replies(ids), IGNORED)
         # A causal model never reads padding on the right: without a mask, attention keeps its fast kernel.
         return {"input_ids": ids, "pixel_values": batch["pixel_values"], "labels": labels}
@@ -192,6 +196,13 @@ class Validation(TrainerCallback):
             self.log.write(step=state.global_step, validation=scores, mean=round(result["mean"], 4))
 
 
+def computes_bfloat16() -> bool:
+    """Whether bfloat16 is the fast way here; a CPU without the instructions emulates it, hundreds of times slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def training_arguments(args: argparse.Namespace, stage: str, num_rows: int) -> TrainingArguments:
     steps = num_rows // args.batch_size
     return TrainingArguments(
@@ -201,7 +212,7 @@ def training_arguments(args: argparse.Namespace, stage: str, num_rows: int) -> T
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": int(args.decay_share * steps)},
         warmup_steps=min(args.warmup_steps, steps // 10),
-        bf16=True,
+        bf16=computes_bfloat16(),
         use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=args.num_workers,
         dataloader_drop_last=True,
@@ -242,24 +253,22 @@ def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
 
 
 def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    """Train projector and decoder on captions first, then on easy questions, then on all with captions among them.
+    """Train projector and decoder on captions first, then mostly on drills, then mostly on questions.
 
     The tower stays as it is, as CLIP does in LLaVA.
     """
     model.model.vision_tower.requires_grad_(False)
-    num_captions = int(args.captions_first * args.pictures)
+    num_captions, num_drills = int(args.captions_first * args.pictures), int(args.drills_next * args.pictures)
+    num_questions = args.pictures - num_captions - num_drills
     captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
-    num_easy = int(args.easy_next * args.pictures)
-    easy = MiniBench(
-        "train", num_easy, args.easy_questions_per_row, args.seed + 4, args.caption_share, tasks=EASY, pair_share=0.0
-    )
-    num_mixed = args.pictures - num_captions - num_easy
-    mixed = MiniBench("train", num_mixed, args.questions_per_row, args.seed + 3, args.caption_share, tasks=MIXED)
+    per_row, some = args.questions_per_row, args.caption_share
+    drills = MiniBench("train", num_drills, per_row, args.seed + 4, some, MIXED, drill_share=1 - args.other_share)
+    questions = MiniBench("train", num_questions, per_row, args.seed + 3, some, MIXED, drill_share=args.other_share)
     log = JsonLog(args.output_dir / "log.jsonl", "llava")
     trainer = LlavaTrainer(
         model=model,
         args=training_arguments(args, "llava", args.pictures),
-        train_dataset=ConcatDataset([captions, easy, mixed]),
+        train_dataset=ConcatDataset([captions, drills, questions]),
         data_collator=RowCollator(processor),
         optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
         callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
@@ -299,10 +308,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tower_pictures", type=int, default=120_000)
     parser.add_argument("--pictures", type=int, default=120_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
-    parser.add_argument("--easy_questions_per_row", type=int, default=12, help="short ones: about as many tokens")
     parser.add_argument("--captions_first", type=float, default=0.05, help="share of the run that is captions only")
-    parser.add_argument("--easy_next", type=float, default=0.15, help="share of the run with short questions only")
-    parser.add_argument("--caption_share", type=float, default=0.08, help="share of captions in the rest of it")
+    parser.add_argument("--drills_next", type=float, default=0.45, help="share of the run that is mostly drills")
+    parser.add_argument(
+        "--other_share", type=float, default=0.2, help="of questions among drills, and of drills among questions"
+    )
+    parser.add_argument("--caption_share", type=float, default=0.05, help="share of captions among both")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adamw_lr", type=float, default=2e-3)

@@ -1,0 +1,252 @@
+"""Drills: tables of short answers about one picture or two, for pretraining alone.
+
+    Colours: -> star red, top left blue, ring red, ...        an entry: what is asked about, and the answer last
+
+A question of MiniBench carries two or three tokens of reply in some thirty; a drill asks a dozen things in as many
+tokens, each answer's key being given in the reply. What a large language model brings along (letters of options, sums,
+rules, Chinese words) and what LLaVA's instruction data teach is practised in this form first; the questions then only
+have to be worded.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import permutations
+
+from .questions import DIGITS, PAIRS, PLURALS, in_chinese
+from .scenes import COLOURS, PLACES, SHAPES, Digit, Object, Scene, Shape, companion
+from .tasks import LETTERS, PROPERTIES
+
+Entry = tuple[str, ...]
+Table = Callable[[Sequence[Scene], random.Random], tuple[str, list[Entry]]]
+
+MAX_ENTRIES = 8
+CHINESE_SHARE = 0.2
+FAMILIES = (tuple(COLOURS), SHAPES, PLACES, DIGITS, PAIRS, PROPERTIES, ("1", "2", "3", "4", "5"))
+
+
+def drill(scenes: Sequence[Scene], rng: random.Random, num_tables: int) -> list[tuple[str, str]]:
+    """Return requests and replies, one for each of `num_tables` different tables at most, none empty."""
+    tables = ONE_PICTURE if len(scenes) == 1 else TWO_PICTURES
+    turns = []
+    for table in rng.sample(tables, len(tables)):
+        request, entries = table(scenes, rng)
+        if entries and len(turns) < num_tables:
+            entries = rng.sample(entries, min(len(entries), MAX_ENTRIES))
+            word = in_chinese if table is not letters and rng.random() < CHINESE_SHARE else str
+            turns.append((request, ", ".join(" ".join(map(word, entry)) for entry in entries)))
+    return turns
+
+
+def word_for(thing: Object) -> str:
+    return thing.shape if isinstance(thing, Shape) else str(thing.digit)
+
+
+def alone(scene: Scene) -> dict[str, Object]:
+    """Return the shapes and digits that are there once, by their word."""
+    words = [word_for(thing) for thing in scene.objects]
+    return {word: thing for word, thing in zip(words, scene.objects, strict=True) if words.count(word) == 1}
+
+
+def count_of(word: str, scene: Scene) -> int:
+    """Return how many there are of a colour, a plural of `PLURALS`, "objects", "shapes" or "digits"."""
+    whole = {"objects": scene.objects, "shapes": scene.shapes, "digits": scene.digits}
+    if word in whole:
+        return len(whole[word])
+    return sum(word in (thing.colour, PLURALS[thing.shape]) for thing in scene.shapes)
+
+
+COUNTABLE = (*COLOURS, *PLURALS.values(), "objects", "shapes", "digits")
+
+
+def colours(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    entries = [(thing.place, thing.colour) for thing in scene.shapes]
+    return "Colours:", entries + [(word, thing.colour) for word, thing in alone(scene).items() if word in SHAPES]
+
+
+def things(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    return "Things:", [(thing.place, word_for(thing)) for thing in scene.objects]
+
+
+def places(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    return "Where:", [(word, thing.place) for word, thing in alone(scene).items()]
+
+
+def numbers(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    there = [word for word in COUNTABLE if count_of(word, scene)]
+    absent = [word for word in COUNTABLE if word not in there]
+    return "How many:", [(word, str(count_of(word, scene))) for word in there + rng.sample(absent, 2)]
+
+
+def sides(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    entries = []
+    for (word, thing), (other_word, other) in permutations(alone(scene).items(), 2):
+        (row, column), (other_row, other_column) = (divmod(PLACES.index(one.place), 3) for one in (thing, other))
+        if row == other_row:
+            entries.append((word, other_word, "left" if column < other_column else "right"))
+        elif column == other_column:
+            entries.append((word, other_word, "above" if row < other_row else "below"))
+    return "Which side:", entries
+
+
+def presence(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    there = dict.fromkeys(thing.name for thing in scene.shapes)
+    near = [" ".join(companion(thing.colour, thing.shape)) for thing in scene.shapes]
+    near += [f"{one.colour} {other.shape}" for one, other in permutations(scene.shapes, 2)]
+    absent = [name for name in dict.fromkeys(near) if name not in there]
+    absent = rng.sample(absent, min(len(absent), 2)) + [name for name in rng.sample(PAIRS, 3) if name not in there]
+    return "Is there:", [(name, "yes") for name in there] + [(name, "no") for name in dict.fromkeys(absent)]
+
+
+def claims(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    entries = []
+    for table in (colours, things, places, numbers):
+        _, facts = table(scenes, rng)
+        for *key, value in rng.sample(facts, min(len(facts), 3)):
+            family = next(family for family in (tuple(COLOURS), SHAPES, PLACES, DIGITS) if value in family)
+            if rng.random() < 0.5:
+                entries.append((*key, value, "yes"))
+            else:
+                entries.append((*key, rng.choice([other for other in family if other != value]), "no"))
+    return "Is it so:", entries
+
+
+def comparisons(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    pairs = [(one, other) for one, other in permutations(scene.digits, 2) if one.digit != other.digit]
+    entries = [
+        (one.place, "and", other.place, "larger" if one.digit > other.digit else "smaller") for one, other in pairs
+    ]
+    digits = [thing.digit for thing in sorted(scene.digits, key=lambda thing: PLACES.index(thing.place) % 3)]
+    columns = {PLACES.index(thing.place) % 3 for thing in scene.digits}
+    if len(columns) == len(digits) > 1 and len(set(digits)) == len(digits):
+        if digits in (sorted(digits), sorted(digits, reverse=True)):
+            entries.append(("order", "up" if digits == sorted(digits) else "down"))
+    return "Larger or smaller:", entries
+
+
+def sums(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    pairs = permutations(scene.digits, 2)
+    entries = [(one.place, "and", other.place, str(one.digit + other.digit)) for one, other in pairs]
+    if len(scene.digits) == 2:
+        entries.append(("digits", str(sum(thing.digit for thing in scene.digits))))
+    return "Sums:", entries
+
+
+def more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    there = [word for word in COUNTABLE[:-3] if count_of(word, scene)] + ["shapes", "digits"]
+    entries = []
+    for one, other in permutations(there, 2):
+        difference = count_of(one, scene) - count_of(other, scene)
+        if difference:
+            entries.append((one, other, "more" if difference > 0 else "fewer"))
+    return "More or fewer:", entries
+
+
+def machine(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    step = rng.randint(1, 5)
+    return f"A machine adds {step}:", [(thing.place, str(thing.digit + step)) for thing in scene.digits]
+
+
+def remainders(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    there = sorted({thing.colour for thing in scene.shapes})
+    return "Left without:", [(colour, str(len(scene.objects) - count_of(colour, scene))) for colour in there]
+
+
+def rules(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    (scene,) = scenes
+    by_colour = rng.random() < 0.5
+    keys = rng.sample(tuple(COLOURS) if by_colour else SHAPES, 6)
+    outcomes = dict(zip(keys, rng.sample(PROPERTIES, 6), strict=True))
+    names = [f"{key} things" if by_colour else PLURALS[key] for key in keys]
+    text = ", ".join(f"{name} are {outcomes[key]}" for name, key in zip(names, keys, strict=True))
+    entries = [(thing.place, outcomes[thing.colour if by_colour else thing.shape]) for thing in scene.shapes]
+    if by_colour:
+        entries += [(word, outcomes[thing.colour]) for word, thing in alone(scene).items() if word in SHAPES]
+    return f"Rules: {text}.", entries
+
+
+def letters(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    """Options in the form that the questions have, to be named with their letters: no picture is needed."""
+    chinese = rng.random() < 0.4
+    options = rng.sample(rng.choice(FAMILIES), 4)
+    words = [in_chinese(option) if chinese else option for option in options]
+    dot = "." if chinese else ". "
+    lettered = list(zip(LETTERS, words, strict=True))
+    return " ".join(f"{letter}{dot}{word}" for letter, word in lettered), [(word, letter) for letter, word in lettered]
+
+
+def of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    entries = [
+        (which, thing.place, thing.name if isinstance(thing, Shape) else word_for(thing))
+        for which, scene in zip(("first", "second"), scenes, strict=True)
+        for thing in scene.objects
+    ]
+    return "Things:", entries
+
+
+def same(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    one, other = scenes
+    entries = []
+
+    def compare(key: Entry, first: object, second: object) -> None:
+        entries.append((*key, "same" if first == second else "different"))
+
+    for place in PLACES:
+        if place not in one.by_place or place not in other.by_place:
+            continue
+        first, second = one.by_place[place], other.by_place[place]
+        if isinstance(first, Shape) and isinstance(second, Shape):
+            compare(("colour", place), first.colour, second.colour)
+            compare(("shape", place), first.shape, second.shape)
+        elif isinstance(first, Digit) and isinstance(second, Digit):
+            compare(("digit", place), first.digit, second.digit)
+    for shape in SHAPES:
+        if shape in alone(one) and shape in alone(other):
+            compare(("colour", shape), alone(one)[shape].colour, alone(other)[shape].colour)
+    for word in rng.sample([word for word in COUNTABLE if count_of(word, one) or count_of(word, other)], 4):
+        compare(("number", word), count_of(word, one), count_of(word, other))
+    return "Same or different:", entries
+
+
+def which_has_more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    entries = []
+    for word in COUNTABLE:
+        first, second = (count_of(word, scene) for scene in scenes)
+        if first != second:
+            entries.append((word, "first" if first > second else "second"))
+    return "Which has more:", entries
+
+
+def which_holds(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    first, second = ({thing.name for thing in scene.objects} for scene in scenes)
+    entries = [(name, "first") for name in first - second] + [(name, "second") for name in second - first]
+    return "Which has it:", sorted(entries)
+
+
+ONE_PICTURE: tuple[Table, ...] = (
+    colours,
+    things,
+    places,
+    numbers,
+    sides,
+    presence,
+    claims,
+    comparisons,
+    sums,
+    more,
+    machine,
+    remainders,
+    rules,
+    letters,
+)
+TWO_PICTURES: tuple[Table, ...] = (of_each, same, which_has_more, which_holds)

@@ -1,0 +1,149 @@
+"""minibench/drills.py: every entry of every table, read back from its words by other means than it was made."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from minibench.data import MiniBench
+from minibench.drills import ONE_PICTURE, TWO_PICTURES, drill
+from minibench.questions import CHINESE, PLURALS
+from minibench.scenes import COLOURS, SHAPES, Scene, make_scene
+
+PLACE = re.compile(r"^(top|bottom)?\s*(left|right)?$|^centre$")
+ENGLISH = {chinese: english for english, chinese in CHINESE.items()}
+
+
+def seen(scene: Scene) -> list[dict]:
+    """The scene as plain facts."""
+    facts = []
+    for thing in scene.objects:
+        row = 0 if "top" in thing.place else 2 if "bottom" in thing.place else 1
+        column = 0 if "left" in thing.place else 2 if "right" in thing.place else 1
+        looks = vars(thing)
+        word = looks.get("shape") or str(looks["digit"])
+        facts.append({"place": thing.place, "at": (row, column), "word": word, "colour": looks.get("colour"), **looks})
+    return facts
+
+
+def find(facts: list[dict], key: str) -> list[dict]:
+    """What a key of one word or place means."""
+    return [fact for fact in facts if key in (fact["place"], fact["word"])]
+
+
+def number(facts: list[dict], key: str) -> int:
+    singular = {"crosses": "cross"}.get(key, key[:-1])
+    if key == "objects":
+        return len(facts)
+    if key in ("shapes", "digits"):
+        return sum((fact["colour"] is None) == (key == "digits") for fact in facts)
+    return sum(fact["colour"] == key or fact["word"] == singular for fact in facts)
+
+
+def split(text: str) -> list[str]:
+    """Cut an entry into places and words."""
+    return [word for word in re.findall(r"(?:top|bottom) (?:left|right)|\S+", text) if word != "and"]
+
+
+def holds(request: str, entry: str, pictures: list[list[dict]]) -> bool:
+    *key, value = split(entry)
+    facts = pictures[0]
+    if request.startswith("Rules: "):
+        rules = dict(re.findall(r"(\w+) (?:things )?are (\w+)", request))
+        (fact,) = find(facts, key[0])
+        return value in (rules.get(fact["colour"]), rules.get(PLURALS.get(fact["word"])))
+    if request.startswith("A machine adds"):
+        (fact,) = find(facts, key[0])
+        return int(value) == fact["digit"] + int(request.split()[3].rstrip(":"))
+    if "A." in request:
+        return f"{value}. {' '.join(key)} " in f"{request} " or f"{value}.{' '.join(key)} " in f"{request} "
+    if request == "Colours:":
+        return [fact["colour"] for fact in find(facts, key[0])] == [value]
+    if request == "Where:":
+        return [fact["place"] for fact in find(facts, key[0])] == [value]
+    if request == "Things:" and len(pictures) == 1:
+        return [fact["word"] for fact in find(facts, key[0])] == [value]
+    if request == "Things:":
+        which, place, *looks = split(entry)
+        (fact,) = find(pictures[which == "second"], place)
+        return " ".join(looks) == (f"{fact['colour']} {fact['word']}" if fact["colour"] else fact["word"])
+    if request == "How many:":
+        return number(facts, key[0]) == int(value)
+    if request == "Which side:":
+        (one,), (other,) = find(facts, key[0]), find(facts, key[1])
+        down, right = (b - a for a, b in zip(other["at"], one["at"], strict=True))
+        return {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}[value] == (
+            (down > 0) - (down < 0),
+            (right > 0) - (right < 0),
+        )
+    if request == "Is there:":
+        return (value == "yes") == any([fact["colour"], fact["word"]] == key for fact in facts)
+    if request == "Is it so:":
+        known, claimed = key
+        if claimed.isdigit() and not find(facts, known):
+            return (value == "yes") == (number(facts, known) == int(claimed))
+        (fact,) = find(facts, known)
+        return (value == "yes") == (claimed in (fact["colour"], fact["word"], fact["place"]))
+    if request == "Larger or smaller:" and key == ["order"]:
+        digits = [fact["digit"] for fact in sorted(facts, key=lambda fact: fact["at"][1]) if not fact["colour"]]
+        return all((a < b) == (value == "up") and a != b for a, b in zip(digits, digits[1:], strict=False))
+    if request == "Larger or smaller:":
+        (one,), (other,) = find(facts, key[0]), find(facts, key[1])
+        return one["digit"] != other["digit"] and (value == "larger") == (one["digit"] > other["digit"])
+    if request == "Sums:":
+        places = [fact["place"] for fact in facts if fact["colour"] is None] if key == ["digits"] else key
+        return int(value) == sum(find(facts, place)[0]["digit"] for place in places)
+    if request == "More or fewer:":
+        difference = number(facts, key[0]) - number(facts, key[1])
+        return difference != 0 and (value == "more") == (difference > 0)
+    if request == "Left without:":
+        return int(value) == sum(fact["colour"] != key[0] for fact in facts)
+    if request == "Same or different:":
+        kind, what = key
+        if kind == "number":
+            answers = [number(facts, what) for facts in pictures]
+        else:
+            answers = [find(facts, what)[0][kind] for facts in pictures]
+        return (value == "same") == (answers[0] == answers[1])
+    if request == "Which has more:":
+        first, second = (number(facts, key[0]) for facts in pictures)
+        return first != second and (value == "first") == (first > second)
+    assert request == "Which has it:"
+    held = [any([fact["colour"] or "digit", fact["word"]] == key for fact in facts) for facts in pictures]
+    return held == [value == "first", value == "second"]
+
+
+@pytest.mark.parametrize(("tables", "num_pictures"), [(ONE_PICTURE, 1), (TWO_PICTURES, 2)])
+def test_every_entry_of_every_table_is_true(tables, num_pictures):
+    entries = Counter()
+    for seed in range(300):
+        scenes = [make_scene("train", seed, index) for index in range(num_pictures)]
+        turns = drill(scenes, random.Random(seed), len(tables))
+        assert len({request for request, _ in turns}) == len(turns)
+        for request, reply in turns:
+            kind = "letters" if "A." in request else re.sub("[:0-9].*", "", request)
+            for entry in reply.split(", "):
+                if kind != "letters":
+                    for chinese in sorted(ENGLISH, key=len, reverse=True):
+                        entry = entry.replace(chinese, ENGLISH[chinese])
+                assert holds(request, entry, [seen(scene) for scene in scenes]), (request, entry, scenes)
+                entries[kind] += 1
+    assert len(entries) == len(tables) and min(entries.values()) > 100, entries
+
+
+def test_a_false_entry_is_told_from_a_true_one():
+    facts = [seen(make_scene("train", 0, index)) for index in range(2)]
+    shape = next(fact for fact in facts[0] if fact["colour"])
+    others = {"Colours:": set(COLOURS) - {shape["colour"]}, "Things:": set(SHAPES) - {shape["word"]}}
+    for request, wrong in others.items():
+        assert not any(holds(request, f"{shape['place']} {word}", facts[:1]) for word in wrong)
+
+
+def test_rows_hold_drills_in_their_share_and_are_the_same_when_read_again():
+    rows = MiniBench("train", 300, drill_share=0.4, seed=3)
+    again = MiniBench("train", 300, drill_share=0.4, seed=3)
+    texts = [[message["content"][-1]["text"] for message in rows[index]["messages"]] for index in range(300)]
+    assert texts == [[message["content"][-1]["text"] for message in again[index]["messages"]] for index in range(300)]
+    drilled = sum(any(text.endswith(":") for text in row[::2]) for row in texts)
+    assert 80 < drilled < 160
