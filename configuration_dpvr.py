@@ -60,6 +60,11 @@ class LayerPlan(NamedTuple):
         return f"{letters[: self.split_layer]}|{letters[self.split_layer :]}"
 
     @property
+    def is_vanilla(self) -> bool:
+        """Whether every layer is an ordinary LLaVA layer."""
+        return self.split_layer == len(self.modes)
+
+    @property
     def reads_side_branch(self) -> bool:
         return any(mode != TEXT for mode in self.modes[self.split_layer :])
 

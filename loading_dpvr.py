@@ -11,6 +11,7 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 from transformers.utils import cached_file
 
@@ -35,6 +36,30 @@ WEIGHTS_NAME = "model.safetensors"
 def is_side_branch(parameter_name: str) -> bool:
     """The one predicate for what is trained, saved, loaded and counted as the side branch."""
     return "side_branch" in parameter_name.split(".")
+
+
+def make_side_branch(layers: nn.ModuleList, config: DpvrLlavaConfig) -> nn.ModuleList:
+    """New decoder layers like those of a decoder, numbered after them; their weights are not yet meaningful."""
+    side_branch = nn.ModuleList(type(layers[0])(config.text_config, 0) for _ in range(config.num_side_layers))
+    for index, side_layer in enumerate(side_branch):
+        side_layer.self_attn.layer_idx = len(layers) + index
+    return side_branch
+
+
+@torch.no_grad()
+def reset_side_branch(side_branch: nn.ModuleList, layers: nn.ModuleList, config: DpvrLlavaConfig) -> None:
+    """Start a side branch of a decoder's layers afresh, as `config.side_branch_init` says."""
+    for index, side_layer in enumerate(side_branch):
+        if config.side_branch_init == "random":
+            for name, parameter in side_layer.named_parameters():
+                _reset_parameter(name, parameter, config.text_config.initializer_range)
+            continue
+        source = layers[min(config.split_layer + index, len(layers) - 1)]
+        side_layer.load_state_dict(source.state_dict())
+        if config.side_branch_init == "identity":
+            for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
+                for parameter in projection.parameters():
+                    parameter.zero_()
 
 
 class SideBranchLoading:
@@ -66,21 +91,9 @@ class SideBranchLoading:
         model.reset_side_branch()
         return model.train(llava.training)
 
-    @torch.no_grad()
     def reset_side_branch(self) -> None:
         """Start the side branch afresh, as `config.side_branch_init` says."""
-        layers, init = self.model.language_model.layers, self.config.side_branch_init
-        for index, side_layer in enumerate(self.side_branch):
-            if init == "random":
-                for name, parameter in side_layer.named_parameters():
-                    _reset_parameter(name, parameter, self.config.text_config.initializer_range)
-                continue
-            source = layers[min(self.config.split_layer + index, len(layers) - 1)]
-            side_layer.load_state_dict(source.state_dict())
-            if init == "identity":
-                for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
-                    for parameter in projection.parameters():
-                        parameter.zero_()
+        reset_side_branch(self.side_branch, self.model.language_model.layers, self.config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):

@@ -4,7 +4,7 @@ Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/a
 
     input_ids, pixel_values -> stock vision tower and projector -> inputs_embeds
         routing "none", or no image in the prompt   -> stock LLaVA
-        any other routing                           -> two_stream_forward (two_stream_dpvr.py) over the layer plan
+        any other routing                           -> two_stream_forward over the layer plan (routing_dpvr.py)
     text states -> lm_head -> logits
 
 Everything but `side_branch` is a stock `LlavaForConditionalGeneration`, so vanilla checkpoints load as they are, and a
@@ -15,9 +15,8 @@ Axes: B batch, T tokens, N images, V image tokens and X text tokens of a row, D 
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaModel,
@@ -28,16 +27,15 @@ from transformers.utils import can_return_tuple
 try:
     from .configuration_dpvr import DpvrLlavaConfig
     from .costs_dpvr import CostFormulas
-    from .loading_dpvr import SideBranchLoading, is_side_branch
-    from .two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
+    from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
+    from .routing_dpvr import check_support, image_marks, routed_forward
 except ImportError:
     from configuration_dpvr import DpvrLlavaConfig
     from costs_dpvr import CostFormulas
-    from loading_dpvr import SideBranchLoading, is_side_branch
-    from two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
+    from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
+    from routing_dpvr import check_support, image_marks, routed_forward
 
 IGNORED_LABEL = -100
-VISION_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
 
 class DpvrLlavaModel(LlavaModel):
@@ -53,10 +51,7 @@ class DpvrLlavaModel(LlavaModel):
 
     def __init__(self, config: DpvrLlavaConfig):
         super().__init__(config)
-        layers, depth = self.language_model.layers, config.text_config.num_hidden_layers
-        self.side_branch = nn.ModuleList(type(layers[0])(config.text_config, 0) for _ in range(config.num_side_layers))
-        for index, layer in enumerate(self.side_branch):
-            layer.self_attn.layer_idx = depth + index
+        self.side_branch = make_side_branch(self.language_model.layers, config)
         self.post_init()
 
     @can_return_tuple
@@ -80,155 +75,22 @@ class DpvrLlavaModel(LlavaModel):
             last_hidden_state (B, T or kept, D). Past the split image tokens are context, not queries: theirs is the
             side branch's output, and predicts nothing.
         """
-        plan = self.config.layer_plan()
-        image_mask = self._find_images(input_ids, inputs_embeds, pixel_values, past_key_values)
-        record = CacheRecord.of(past_key_values, plan)
-        if self.config.routing == "none" or (image_mask is None and record is None):
-            output = super().forward(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                **{**kwargs, "return_dict": True},
-            )
-            if image_mask is not None and output.past_key_values is not None:
-                CacheRecord.note_vanilla(plan, output.past_key_values)
-            output.last_hidden_state = _keep(output.last_hidden_state, logits_to_keep)
-            return output
-
-        vision = {name: kwargs[name] for name in VISION_ARGUMENTS if name in kwargs}
-        inputs_embeds, features = self._embed(input_ids, inputs_embeds, pixel_values, image_mask, **vision)
-        cache = self._cache(past_key_values, use_cache)
-        self._check_two_stream(inputs_embeds, attention_mask, cache, output_attentions)
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
-        tail = None if output_hidden_states else _text_tail(logits_to_keep, inputs_embeds.shape[1], image_mask)
-        states, hidden_states = two_stream_forward(
-            self.language_model,
+        return routed_forward(
+            self,
             self.side_branch,
-            plan,
-            inputs_embeds,
-            image_mask,
+            self.config.layer_plan(),
+            input_ids=input_ids,
+            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=cache,
-            tail=tail,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
-        if isinstance(logits_to_keep, torch.Tensor):
-            logits_to_keep = logits_to_keep % inputs_embeds.shape[1] - (inputs_embeds.shape[1] - states.shape[1])
-        return LlavaModelOutputWithPast(
-            last_hidden_state=_keep(states, logits_to_keep),
-            past_key_values=cache,
-            hidden_states=hidden_states,
-            image_hidden_states=features,
-        )
-
-    def image_marks(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """bool (B, T), True where the image token stands, or its embedding."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        mark = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(mark)).all(-1)
-
-    def _find_images(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.Tensor | None:
-        """bool (B, T), True at image tokens, or None without any; a decoded token is taken for text, unread."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "Expected exactly one of input_ids and inputs_embeds; got both or neither. Remedy: drop one."
-            )
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if pixel_values is None and tokens.shape[1] == 1 and past_key_values is not None:
-            return None
-        if input_ids is None and pixel_values is None:
-            return None
-        image_mask = self.image_marks(input_ids, inputs_embeds)
-        num_tokens = int(image_mask.sum())
-        if pixel_values is None and num_tokens == 0:
-            return None
-        if pixel_values is None or num_tokens == 0:
-            raise ValueError(
-                f"Expected image tokens and pixels together; got {num_tokens} image tokens (id "
-                f"{self.config.image_token_id}) and {0 if pixel_values is None else len(pixel_values)} images. "
-                "Remedy: make both with the processor, one <image> mark per image."
-            )
-        _check_pixels(pixel_values)
-        return image_mask
-
-    def _embed(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_mask: torch.Tensor | None,
-        **vision_arguments,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token embeddings (B, T, D) with the image features in place, and these features (all image tokens, D)."""
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_mask is None:
-            return inputs_embeds, None
-        features = self.get_image_features(pixel_values=pixel_values, **vision_arguments)
-        if isinstance(features, ModelOutput):  # transformers 5
-            features = features.pooler_output
-        per_image = [len(feature) for feature in features]
-        features = torch.cat(list(features)).to(inputs_embeds.device, inputs_embeds.dtype)
-        counts = image_mask.sum(1).tolist()
-        uneven = len(set(per_image)) == 1 and any(count % per_image[0] for count in counts)
-        if sum(counts) != len(features) or uneven:
-            raise ValueError(
-                f"Expected as many image tokens as image features; got tokens per row: {counts}, features: "
-                f"{len(features)} ({len(per_image)} images of {sorted(set(per_image))}). Remedy: use the processor of "
-                "this model, one image per <image> mark, and do not truncate inside an image."
-            )
-        return inputs_embeds.masked_scatter(image_mask[..., None], features), features
-
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        if past_key_values is not None:
-            return past_key_values
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
-        return DynamicCache() if use_cache else None
-
-    def _check_two_stream(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None,
-        output_attentions: bool | None,
-    ) -> None:
-        implementation = self.config.text_config._attn_implementation
-        if implementation not in SUPPORTED_ATTENTION:
-            raise ValueError(_unsupported_attention(implementation))
-        if output_attentions or self.config.output_attentions:
-            raise ValueError(
-                f"Expected output_attentions=False with routing {self.config.routing!r}, whose layers differ in their "
-                "keys; got True. Remedy: set_routing('none')."
-            )
-        if cache is not None and cache.is_compileable:
-            raise ValueError(
-                f"Expected a cache that grows, for layers of different lengths; got {type(cache).__name__}. Remedy: "
-                "DynamicCache, generate's default."
-            )
-        past = 0 if cache is None else cache.get_seq_length()
-        expected = (inputs_embeds.shape[0], past + inputs_embeds.shape[1])
-        if attention_mask is not None and tuple(attention_mask.shape) != expected:
-            raise ValueError(
-                f"Expected an attention_mask of shape (batch, cached + new tokens) = {expected}; got "
-                f"{tuple(attention_mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached "
-                "answers."
-            )
 
 
 class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaForConditionalGeneration):
@@ -240,7 +102,7 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
     _can_compile_fullgraph = False
 
     def __init__(self, config: DpvrLlavaConfig):
-        _check_support(config)
+        check_support(config)
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = DpvrLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -318,7 +180,7 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
         loss = None
         if labels is not None:
             if self.config.routing != "none":
-                after_image = nn.functional.pad(self.model.image_marks(input_ids, inputs_embeds)[:, :-1], (1, 0))
+                after_image = nn.functional.pad(image_marks(self.model, input_ids, inputs_embeds)[:, :-1], (1, 0))
                 labels = labels.masked_fill(after_image, IGNORED_LABEL)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
@@ -390,57 +252,6 @@ class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaFo
         return input_ids, model_kwargs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _check_support(config: DpvrLlavaConfig) -> None:
-    text = config.text_config
-    if text.model_type not in SUPPORTED_DECODERS:
-        raise ValueError(
-            f"Expected a decoder of type {SUPPORTED_DECODERS}; got {text.model_type!r}. Remedy: use a LLaVA on one of "
-            "these."
-        )
-    if (
-        text.model_type != "llama"
-        and text.sliding_window is not None
-        and (text.model_type != "qwen2" or text.use_sliding_window)
-    ):
-        raise ValueError(
-            f"Expected a decoder with full attention; got sliding_window={text.sliding_window}. Remedy: set it to "
-            "None."
-        )
-    if not 0 <= config.image_token_id < text.vocab_size:
-        raise ValueError(
-            f"Expected image_token_id, the id of '<image>', below the vocabulary size {text.vocab_size}; got "
-            f"{config.image_token_id}. Remedy: set image_token_id in the config to the tokenizer's id of '<image>'."
-        )
-    for part in (config, text):
-        if "flash" in (implementation := str(part._attn_implementation)):
-            raise ValueError(_unsupported_attention(implementation))
-
-
-def _unsupported_attention(implementation: str) -> str:
-    return (
-        f"Expected attn_implementation to be one of {SUPPORTED_ATTENTION}; got {implementation!r}. Remedy: use "
-        "'sdpa', which runs the flash kernel wherever no mask is needed; a context layer needs one, which "
-        "flash_attention_2 does not take."
-    )
-
-
-def _check_pixels(pixel_values: torch.Tensor) -> None:
-    if pixel_values.ndim != 4:
-        raise ValueError(
-            f"Expected pixel_values of shape (images, channels, height, width); got {tuple(pixel_values.shape)}. "
-            "Remedy: use the processor of this model."
-        )
-    finite = int(torch.isfinite(pixel_values).sum())
-    if finite != pixel_values.numel():
-        raise ValueError(
-            f"Expected finite pixel_values; got {pixel_values.numel() - finite} of {pixel_values.numel()} that are "
-            "NaN or infinite. Remedy: check the picture and its preprocessing."
-        )
-
-
 def _images_per_row(input_ids: torch.Tensor, config: DpvrLlavaConfig) -> list[int]:
     return ((input_ids == config.image_token_id).sum(1) // _tokens_per_image(config)).tolist()
 
@@ -454,22 +265,6 @@ def _tokens_per_image(config: DpvrLlavaConfig) -> int:
     has_class_token = vision.model_type == "clip_vision_model"
     drops_one = config.vision_feature_select_strategy == "default"
     return patches + has_class_token - drops_one
-
-
-def _text_tail(logits_to_keep: int | torch.Tensor, length: int, image_mask: torch.Tensor | None) -> int | None:
-    """How many of the last tokens hold all that are kept, if none of these is an image token; else None."""
-    if isinstance(logits_to_keep, torch.Tensor):
-        tail = length - int((logits_to_keep % length).min())
-    else:
-        tail = min(logits_to_keep, length)
-    if tail == 0 or (image_mask is not None and bool(image_mask[:, -tail:].any())):
-        return None
-    return tail
-
-
-def _keep(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The last n of (B, T, D) states, or those at indices (n,)."""
-    return states[:, logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)]
 
 
 DpvrLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

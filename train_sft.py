@@ -1,48 +1,78 @@
-"""Fine-tune the side branch of a DPVR-LLaVA with TRL's SFTTrainer; everything else stays frozen (paper section 3.4).
+"""Fine-tune a LLaVA with TRL's SFTTrainer: a DPVR side branch (paper section 3.4), or LoRA or all of it as baselines.
 
-    base, frozen --> shared stack --> side branch, trained --> fusion layer, frozen --> loss on the assistant's tokens
-                                                                    |
-    output_dir: the side branch alone, its config and code, the processor, training.json
+    rows            MiniBench, or conversations of one's own (conversations.py)
+      |
+    --method dpvr   base, frozen --> shared stack --> side branch, trained --> fusion layer, frozen --> loss on replies
+             lora   vanilla LLaVA with LoRA in the decoder's linear layers          the same rows in the same order
+             full   vanilla LLaVA, projector and decoder trained                    the same rows in the same order
+      |
+    output_dir      the side branch alone, its config and code, the processor, training.json; adapter/ for PEFT
 
-Nothing is stored for backward below the side branch and in the text-only layers, so no gradient checkpointing is
-wanted.
+With the side branch nothing is stored for backward below it and in the text-only layers, so no gradient checkpointing
+is wanted. A run that was killed goes on with --resume_from_checkpoint last, if it saved checkpoints.
 
     python train_sft.py                                          # dpvr-mini on MiniBench, on a CPU
     python train_sft.py --split_layer 4 --fusion_layers 5 6 7    # another layer plan
     python train_sft.py --routing kv_substitution --learning_rate 5e-4 --max_steps 100 --seed 1
-    python train_sft.py --model_name_or_path path/to/llava --split_layer 7   # a vanilla LLaVA with the same processor
+    python train_sft.py --method lora --lora_r 16 --learning_rate 2e-4
+    python train_sft.py --config configs/llava_1.5_7b.yaml --data llava_v1_5_mix665k.json --image_folder images
 """
 
+import copy
 import json
 import os
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
 from packaging.version import Version
+from safetensors.torch import load_file
 from transformers import LlavaProcessor
-from trl import SFTConfig, SFTTrainer, TrlParser
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from adapter_dpvr import save_adapter
 from configuration_dpvr import DPVR_FIELDS
-from loading_dpvr import is_side_branch
+from conversations import Conversations, data_fingerprint, load_conversations
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
-from minibench.processor import load_processor
+from minibench.processor import CHAT_TEMPLATE, load_processor
 from minibench.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 OLDEST_TRANSFORMERS = "5.18"
 HERE = os.path.dirname(os.path.abspath(__file__))
+MINIBENCH = "minibench"
+WEIGHTS_NAME = "model.safetensors"
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+RECIPE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+    "data_seed",
+    "bf16",
+)
 
 
 @dataclass
 class DpvrArguments:
-    """What to train. A DPVR field left out keeps the value in the model's config."""
+    """What to train, and on what. A DPVR field left out keeps the value in the model's config."""
 
-    model_name_or_path: str = field(
-        default=HERE, metadata={"help": "A DPVR repository or a vanilla LLaVA (id or path)."}
+    method: Literal["dpvr", "lora", "full"] = field(
+        default="dpvr", metadata={"help": "The side branch, or a baseline on the vanilla model."}
     )
     routing: str | None = field(default=None, metadata={"help": "late_fusion, persistent_context or kv_substitution."})
     split_layer: int | None = field(default=None, metadata={"help": "Layers that image and text share."})
@@ -50,10 +80,30 @@ class DpvrArguments:
     num_fusion_layers: int | None = field(default=None, metadata={"help": "Last layers that fuse the streams again."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Deep layers that read the image."})
     side_branch_init: str | None = field(default=None, metadata={"help": "split_layer, identity or random."})
+    data: str = field(
+        default=MINIBENCH, metadata={"help": "minibench, a Hub data set, a folder, or LLaVA's .json or .jsonl."}
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a data set from the Hub or a folder."})
+    image_folder: str | None = field(default=None, metadata={"help": "What the names in LLaVA's JSON stand in."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out and report them."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
     num_rows: int = field(default=5000, metadata={"help": "Training pictures from MiniBench."})
     questions_per_row: int = field(default=7, metadata={"help": "Questions about one picture, in one conversation."})
     eval_questions: int = field(
-        default=60, metadata={"help": "Validation questions of each task, before and after; 0: none."}
+        default=60,
+        metadata={"help": "With MiniBench: validation questions of each task, before and after; 0: none."},
+    )
+
+
+@dataclass
+class BaseArguments(ModelConfig):
+    """TRL's ModelConfig; LoRA's targets default to all linear layers of the decoder."""
+
+    model_name_or_path: str | None = field(
+        default=HERE, metadata={"help": "A DPVR repository or a vanilla LLaVA (id or path)."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of linear layers; None: all of the decoder's."}
     )
 
 
@@ -76,36 +126,136 @@ class SideBranchSFTConfig(SFTConfig):
         default=None, metadata={"help": "None: never cut a row, least of all inside an image."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
-    save_strategy: str = field(default="no", metadata={"help": "The side branch is saved at the end."})
+    save_strategy: str = field(default="no", metadata={"help": "steps: checkpoints to resume from, every save_steps."})
 
 
-def load_model(args: DpvrArguments) -> DpvrLlavaForConditionalGeneration:
-    """The model with a fresh side branch (so that a run does not depend on an earlier one) and a frozen base."""
+class SideBranchTrainer(SFTTrainer):
+    """An SFTTrainer whose checkpoints hold the side branch, as the saved repository does, and not the frozen base."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(folder, side_branch_only=True, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        weights = load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME))
+        self.accelerator.unwrap_model(self.model).load_side_branch(weights)
+
+
+class WholeModelTrainer(SFTTrainer):
+    """An SFTTrainer that resumes by `from_pretrained`: Trainer's own reading does not know the names LLaVA saves."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+
+TRAINERS = {"dpvr": SideBranchTrainer, "lora": SFTTrainer, "full": WholeModelTrainer}
+
+
+def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
+    """The model, with what `args.method` trains and nothing else requiring gradients.
+
+    A side branch starts afresh, so that a run does not depend on an earlier one.
+    """
     fields = {name: value for name in DPVR_FIELDS if (value := vars(args).get(name)) is not None}
-    model = DpvrLlavaForConditionalGeneration.from_pretrained(args.model_name_or_path, **fields)
-    plan = model.config.layer_plan()
-    if not plan.reads_side_branch:
-        raise ValueError(
-            "Expected a routing that reads the side branch, or there is nothing to train; got "
-            f"{model.config.routing!r}, which leaves it exactly zero gradient. Remedy: late_fusion, "
-            "persistent_context or kv_substitution."
-        )
-    model.reset_side_branch()
-    model.freeze_base()
+    if args.method != "dpvr":
+        if fields:
+            raise ValueError(
+                f"Expected no DPVR fields with --method {args.method}, which trains the vanilla model; got {fields}. "
+                "Remedy: leave them out, or --method dpvr."
+            )
+        fields = {"routing": "none"}
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(
+        base.model_name_or_path,
+        revision=base.model_revision,
+        dtype=base.dtype,
+        attn_implementation=base.attn_implementation or "sdpa",
+        quantization_config=get_quantization_config(base),
+        **fields,
+    )
+    if args.method == "dpvr":
+        if not model.config.layer_plan().reads_side_branch:
+            raise ValueError(
+                "Expected a routing that reads the side branch, or there is nothing to train; got "
+                f"{model.config.routing!r}, which leaves it exactly zero gradient. Remedy: late_fusion, "
+                "persistent_context or kv_substitution."
+            )
+        model.reset_side_branch()
+        model.side_branch.float()  # small steps are lost in half precision; the base keeps its own
+        model.freeze_base()
+    elif args.method == "full":
+        model.model.vision_tower.requires_grad_(False)  # as in LLaVA's second stage
+        model.side_branch.requires_grad_(False)
     return model
 
 
-def train(
+def load_marked_processor(name_or_path: str) -> LlavaProcessor:
+    """The base's processor, with a chat template that marks replies and their end token for the loss.
+
+    LLaVA-1.5's published template marks nothing; ours writes the same prompts.
+    """
+    processor = load_processor(name_or_path)
+    if "{%- generation" not in (processor.chat_template or "").replace("{% ", "{%- "):
+        print("The chat template of the base does not mark the replies: dpvr-mini's, of the same form, is used.")
+        processor.chat_template = CHAT_TEMPLATE
+    return processor
+
+
+def with_bos(processor: LlavaProcessor) -> LlavaProcessor:
+    """A copy for TRL, which tokenizes what the template writes as it stands: the template begins with the BOS token.
+
+    Everywhere else the tokenizer puts it in front, so the template that is saved must not.
+    """
+    copied = copy.deepcopy(processor)
+    copied.chat_template = "{{- bos_token -}}" + processor.chat_template
+    return copied
+
+
+def load_rows(args: DpvrArguments, seed: int) -> Conversations:
+    """MiniBench's rows, or those of `args.data`, checked."""
+    if args.data == MINIBENCH:
+        return Conversations(to_hf_dataset("train", args.num_rows, args.questions_per_row, seed=seed), {})
+    return load_conversations(
+        args.data,
+        split=args.data_split,
+        image_folder=args.image_folder,
+        skip_bad_rows=args.skip_bad_rows,
+        streaming=args.streaming,
+    )
+
+
+def make_trainer(
     model: DpvrLlavaForConditionalGeneration,
     processor: LlavaProcessor,
+    rows: Dataset | IterableDataset,
     args: DpvrArguments,
     training: SideBranchSFTConfig,
+    base: BaseArguments,
 ) -> SFTTrainer:
-    """Train the side branch on MiniBench; the loss curve is in `trainer.state.log_history`."""
-    rows = to_hf_dataset("train", args.num_rows, args.questions_per_row, seed=training.seed)
-    trainer = SFTTrainer(model=model, args=training, train_dataset=rows, processing_class=processor)
-    trainer.train()
-    return trainer
+    """The trainer of a method; the loss curve will be in its `state.log_history`."""
+    lora = None
+    if args.method == "lora":
+        base.use_peft = True
+        lora = get_peft_config(base)
+        lora.target_modules = lora.target_modules or LORA_TARGETS
+    return TRAINERS[args.method](
+        model=model, args=training, train_dataset=rows, processing_class=with_bos(processor), peft_config=lora
+    )
+
+
+def find_checkpoint(training: SideBranchSFTConfig) -> str | None:
+    """The folder to resume from; "last" is the newest in `output_dir`."""
+    if training.resume_from_checkpoint != "last":
+        return training.resume_from_checkpoint
+    last = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
+    if last is None:
+        raise ValueError(
+            f"Expected a checkpoint in {training.output_dir!r}; got none. Remedy: name another --output_dir, or start "
+            "anew with --save_strategy steps --save_steps 100 and without --resume_from_checkpoint."
+        )
+    return last
 
 
 def measure(
@@ -121,14 +271,32 @@ def measure(
     return {"name": name, "routing": routing, **scores}
 
 
-def save(
-    model: DpvrLlavaForConditionalGeneration, processor: LlavaProcessor, record: dict[str, Any], output_dir: str
-) -> None:
-    """Write the side branch, config, code, processor and the run's record into `output_dir`."""
-    model.save_pretrained(output_dir, side_branch_only=True)
-    processor.save_pretrained(output_dir)
-    with open(os.path.join(output_dir, "training.json"), "w") as file:
-        json.dump(record, file, indent=2)
+def save(trainer: SFTTrainer, processor: LlavaProcessor, method: str, record: dict[str, Any], output_dir: str) -> None:
+    """Write what was trained into `output_dir`: beside it first, then file by file in its place, weights last.
+
+    A run that is killed while it writes leaves what was there before as it was.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    for left_over in Path(output_dir).glob(".saving-*"):
+        shutil.rmtree(left_over)
+    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if method == "dpvr":
+        model.save_pretrained(folder, side_branch_only=True)
+        (folder / "adapter").mkdir()
+        save_adapter(model, folder / "adapter")
+    else:
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    files = sorted(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".safetensors"
+    )
+    for path in files:
+        target = Path(output_dir) / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(folder)
 
 
 def require_transformers() -> None:
@@ -140,39 +308,55 @@ def require_transformers() -> None:
         )
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, SideBranchSFTConfig]:
+def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, SideBranchSFTConfig, BaseArguments]:
     require_transformers()
-    return TrlParser((DpvrArguments, SideBranchSFTConfig)).parse_args_and_config(args=argv)
+    return TrlParser((DpvrArguments, SideBranchSFTConfig, BaseArguments)).parse_args_and_config(args=argv)
 
 
-def main(args: DpvrArguments, training: SideBranchSFTConfig) -> dict[str, Any]:
+def main(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArguments) -> dict[str, Any]:
     """Train, measure before and after, save; returns what training.json holds."""
     transformers.set_seed(training.seed)
-    processor = load_processor(args.model_name_or_path)
-    model = load_model(args)
+    checkpoint = find_checkpoint(training)
+    processor = load_marked_processor(base.model_name_or_path)
+    model = load_model(args, base)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
-    routing, rows = model.config.routing, []
-    trainable = sum(parameter.numel() for name, parameter in model.named_parameters() if is_side_branch(name))
-    print(f"Training {trainable:,} of {model.num_parameters():,} parameters; plan {model.config.layer_plan()}")
-    if args.eval_questions:
-        rows.append(measure(model, processor, "vanilla", "none", args.eval_questions))
-        rows.append(measure(model, processor, "untrained branch", routing, args.eval_questions))
+    loaded = load_rows(args, training.seed)
+    is_main, routing, scores = PartialState().is_main_process, model.config.routing, []
+    measured = args.eval_questions if is_main and args.data == MINIBENCH else 0
+    if measured:
+        scores.append(measure(model, processor, "vanilla", "none", measured))
+        if args.method == "dpvr":
+            scores.append(measure(model, processor, "untrained branch", routing, measured))
+    trainer = make_trainer(model, processor, loaded.rows, args, training, base)
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    if is_main:
+        print(f"Training {trainable:,} of {model.num_parameters():,} parameters; plan {model.config.layer_plan()}")
     start = time.perf_counter()
-    trainer = train(model, processor, args, training)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
-    if args.eval_questions:
-        rows.append(measure(model, processor, "trained branch", routing, args.eval_questions))
+    if measured:
+        trained = "trained branch" if args.method == "dpvr" else args.method
+        scores.append(measure(model, processor, trained, routing, measured))
     record = {
         **run_record("train_sft.py"),
+        "method": args.method,
         "dpvr": {name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
+        "recipe": {name: value for name in RECIPE if (value := training.to_dict().get(name)) is not None},
+        "data": {
+            "name": args.data,
+            "fingerprint": data_fingerprint(loaded.rows) if args.data != MINIBENCH else None,
+            "bad_rows": loaded.bad_rows,
+        },
         "trainable_parameters": trainable,
         "seed": training.seed,
         "train_seconds": seconds,
+        "samples_per_second": result.metrics["train_samples_per_second"],
         "log": trainer.state.log_history,
-        "accuracy": rows,
+        "accuracy": scores,
     }
-    save(model, processor, record, training.output_dir)
-    print(f"Saved the side branch in {training.output_dir} after {seconds:.0f} s of training.")
+    if is_main:
+        save(trainer, processor, args.method, record, training.output_dir)
+        print(f"Saved in {training.output_dir} after {seconds:.0f} s of training.")
     return record
 
 

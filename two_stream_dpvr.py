@@ -342,9 +342,10 @@ class TwoStreamPass:
                 layers.append(new_layer())
             while len(layers) <= side_branch[-1].self_attn.layer_idx:
                 layers.append(SideBranchKeys())
+        branch = image.to(next(side_branch.parameters()).dtype)  # PEFT trains in float32 on a base of half precision
         for layer in side_branch:
-            image = self.run(layer, image, "image")
-        return image
+            branch = self.run(layer, branch, "image")
+        return branch.to(image.dtype)
 
 
 def two_stream_forward(

@@ -25,7 +25,8 @@ Row = dict[str, Any]
 PAIR_SHARE = 0.15
 MIXED = (*ONE_PICTURE, "free")
 CHINESE_CAPTIONS = 0.25
-TABLES_PER_ROW = 6
+TABLES_PER_ROW = 5
+TABLES_PER_TOLD_ROW = 3
 
 
 class MiniBench:
@@ -38,6 +39,7 @@ class MiniBench:
         seed: another seed is another data set of the same split.
         caption_share: the share of rows that ask for a caption in place of questions.
         drill_share: the share of the other rows that are drills in place of questions.
+        told_share: the share of drills that have a picture's caption in place of the picture: text alone.
         tasks: what rows of one picture ask, of the tasks of one picture and "free".
         pair_share: the share of rows with two pictures and multi_image questions.
     """
@@ -52,6 +54,7 @@ class MiniBench:
         tasks: Sequence[str] = ONE_PICTURE,
         pair_share: float = PAIR_SHARE,
         drill_share: float = 0.0,
+        told_share: float = 0.0,
     ) -> None:
         self.split = split
         self.size = size
@@ -61,6 +64,7 @@ class MiniBench:
         self.tasks = tasks
         self.pair_share = pair_share
         self.drill_share = drill_share
+        self.told_share = told_share
 
     def __len__(self) -> int:
         return self.size
@@ -75,6 +79,8 @@ class MiniBench:
             return to_row((scene,), [(CAPTION_REQUESTS[chinese], caption(scene, chinese))])
         scenes = (scene, draw_scene(self.split, rng)) if rng.random() < self.pair_share else (scene,)
         if rng.random() < self.drill_share:
+            if rng.random() < self.told_share:
+                return told(scene, drill((scene,), rng, TABLES_PER_TOLD_ROW))
             return to_row(scenes, drill(scenes, rng, TABLES_PER_ROW))
         if len(scenes) == 2:
             tasks = ["multi_image"] * self.questions_per_row
@@ -91,6 +97,12 @@ def _ask_all(tasks: list[str], scenes: tuple[Scene, ...], rng: random.Random) ->
         for question in ask(task, scenes, rng):
             asked.setdefault(question.text, question)
     return [(question.text, question.answer) for question in asked.values()]
+
+
+def told(scene: Scene, turns: list[tuple[str, str]]) -> Row:
+    """Return a row of text alone, which begins with the caption."""
+    (request, reply), *others = turns
+    return {"images": [], "messages": to_messages([(f"{caption(scene)}\n{request}", reply), *others], num_pictures=0)}
 
 
 def to_row(scenes: tuple[Scene, ...], turns: list[tuple[str, str]]) -> Row:

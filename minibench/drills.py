@@ -3,9 +3,9 @@
     Colours: -> star red, top left blue, ring red, ...        an entry: what is asked about, and the answer last
 
 A question of MiniBench carries two or three tokens of reply in some thirty; a drill asks a dozen things in as many
-tokens, each answer's key being given in the reply. What a large language model brings along (letters of options, sums,
-rules, Chinese words) and what LLaVA's instruction data teach is practised in this form first; the questions then only
-have to be worded.
+tokens, each answer's key being given in the reply, and words to say again teach to look back in the text. What a large
+language model brings along (letters of options, sums, rules, Chinese words) and what LLaVA's instruction data teach is
+practised in this form first; the questions then only have to be worded.
 """
 
 import random
@@ -21,16 +21,19 @@ Table = Callable[[Sequence[Scene], random.Random], tuple[str, list[Entry]]]
 
 MAX_ENTRIES = 8
 CHINESE_SHARE = 0.2
+NUM_WORDS = 16
 FAMILIES = (tuple(COLOURS), SHAPES, PLACES, DIGITS, PAIRS, PROPERTIES, ("1", "2", "3", "4", "5"))
+WORDS = tuple(word for family in FAMILIES for word in family) + LETTERS
 
 
 def drill(scenes: Sequence[Scene], rng: random.Random, num_tables: int) -> list[tuple[str, str]]:
-    """Return requests and replies, one for each of `num_tables` different tables at most, none empty."""
+    """Return requests and replies: words to say again, then at most `num_tables` different tables, none empty."""
     tables = ONE_PICTURE if len(scenes) == 1 else TWO_PICTURES
-    turns = []
+    words = " ".join(rng.choice(WORDS) for _ in range(NUM_WORDS))
+    turns = [(f"Say again: {words}", words)]
     for table in rng.sample(tables, len(tables)):
         request, entries = table(scenes, rng)
-        if entries and len(turns) < num_tables:
+        if entries and len(turns) <= num_tables:
             entries = rng.sample(entries, min(len(entries), MAX_ENTRIES))
             word = in_chinese if table is not letters and rng.random() < CHINESE_SHARE else str
             turns.append((request, ", ".join(" ".join(map(word, entry)) for entry in entries)))
@@ -179,10 +182,8 @@ def letters(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entr
     """Options in the form that the questions have, to be named with their letters: no picture is needed."""
     chinese = rng.random() < 0.4
     options = rng.sample(rng.choice(FAMILIES), 4)
-    words = [in_chinese(option) if chinese else option for option in options]
-    dot = "." if chinese else ". "
-    lettered = list(zip(LETTERS, words, strict=True))
-    return " ".join(f"{letter}{dot}{word}" for letter, word in lettered), [(word, letter) for letter, word in lettered]
+    entries = [(in_chinese(word) if chinese else word, letter) for word, letter in zip(options, LETTERS, strict=True)]
+    return "Options: " + ", ".join(" ".join(entry) for entry in entries), entries
 
 
 def of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:

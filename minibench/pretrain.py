@@ -1,7 +1,8 @@
 """Train a small vanilla LLaVA from scratch on MiniBench.
 
     vision tower    PatchNamer on pictures alone (tower.py)                         in the place of CLIP's training
-    projector, LLM  dense captions, then drills, then questions (data.py), one go   in the place of LLaVA's two stages
+    LLM             drills about scenes told in words (data.py)                     in the place of Vicuna's training
+    projector, LLM  dense captions, then drills, then questions, all in one go      in the place of LLaVA's two stages
 
 Both run in `transformers.Trainer` and keep checkpoints: the same command again goes on where a killed run stopped. The
 linear layers run in bfloat16 by autocast and the attention in float32, which is the fast way round on a CPU that has
@@ -122,13 +123,13 @@ class RowCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         texts = self.processor.apply_chat_template([row["messages"] for row in rows])
-        images = [row["images"] for row in rows]
+        images = [picture for row in rows for picture in row["images"]] or None
         padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": LENGTH_STEP}
         batch = self.processor(text=texts, images=images, return_tensors="pt", **padding)
         ids = batch["input_ids"][:, :MAX_LENGTH]  # a row begins with its pictures
         labels = ids.masked_fill(~self.replies(ids), IGNORED)
         # A causal model never reads padding on the right: without a mask, attention keeps its fast kernel.
-        return {"input_ids": ids, "pixel_values": batch["pixel_values"], "labels": labels}
+        return {"input_ids": ids, "labels": labels, **({"pixel_values": batch["pixel_values"]} if images else {})}
 
     def replies(self, ids: torch.Tensor) -> torch.Tensor:
         """Return `bool[B, T]`, true from after "ASSISTANT:" to the end token: the template's generation blocks."""
@@ -253,13 +254,16 @@ def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
 
 
 def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    """Train projector and decoder on captions first, then mostly on drills, then mostly on questions.
+    """Train the decoder on text, then with the projector on captions, then mostly on drills and mostly on questions.
 
     The tower stays as it is, as CLIP does in LLaVA.
     """
     model.model.vision_tower.requires_grad_(False)
-    num_captions, num_drills = int(args.captions_first * args.pictures), int(args.drills_next * args.pictures)
-    num_questions = args.pictures - num_captions - num_drills
+    model.config.text_config.use_cache = False  # Trainer turns off the outer one; a cache has every layer recompiled
+    shares = (args.text_first, args.captions_next, args.drills_next)
+    num_texts, num_captions, num_drills = (int(share * args.pictures) for share in shares)
+    num_questions = args.pictures - num_texts - num_captions - num_drills
+    texts = MiniBench("train", num_texts, seed=args.seed + 5, drill_share=1.0, told_share=1.0)
     captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
     per_row, some = args.questions_per_row, args.caption_share
     drills = MiniBench("train", num_drills, per_row, args.seed + 4, some, MIXED, drill_share=1 - args.other_share)
@@ -268,7 +272,7 @@ def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     trainer = LlavaTrainer(
         model=model,
         args=training_arguments(args, "llava", args.pictures),
-        train_dataset=ConcatDataset([captions, drills, questions]),
+        train_dataset=ConcatDataset([texts, captions, drills, questions]),
         data_collator=RowCollator(processor),
         optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
         callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
@@ -277,6 +281,7 @@ def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=False)
     run(trainer)
+    model.config.text_config.use_cache = True
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
@@ -308,7 +313,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tower_pictures", type=int, default=120_000)
     parser.add_argument("--pictures", type=int, default=120_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
-    parser.add_argument("--captions_first", type=float, default=0.05, help="share of the run that is captions only")
+    parser.add_argument("--text_first", type=float, default=0.15, help="share of the run that is drills in words only")
+    parser.add_argument("--captions_next", type=float, default=0.05, help="share of the run that is captions only")
     parser.add_argument("--drills_next", type=float, default=0.45, help="share of the run that is mostly drills")
     parser.add_argument(
         "--other_share", type=float, default=0.2, help="of questions among drills, and of drills among questions"

@@ -256,12 +256,13 @@ def _choice(
 
 
 def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) -> Prompt:
-    """Options come first, so that the question ends as the same question without options does."""
+    """Options come first, so that the question ends as the same question without options does.
+
+    The letter comes after its option, as in the reply: a letter in front was not learnt in 20,000 questions.
+    """
     words = [in_chinese(option) if chinese else option for option in options]
-    dot = "." if chinese else ". "
-    lettered = [f"{letter}{dot}{word}" for letter, word in zip(LETTERS, words, strict=False)]
     replies = [f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False)]
-    return Prompt(f"{' '.join(lettered)}\n{text}", dict(zip(options, replies, strict=True)))
+    return Prompt(f"Options: {', '.join(replies)}\n{text}", dict(zip(options, replies, strict=True)))
 
 
 def _science(skill: str, rng: random.Random) -> Draft:

@@ -56,8 +56,8 @@ def holds(request: str, entry: str, pictures: list[list[dict]]) -> bool:
     if request.startswith("A machine adds"):
         (fact,) = find(facts, key[0])
         return int(value) == fact["digit"] + int(request.split()[3].rstrip(":"))
-    if "A." in request:
-        return f"{value}. {' '.join(key)} " in f"{request} " or f"{value}.{' '.join(key)} " in f"{request} "
+    if request.startswith("Options"):
+        return entry in request.removeprefix("Options: ").split(", ")
     if request == "Colours:":
         return [fact["colour"] for fact in find(facts, key[0])] == [value]
     if request == "Where:":
@@ -121,8 +121,9 @@ def test_every_entry_of_every_table_is_true(tables, num_pictures):
         scenes = [make_scene("train", seed, index) for index in range(num_pictures)]
         turns = drill(scenes, random.Random(seed), len(tables))
         assert len({request for request, _ in turns}) == len(turns)
-        for request, reply in turns:
-            kind = "letters" if "A." in request else re.sub("[:0-9].*", "", request)
+        assert turns[0][0] == f"Say again: {turns[0][1]}" and len(turns[0][1].split()) >= 16
+        for request, reply in turns[1:]:
+            kind = "letters" if request.startswith("Options") else re.sub("[:0-9].*", "", request)
             for entry in reply.split(", "):
                 if kind != "letters":
                     for chinese in sorted(ENGLISH, key=len, reverse=True):
@@ -145,5 +146,16 @@ def test_rows_hold_drills_in_their_share_and_are_the_same_when_read_again():
     again = MiniBench("train", 300, drill_share=0.4, seed=3)
     texts = [[message["content"][-1]["text"] for message in rows[index]["messages"]] for index in range(300)]
     assert texts == [[message["content"][-1]["text"] for message in again[index]["messages"]] for index in range(300)]
-    drilled = sum(any(text.endswith(":") for text in row[::2]) for row in texts)
+    drilled = sum(row[0].startswith("Say again") for row in texts)
     assert 80 < drilled < 160
+
+
+def test_a_told_drill_has_the_caption_of_the_scene_in_place_of_its_picture():
+    told, seen_rows = (MiniBench("train", 40, drill_share=1.0, told_share=share, seed=6) for share in (1.0, 0.0))
+    for index in range(40):
+        row = told[index]
+        description, request = row["messages"][0]["content"][0]["text"].split("\n")
+        assert row["images"] == [] and request.startswith("Say again: ")
+        facts = [line.split(": ") for line in description.split("; ")]
+        assert 3 <= len(facts) <= 6 and all(PLACE.match(place) for place, _ in facts)
+        assert len(seen_rows[index]["images"]) in (1, 2)

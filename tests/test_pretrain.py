@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from minibench.data import MiniBench
+from minibench.optimizer import Muon
 from minibench.scenes import Shape, make_scene
 from minibench.tasks import TASKS
 
@@ -23,7 +24,7 @@ def tiny_run(tmp_path, monkeypatch, minibench_processor):
     """Pretrains a tiny model in a folder and returns the log lines of the call."""
     monkeypatch.setattr(pretrain, "make_processor", lambda: minibench_processor)
     sizes = "--text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32 --batch_size 2 --num_workers 0"
-    data = "--tower_pictures 2 --questions_per_row 2 --captions_first 0 --validation_questions 2"
+    data = "--tower_pictures 2 --questions_per_row 2 --text_first 0.25 --captions_next 0 --validation_questions 2"
     steps = "--logging_steps 1 --save_steps 2"
 
     def run(name: str, pictures: int) -> list[dict]:
@@ -61,10 +62,12 @@ def test_patch_labels_name_the_object_that_lies_on_top_at_each_patch():
 
 
 def test_the_labels_of_a_batch_are_the_replies_of_its_rows_and_their_end_tokens(minibench_processor):
-    rows = list(MiniBench("train", 20, 4, caption_share=0.3))
-    assert {len(row["images"]) for row in rows} == {1, 2}
-    batch = pretrain.RowCollator(minibench_processor)(rows)
+    rows = list(MiniBench("train", 20, 4, caption_share=0.2, drill_share=0.3, told_share=1.0))
+    assert {len(row["images"]) for row in rows} == {0, 1, 2}
+    collate = pretrain.RowCollator(minibench_processor)
+    batch = collate(rows)
     assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in rows)
+    assert "pixel_values" not in collate([row for row in rows if not row["images"]])
     for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
         kept = labels != pretrain.IGNORED
         answers = [message["content"][0]["text"] for message in row["messages"][1::2]]
@@ -158,3 +161,20 @@ def test_a_restored_optimizer_takes_the_steps_of_the_saved_one():
     other.load_state_dict(model.state_dict())
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert torch.equal(step(model, optimizer), step(other, restored))
+
+
+def test_muon_steps_as_pytorchs_does_but_for_its_bfloat16():
+    shapes = [(8, 8), (12, 8), (8, 12), (12, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    optimizers = Muon(ours, lr=0.02, weight_decay=0.01), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.01)
+    start = [weight.detach().clone() for weight in ours]
+    for _ in range(3):
+        for weight, other in zip(ours, theirs, strict=True):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, other, first in zip(ours, theirs, start, strict=True):
+        moved, expected = weight - first, other - first
+        assert (moved - expected).norm() < 0.02 * expected.norm() and expected.norm() > 0.1

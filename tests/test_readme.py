@@ -12,6 +12,7 @@ from conftest import make_llava
 
 from minibench.report import BLOCKS as REPORT
 from minibench.report import between_marks
+from minibench.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +37,8 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
     """What a README snippet downloads or writes, and the local folders that stand in for it."""
     folder = tmp_path_factory.mktemp("readme")
     make_llava(depth=20).save_pretrained(folder / "llava")
-    return {"llava-hf/llava-1.5-7b-hf": str(folder / "llava"), "my-dpvr": str(folder / "my-dpvr")}
+    written = {name: str(folder / name) for name in ("my-dpvr", "my-adapter")}
+    return {"llava-hf/llava-1.5-7b-hf": str(folder / "llava"), **written}
 
 
 @pytest.mark.parametrize(("block", "output"), PYTHON, ids=[f"snippet {index}" for index in range(len(PYTHON))])
@@ -52,6 +54,7 @@ def test_the_commands_are_the_ones_that_are_tested_below():
     assert COMMANDS == [
         "pip install -r requirements.txt && python train_sft.py",
         "pip install -r requirements-dev.txt && pytest",
+        "python train_sft.py --config configs/llava_1.5_7b.yaml --data llava_v1_5_mix665k.json --image_folder images",
         "python benchmark_accuracy.py --suite minibench",
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
@@ -86,6 +89,20 @@ def test_the_training_command_runs_on_the_embedded_model(tmp_path):
         r"^vanilla +mean.*^untrained branch +mean.*^trained branch +mean", printed, re.DOTALL | re.MULTILINE
     )
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 4e6
+
+
+@pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
+def test_the_training_command_runs_on_llavas_json_with_a_recipe(random_mini, tmp_path):
+    (tmp_path / "images").mkdir()
+    make_scene("train", 0, 0).draw().save(tmp_path / "images" / "scene.png")
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a star"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "scene.png", "conversations": talk}] * 2))
+    (recipe,) = (line.split()[3] for line in COMMANDS if "--config" in line)
+    base = f"--model_name_or_path {random_mini} --split_layer 2 --use_cpu true --output_dir {tmp_path / 'out'}"
+    data = f"--data {tmp_path / 'rows.json'} --image_folder {tmp_path / 'images'} --report_to none"
+    shell([sys.executable, "train_sft.py", "--config", recipe, *base.split(), *data.split()])
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["recipe"]["learning_rate"] == 1e-4
 
 
 @pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")

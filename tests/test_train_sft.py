@@ -1,14 +1,23 @@
 """train_sft.py: what it trains, what it leaves alone, what it saves, and what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from test_loading import SIDE_BRANCH_KEYS
 from transformers import AutoModelForImageTextToText, LlavaProcessor
+from trl import SFTTrainer
 
 import train_sft
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -23,6 +32,18 @@ SHORT = ["--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_quest
 def run(base: str, output_dir, *arguments: str) -> dict:
     arguments = ["--model_name_or_path", base, "--output_dir", str(output_dir), *SHORT, *arguments]
     return train_sft.main(*train_sft.parse_args(arguments))
+
+
+def make_trainer(*arguments: str) -> SFTTrainer:
+    args, training, base = train_sft.parse_args(list(arguments))
+    transformers.set_seed(training.seed)
+    processor = train_sft.load_marked_processor(base.model_name_or_path)
+    rows = train_sft.load_rows(args, training.seed).rows
+    return train_sft.make_trainer(train_sft.load_model(args, base), processor, rows, args, training, base)
+
+
+def losses(record: dict) -> list[float]:
+    return [entry["loss"] for entry in record["log"] if "loss" in entry]
 
 
 @NEEDS_TRAINING
@@ -50,11 +71,10 @@ def test_a_run_saves_exactly_the_side_branch_and_leaves_the_base_bit_identical(r
 @pytest.mark.parametrize("routing", ["late_fusion", "kv_substitution"])
 def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_path, routing):
     paths = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path)]
-    args, training = train_sft.parse_args([*paths, "--routing", routing, *SHORT, "--max_steps", "1"])
-    processor = LlavaProcessor.from_pretrained(random_mini)
-    model = train_sft.load_model(args)
+    trainer = make_trainer(*paths, "--routing", routing, *SHORT, "--max_steps", "1")
+    model = trainer.model
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
-    trainer = train_sft.train(model, processor, args, training)
+    trainer.train()
     logged = trainer.state.log_history[0]["loss"]
     model.load_state_dict(start)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -68,9 +88,8 @@ def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_pat
 
 @NEEDS_TRAINING
 def test_the_loss_is_on_the_replies_and_their_end_tokens_only(random_mini, tmp_path):
-    args, training = train_sft.parse_args(["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), *SHORT])
-    processor = LlavaProcessor.from_pretrained(random_mini)
-    trainer = train_sft.train(train_sft.load_model(args), processor, args, training)
+    trainer = make_trainer("--model_name_or_path", random_mini, "--output_dir", str(tmp_path), *SHORT)
+    processor = trainer.processing_class
     batch, rows = next(iter(trainer.get_train_dataloader())), trainer.train_dataset
     replies = {
         tuple(turn["content"][0]["text"] for turn in row["messages"] if turn["role"] == "assistant") for row in rows
@@ -119,3 +138,217 @@ def test_an_older_transformers_is_refused_with_the_way_out(monkeypatch):
 def test_the_bases_own_folder_is_refused_as_output_before_any_training(random_mini):
     with pytest.raises(ValueError, match="Expected another folder than the base's"):
         run(random_mini, random_mini)
+
+
+# -- baselines --------------------------------------------------------------------------------------------------------
+
+
+@NEEDS_TRAINING
+def test_all_methods_see_the_same_rows_in_the_same_order(random_mini, tmp_path):
+    batches = {}
+    for method in ("dpvr", "lora", "full"):
+        paths = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path / method)]
+        trainer = make_trainer(*paths, *SHORT, "--method", method)
+        batches[method] = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
+        assert len(batches[method]) == 4
+    for method in ("lora", "full"):
+        assert all(map(torch.equal, batches["dpvr"], batches[method]))
+
+
+@NEEDS_TRAINING
+def test_lora_and_full_fine_tuning_train_the_vanilla_model_and_save_what_they_trained(random_mini, tmp_path):
+    lora = run(random_mini, tmp_path / "lora", "--method", "lora", "--lora_r", "2", "--max_steps", "2")
+    names = set(load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(names) == 4 * len(linears) * 2 and all("language_model" in name and "lora_" in name for name in names)
+    assert [row["name"] for row in lora["accuracy"]] == ["vanilla", "lora"]
+    assert {row["routing"] for row in lora["accuracy"]} == {"none"}
+
+    full = run(random_mini, tmp_path / "full", "--method", "full", "--max_steps", "2", "--learning_rate", "1e-3")
+    assert full["trainable_parameters"] > lora["trainable_parameters"]
+    before = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini).state_dict()
+    after = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path / "full").state_dict()
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert {name.split(".")[1] for name in moved if name.startswith("model.")} == {
+        "language_model",
+        "multi_modal_projector",
+    }
+    assert "lm_head.weight" in moved
+
+
+@NEEDS_TRAINING
+def test_a_plan_for_a_baseline_is_refused(random_mini, tmp_path):
+    with pytest.raises(ValueError, match="Expected no DPVR fields with --method lora"):
+        run(random_mini, tmp_path / "out", "--method", "lora", "--split_layer", "1")
+    assert not (tmp_path / "out").exists()
+
+
+# -- one's own rows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llava_json(tmp_path) -> list[str]:
+    """Arguments for LLaVA's JSON of four rows: one picture, two, none, and one row whose picture is missing."""
+    (tmp_path / "images").mkdir()
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (96, 96), colour).save(tmp_path / "images" / name)
+    rows = [
+        {"image": "a.png", "conversations": talk("<image>\nWhat colour is the star?", "red", "Sure?", "yes")},
+        {"image": ["a.png", "b.png"], "conversations": talk("Same or different: the colour?<image><image>", "no")},
+        {"conversations": talk("How many are there?", "2")},
+        {"image": "missing.png", "conversations": talk("<image>\nWhere is it?", "left")},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return ["--data", str(tmp_path / "rows.json"), "--image_folder", str(tmp_path / "images")]
+
+
+def talk(*turns: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(turns)]
+
+
+@NEEDS_TRAINING
+def test_labels_of_llavas_json_are_as_written_by_hand_token_by_token(random_mini, tmp_path, llava_json):
+    paths = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path / "out"), *llava_json]
+    with pytest.warns(UserWarning, match="row 3"):
+        trainer = make_trainer(*paths, "--skip_bad_rows", "--per_device_train_batch_size", "3")
+    (batch,) = trainer.get_train_dataloader()
+    image, encode = [trainer.processing_class.image_token_id] * 64, trainer.processing_class.tokenizer.encode
+    by_hand = [
+        [("<s>USER: ", 0), (image, 0), ("\nWhat colour is the star? ASSISTANT:", 0), (" red</s>", 1),
+         ("USER: Sure? ASSISTANT:", 0), (" yes</s>", 1)],
+        [("<s>USER: ", 0), (image, 0), ("\n", 0), (image, 0),
+         ("\nSame or different: the colour? ASSISTANT:", 0), (" no</s>", 1)],
+        [("<s>USER: How many are there? ASSISTANT:", 0), (" 2</s>", 1)],
+    ]  # fmt: skip
+    expected = set()
+    for row in by_hand:
+        pieces = [
+            (encode(part, add_special_tokens=False) if isinstance(part, str) else part, kept) for part, kept in row
+        ]
+        expected.add(tuple(token if kept else -100 for tokens, kept in pieces for token in tokens))
+    lengths = batch["attention_mask"].sum(1)
+    got = {
+        tuple(row[mask.bool()].tolist()) for row, mask in zip(batch["labels"], batch["attention_mask"], strict=True)
+    }
+    assert got == expected and len(set(lengths.tolist())) == 3
+    assert len(batch["pixel_values"]) == 3
+
+
+@NEEDS_TRAINING
+def test_bad_rows_stop_a_run_before_training_or_are_counted_in_its_record(random_mini, tmp_path, llava_json):
+    with pytest.raises(ValueError, match="row 3.*missing.png"):
+        run(random_mini, tmp_path / "out", *llava_json)
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="row 3"):
+        record = run(random_mini, tmp_path / "out", *llava_json, "--skip_bad_rows")
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert list(written["data"]["bad_rows"]) == ["3"] and len(written["data"]["fingerprint"]) == 16
+    assert record["accuracy"] == [] and record["samples_per_second"] > 0
+    assert written["recipe"]["learning_rate"] == 3e-3 and written["method"] == "dpvr"
+
+
+@NEEDS_TRAINING
+def test_a_stream_trains_without_being_read_whole(random_mini, tmp_path, llava_json):
+    rows = json.loads(Path(llava_json[1]).read_text())[:3]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    data = ["--data", str(tmp_path / "rows.jsonl"), *llava_json[2:], "--streaming", "--max_steps", "2"]
+    assert len(losses(run(random_mini, tmp_path / "out", *data))) == 2
+
+
+@NEEDS_TRAINING
+def test_a_template_that_marks_no_replies_is_replaced_by_one_of_the_same_prompts(random_mini, tmp_path, capsys):
+    processor = LlavaProcessor.from_pretrained(random_mini)
+    marked = processor.chat_template
+    processor.chat_template = marked.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    processor.save_pretrained(tmp_path)
+    loaded = train_sft.load_marked_processor(str(tmp_path))
+    assert loaded.chat_template == marked and "does not mark" in capsys.readouterr().out
+
+
+# -- stopped and saved ------------------------------------------------------------------------------------------------
+
+
+@NEEDS_TRAINING
+def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mini, tmp_path):
+    steps = ["--eval_questions", "0", "--save_strategy", "steps", "--save_steps", "2", "--seed", "3"]
+    steps += ["--side_branch_init", "random", "--num_rows", "32"]
+    whole = run(random_mini, tmp_path / "whole", *steps)
+    paths = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, train_sft.__file__, *paths, *SHORT, *steps], env=environment, stdout=subprocess.DEVNULL
+    )
+    while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    assert set(load_file(tmp_path / "killed" / "checkpoint-2" / "model.safetensors")) == SIDE_BRANCH_KEYS
+    resumed = run(random_mini, tmp_path / "killed", *steps, "--resume_from_checkpoint", "last")
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in SIDE_BRANCH_KEYS)
+
+
+@NEEDS_TRAINING
+def test_resuming_without_a_checkpoint_is_refused(random_mini, tmp_path):
+    with pytest.raises(ValueError, match="Expected a checkpoint in"):
+        run(random_mini, tmp_path / "out", "--resume_from_checkpoint", "last")
+
+
+@NEEDS_TRAINING
+def test_a_failure_while_saving_leaves_the_previous_adapter_whole(random_mini, tmp_path, monkeypatch):
+    short = ["--eval_questions", "0", "--max_steps", "3"]
+    run(random_mini, tmp_path / "out", *short)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft, "save_adapter", fail)
+        with pytest.raises(OSError, match="no space"):
+            run(random_mini, tmp_path / "out", *short, "--seed", "5")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    run(random_mini, tmp_path / "out", *short, "--seed", "5")
+    assert not list((tmp_path / "out").glob(".saving-*"))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before[tmp_path / "out" / "model.safetensors"]
+
+
+@NEEDS_TRAINING
+def test_the_adapter_beside_it_gives_the_same_logits_on_the_base(random_mini, tmp_path):
+    run(random_mini, tmp_path / "out", "--eval_questions", "0", "--max_steps", "2")
+    trained = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    adapted = PeftModel.from_pretrained(
+        DpvrLlavaForConditionalGeneration.from_pretrained(random_mini), tmp_path / "out", subfolder="adapter"
+    )
+    ids = torch.tensor([[1, *[trained.config.image_token_id] * 64, 30, 31, 32]])
+    inputs = {"input_ids": ids, "pixel_values": torch.rand(1, 3, 96, 96)}
+    with torch.no_grad():
+        assert torch.equal(trained(**inputs).logits, adapted(**inputs).logits)
+
+
+@NEEDS_TRAINING
+def test_on_a_base_in_bfloat16_the_branch_is_trained_in_float32(random_mini, tmp_path):
+    args, _, base = train_sft.parse_args(
+        ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"]
+    )
+    model = train_sft.load_model(args, base)
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if name in SIDE_BRANCH_KEYS} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name not in SIDE_BRANCH_KEYS} == {torch.bfloat16}
+
+
+@NEEDS_TRAINING
+@pytest.mark.parametrize(
+    "path", sorted((Path(train_sft.__file__).parent / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_recipe_in_configs_is_read(path):
+    args, training, base = train_sft.parse_args(
+        ["--config", str(path), "--use_cpu", "true"]
+    )  # bf16 asks for a GPU otherwise
+    size, late = ("13b" if "13b" in path.stem else "7b"), not path.stem.endswith(("_pc", "_kv"))
+    assert base.model_name_or_path == f"llava-hf/llava-1.5-{size}-hf" and base.dtype == "bfloat16"
+    assert args.split_layer == {"7b": 18, "13b": 28}[size] and training.learning_rate == (1e-4 if late else 5e-5)
+    assert training.per_device_train_batch_size == 4 and training.num_train_epochs == 1 and training.bf16

@@ -1,0 +1,371 @@
+"""Training rows from a Hub data set, a folder or LLaVA's JSON, all in TRL's vision format and each one checked.
+
+    Hub id, folder   images, messages     --+
+                                            +--> turns and marks --> pictures decode --> Conversations(rows, bad_rows)
+    LLaVA's JSON     image, conversations --+
+
+Pictures stand in front of the first question, as in the chat template. They are decoded once for the check and again
+when a row is used; in between a row holds paths or encoded bytes. A bad row stops the reading, or with
+`skip_bad_rows` it is left out, reported and kept in `bad_rows`.
+
+    rows, bad_rows = load_conversations("llava_v1_5_mix665k.json", image_folder="images")
+    rows, bad_rows = load_conversations("outputs/train", skip_bad_rows=True)  # what minibench.export writes
+    rows, bad_rows = load_conversations("huge.jsonl", image_folder="images", streaming=True)  # checked as they come
+"""
+
+import hashlib
+import json
+import os
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
+from PIL.Image import DecompressionBombError
+from tqdm import tqdm
+
+Row = dict[str, Any]
+
+MARK = "<image>"
+PICTURE = {"type": "image", "text": None}
+SPEAKERS = {"system": "system", "human": "user", "gpt": "assistant"}
+ROLES = {role: role for role in SPEAKERS.values()}
+FEATURES = Features(
+    {
+        "images": [Image()],
+        "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
+    }
+)
+BROKEN_PICTURE = (OSError, ValueError, SyntaxError, EOFError, struct.error, DecompressionBombError)  # Pillow's
+LISTED = 20
+BATCH = 1000  # rows held as Python objects before they become Arrow
+
+
+class Conversations(NamedTuple):
+    """Rows for training, and why rows were left out, by their index in the source.
+
+    `bad_rows` of a stream fills while it is read, in the process that reads it: not with `dataloader_num_workers`.
+    """
+
+    rows: Dataset | IterableDataset
+    bad_rows: dict[int, str]
+
+
+class _BadRow(Exception):
+    """Why a row is not trained on, as `expected ..., got ...`."""
+
+
+class _Source(NamedTuple):
+    """`rows()` starts the raw rows anew, `read` checks one and turns it into TRL's, `table` holds a data set's."""
+
+    name: str
+    rows: Callable[[], Iterable[Any]]
+    read: Callable[[Any], Row]
+    table: Dataset | IterableDataset | None = None
+
+
+def load_conversations(
+    data: str,
+    *,
+    split: str = "train",
+    image_folder: str | None = None,
+    skip_bad_rows: bool = False,
+    streaming: bool = False,
+) -> Conversations:
+    """Read rows with the columns images, a list of `datasets.Image`, and messages, whose content is a list of parts.
+
+    Args:
+        data: a Hub id or a folder that `load_dataset` or `load_from_disk` reads, with the columns images and messages
+            (content as parts or as a string), or LLaVA's rows in a .json (one list) or .jsonl (one row a line) file.
+        split: of a data set; a JSON file has only one.
+        image_folder: what the names in a JSON file are relative to; no picture outside of it is opened.
+        skip_bad_rows: leave bad rows out and warn, in place of raising.
+        streaming: check rows when they are asked for; the first bad one is reported then. A .json is still read whole.
+
+    Raises:
+        ValueError: there are bad rows, or no good ones, or nothing to read.
+    """
+    is_json = data.endswith((".json", ".jsonl"))
+    source = _open_json(data, image_folder) if is_json else _open_dataset(data, split, image_folder, streaming)
+    bad_rows: dict[int, str] = {}
+    if not streaming:
+        return Conversations(_read_all(source, bad_rows, skip_bad_rows), bad_rows)
+    rows = IterableDataset.from_generator(partial(_read_on, source, bad_rows, skip_bad_rows), features=FEATURES)
+    rows.info.description = f"{data}, {os.path.getsize(data)} bytes" if is_json else f"{data}, split {split}"
+    return Conversations(rows, bad_rows)
+
+
+def data_fingerprint(rows: Dataset | IterableDataset) -> str:
+    """Return 16 hex digits that stand for what was read, wherever the files of a table's pictures lie.
+
+    They hash messages and pictures in order: an embedded picture by its bytes, one in a file by its name and size,
+    which spares a second reading. A stream of `load_conversations` is hashed by where it comes from: `data` with the
+    split or the size of the file.
+    """
+    if isinstance(rows, IterableDataset):
+        return hashlib.sha256(rows.info.description.encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for row in _raw_rows(rows.select_columns(list(FEATURES))):
+        pictures = [_identify(picture) for picture in row["images"]]
+        digest.update(json.dumps([pictures, row["messages"]], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _identify(picture: Row) -> str:
+    if picture["bytes"] is not None:
+        return hashlib.sha256(picture["bytes"]).hexdigest()
+    path = picture["path"]
+    return f"{os.path.basename(path)}, {os.path.getsize(path)} bytes" if os.path.isfile(path) else path
+
+
+# Sources
+
+
+def _open_json(path: str, image_folder: str | None) -> _Source:
+    if not os.path.isfile(path):
+        raise ValueError(f"Expected a JSON file; got {path!r}, where none is. Remedy: check the path.")
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise ValueError(f"Expected a folder as image_folder; got {image_folder!r}. Remedy: check the path.")
+    folder = None if image_folder is None else os.path.realpath(image_folder)
+    rows = _read_lines if path.endswith(".jsonl") else _read_list
+    return _Source(path, partial(rows, path), partial(_from_llava, image_folder=folder))
+
+
+def _read_list(path: str) -> list[Any]:
+    remedy = "Remedy: LLaVA's form is [{...}, {...}]; name a file with one row in a line .jsonl."
+    with open(path, "rb") as file:
+        try:
+            rows = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"Expected a JSON list of rows in {path!r}; got {error}. {remedy}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"Expected a JSON list of rows in {path!r}; got a {type(rows).__name__}. {remedy}")
+    return rows
+
+
+def _read_lines(path: str) -> Iterator[Any]:
+    with open(path, "rb") as file:
+        for line in filter(bytes.strip, file):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = line  # which is no row, and is reported as a bad one
+            yield row
+
+
+def _open_dataset(data: str, split: str, image_folder: str | None, streaming: bool) -> _Source:
+    if image_folder is not None:
+        raise ValueError(
+            f"Expected image_folder with a .json or .jsonl file only; got {image_folder!r} with {data!r}. Remedy: "
+            "leave it out, or name LLaVA's JSON file."
+        )
+    try:
+        if os.path.isfile(os.path.join(data, "dataset_dict.json")):  # save_to_disk of several splits
+            table = load_from_disk(os.path.join(data, split))
+        elif os.path.isfile(os.path.join(data, "state.json")):  # and of one
+            table = load_from_disk(data)
+        else:
+            table = load_dataset(data, split=split, streaming=streaming)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"Expected a data set on the Hub or in a folder with a split {split!r}, or a .json or .jsonl file; got "
+            f"{data!r}, of which `datasets` says: {error}. Remedy: check the name, the split and the connection."
+        ) from error
+    features = table.features or {}
+    if features.get("images") != FEATURES["images"] or "messages" not in features:
+        raise ValueError(
+            f"Expected the columns images, {FEATURES['images']}, and messages in {data!r}; got {dict(features)}. "
+            "Remedy: rename and cast the columns, or give LLaVA's JSON file and its image_folder."
+        )
+    table = table.select_columns(list(FEATURES))
+    return _Source(data, partial(_raw_rows, table), _from_messages, table)
+
+
+def _raw_rows(table: Dataset | IterableDataset) -> Iterator[Row]:
+    """Yield rows with their pictures as they are stored, {"bytes", "path"}; `datasets` would decode them."""
+    messages = Features({"messages": table.features["messages"]})
+    for batch in table.with_format("arrow").iter(batch_size=16):
+        for row in batch.to_pylist():  # content that is a string in one row, parts in another, is stored as JSON
+            yield {**row, **messages.decode_example({"messages": row["messages"]})}
+
+
+# Reading: all rows at once, or one when it is asked for
+
+
+def _read_all(source: _Source, bad_rows: dict[int, str], skip_bad_rows: bool) -> Dataset:
+    """Check all rows. The pictures of a data set stay where they are; only the messages are written anew."""
+    columns = list(FEATURES) if source.table is None else ["messages"]
+    features = Features({column: FEATURES[column] for column in columns})
+    rows = source.rows()
+    bar = tqdm(rows, desc="Checking rows", unit="row", total=None if source.table is None else len(source.table))
+    checked = ({column: row[column] if row else [] for column in columns} for row in _check(bar, source, bad_rows))
+    batches = [Dataset.from_list(batch, features) for batch in iter(lambda: list(islice(checked, BATCH)), [])]
+    total = sum(map(len, batches))
+    _report(source, bad_rows, total, skip_bad_rows)
+    table = concatenate_datasets(batches)
+    if source.table is not None:
+        table = concatenate_datasets([source.table.select_columns("images"), table], axis=1)
+    return table.select([index for index in range(total) if index not in bad_rows]) if bad_rows else table
+
+
+def _read_on(source: _Source, bad_rows: dict[int, str], skip_bad_rows: bool) -> Iterator[Row]:
+    """Yield good rows. Bad ones are reported when met, the first few, and together at the end of a pass."""
+    total = 0
+    for total, row in enumerate(_check(source.rows(), source, bad_rows), start=1):
+        if row is not None:
+            yield row
+        elif not skip_bad_rows:
+            _report(source, bad_rows, total, skip_bad_rows)
+        elif len(bad_rows) <= LISTED:
+            warnings.warn(f"Left out row {total - 1} of {source.name!r}: {bad_rows[total - 1]}", stacklevel=2)
+    _report(source, bad_rows, total, skip_bad_rows)
+
+
+def _check(rows: Iterable[Any], source: _Source, bad_rows: dict[int, str]) -> Iterator[Row | None]:
+    """Yield each row as training wants it, or None where `bad_rows` now says why not."""
+    for index, raw in enumerate(rows):
+        try:
+            row = source.read(raw)
+        except _BadRow as bad:
+            row, bad_rows[index] = None, str(bad)
+        yield row
+
+
+def _report(source: _Source, bad_rows: dict[int, str], total: int, skip_bad_rows: bool) -> None:
+    """Raise or warn if there are bad rows; raise in either case if there is no good one."""
+    if total == 0:
+        raise ValueError(f"Expected at least one row in {source.name!r}; got none. Remedy: name another one.")
+    if not bad_rows:
+        return
+    lines = [f"row {index}: {reason}" for index, reason in islice(bad_rows.items(), LISTED)]
+    if len(bad_rows) > LISTED:
+        lines.append(f"and {len(bad_rows) - LISTED} more")
+    listed = "\n".join(lines)
+    if skip_bad_rows and len(bad_rows) < total:
+        warnings.warn(f"Left out {len(bad_rows)} of {total} rows of {source.name!r}:\n{listed}", stacklevel=4)
+        return
+    remedy = "mend them" if skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"
+    raise ValueError(
+        f"Expected good rows in {source.name!r}; got {len(bad_rows)} bad of {total} rows read:\n{listed}\n"
+        f"Remedy: {remedy}."
+    )
+
+
+# One row
+
+
+def _from_llava(row: Any, image_folder: str | None) -> Row:
+    turns = _dicts(_typed(row, dict, "the row").get("conversations"), "conversations")
+    messages = [_message(turn.get("from"), _typed(turn.get("value"), str, "value"), SPEAKERS) for turn in turns]
+    image = row.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if names and image_folder is None:
+        raise ValueError(
+            f"Expected image_folder, as the rows have pictures such as {names[0]!r}; got None. Remedy: name the "
+            "folder that their names are relative to."
+        )
+    _check_conversation(messages, len(names))
+    return {"images": [_check_picture(_find(name, image_folder)) for name in names], "messages": messages}
+
+
+def _from_messages(row: Row) -> Row:
+    images, raw = _typed(row["images"], list, "images"), _dicts(row["messages"], "messages")
+    messages = [_message(message.get("role"), message.get("content"), ROLES) for message in raw]
+    marked = any(PICTURE in message["content"] for message in messages)
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is not None and isinstance(raw[first]["content"], str) and not marked:
+        messages[first]["content"] = [PICTURE] * len(images) + messages[first]["content"]
+    _check_conversation(messages, len(images))
+    return {"images": [_check_picture(picture) for picture in images], "messages": messages}
+
+
+def _message(speaker: Any, content: Any, roles: dict[str, str]) -> Row:
+    """Return {"role", "content"} with pictures before text; `roles` go by what the source calls the speakers."""
+    if speaker not in list(roles):
+        raise _BadRow(f"expected {', '.join(roles)} as a speaker, got {speaker!r:.60}")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else _dicts(content, "content")
+    pieces = [piece for part in parts for piece in _split(part)]
+    return {"role": roles[speaker], "content": sorted(pieces, key=lambda piece: piece != PICTURE)}
+
+
+def _split(part: Row) -> list[Row]:
+    """Return a part as pictures, one for each mark, and the text without the marks."""
+    if part.get("type") == "image":
+        return [PICTURE]
+    if part.get("type") != "text":
+        raise _BadRow(f"expected image or text as the type of a part, got {part.get('type')!r:.60}")
+    text = _typed(part.get("text"), str, "text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold and Arrow cannot
+        raise _BadRow(f"expected Unicode text, got {text!r:.60}") from error
+    count = text.count(MARK)
+    return [PICTURE] * count + [{"type": "text", "text": text.replace(MARK, "").strip() if count else text}]
+
+
+def _check_conversation(messages: list[Row], num_images: int) -> None:
+    roles = [message["role"] for message in messages]
+    if not roles:
+        raise _BadRow("expected messages, got none")
+    if "assistant" not in roles:
+        raise _BadRow(f"expected an assistant's message to learn from, got {', '.join(roles):.80}")
+    turns = roles[1:] if roles[0] == "system" else roles
+    if any(role != ("user", "assistant")[number % 2] for number, role in enumerate(turns)):
+        raise _BadRow(f"expected user and assistant in turn, got {', '.join(roles):.80}")
+    marks = [message["content"].count(PICTURE) for message in messages]
+    first = marks[roles.index("user")]
+    if first != num_images or sum(marks) != first:
+        raise _BadRow(
+            f"expected as many image marks as images, {num_images}, all in the first user message, got {first} there "
+            f"and {sum(marks) - first} elsewhere"
+        )
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and not "".join(part["text"] for part in message["content"]).strip():
+            raise _BadRow(f"expected text in every reply, got an empty one in message {number}")
+
+
+def _find(name: Any, image_folder: str) -> Row:
+    """Return the picture of a name, which must lie in the folder also after `..` and symbolic links."""
+    try:
+        path = os.path.realpath(os.path.join(image_folder, _typed(name, str, "image")))
+        inside = os.path.commonpath([image_folder, path]) == image_folder
+    except ValueError as error:  # such as a null byte
+        raise _BadRow(f"expected the name of a picture, got {name!r:.60}: {error}") from error
+    if not inside:
+        raise _BadRow(f"expected a picture inside {image_folder!r}, got {name!r}")
+    return {"bytes": None, "path": path}
+
+
+def _check_picture(picture: Any) -> Row:
+    """Decode the picture as training will, and return it still encoded."""
+    picture = _typed(picture, dict, "an image")
+    try:
+        Image().decode_example(picture)
+    except BROKEN_PICTURE as error:
+        name = picture["path"] or "bytes without a name"
+        raise _BadRow(f"expected a picture that decodes, got {name!r}: {type(error).__name__}: {error}") from error
+    # beside bytes the path is only a name, but `datasets` would prefer a file of that name in the working folder
+    return picture if picture["bytes"] is None else {**picture, "path": None}
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise _BadRow(f"expected {what} to be a {kind.__name__}, got {value!r:.60}")
+    return value
+
+
+def _dicts(value: Any, what: str) -> list[Row]:
+    return [_typed(entry, dict, f"an entry of {what}") for entry in _typed(value, list, what)]

@@ -1,0 +1,329 @@
+"""adapter_dpvr.py: side branches as PEFT adapters on a stock LLaVA and on DPVR, saved, switched and taken off."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN_ID, make_llava
+from peft import PeftModel, get_peft_model
+from reference import Prompts
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaModel
+
+from adapter_dpvr import DpvrConfig, DpvrLayer, save_adapter
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+
+PLANS = [
+    {"routing": "late_fusion"},
+    {"routing": "late_fusion", "num_fusion_layers": 2},
+    {"routing": "late_fusion", "fusion_layers": [2]},
+    {"routing": "late_fusion", "num_side_layers": 2},
+    {"routing": "kv_substitution"},
+    {"routing": "persistent_context"},
+    {"routing": "text_only"},
+]
+SAVED_KEYS = {
+    f"base_model.model.model.side_branch.0.{name}.weight"
+    for name in (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+}
+
+
+@pytest.fixture
+def prompts() -> dict[str, torch.Tensor]:
+    """Three rows, padded on the left: an image in the middle, two images, none."""
+    return Prompts([[1, 2], [2, 0, 1], [3]], padding_side="left").inputs
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A saved adapter at split 2 whose side branch is far from where it started."""
+    save_trained(tmp_path / "adapter", seed=1)
+    return tmp_path / "adapter"
+
+
+def save_trained(folder: Path, seed: int, **fields: object) -> None:
+    shaken(get_peft_model(make_llava(), DpvrConfig(**{"split_layer": 2, **fields})), seed).save_pretrained(folder)
+
+
+def shaken(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Move everything that can be trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(0.3 * noise)
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).logits[inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN_ID)]
+
+
+def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: object) -> list[list[int]]:
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE_TOKEN_ID]}
+    return model.generate(**inputs, **settings, **options).tolist()
+
+
+# -- the same model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_an_adapter_on_stock_llava_computes_what_dpvr_does_bit_for_bit(llava, prompts, plan):
+    fields = {"split_layer": 2, **plan}
+    expected = logits(DpvrLlavaForConditionalGeneration.from_llava(make_llava(), **fields), prompts)
+    assert torch.equal(logits(get_peft_model(llava, DpvrConfig(**fields)), prompts), expected)
+
+
+def test_it_generates_with_a_cache_what_dpvr_does_and_what_it_does_without(saved, prompts):
+    model = PeftModel.from_pretrained(make_llava(), saved)
+    answers = generate(model, prompts)
+    assert answers == generate(model, prompts, use_cache=False)
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
+    dpvr.load_side_branch(without_prefix(saved))
+    assert answers == generate(dpvr, prompts)
+    with model.disable_adapter():
+        assert answers != generate(model, prompts) == generate(make_llava(), prompts)
+
+
+def without_prefix(folder: Path) -> dict[str, torch.Tensor]:
+    weights = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+
+
+def test_an_adapter_fits_stock_llava_and_dpvr_alike_in_both_directions(saved, tmp_path, prompts):
+    on_stock = logits(PeftModel.from_pretrained(make_llava(), saved), prompts)
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=3, num_side_layers=2)
+    assert torch.equal(logits(PeftModel.from_pretrained(dpvr, saved), prompts), on_stock)
+
+    made_on_dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=1)
+    shaken(get_peft_model(made_on_dpvr, DpvrConfig(split_layer=2)), seed=5).save_pretrained(tmp_path / "other")
+    assert set(load_file(tmp_path / "other" / "adapter_model.safetensors")) == SAVED_KEYS
+    save_trained(tmp_path / "same", seed=5)
+    models = [PeftModel.from_pretrained(make_llava(), tmp_path / name) for name in ("other", "same")]
+    assert torch.equal(*(logits(model, prompts) for model in models))
+
+
+def test_the_side_branch_of_a_dpvr_model_is_saved_as_an_adapter_for_stock_llava(tmp_path, prompts):
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2, num_side_layers=2)
+    dpvr.freeze_base()
+    shaken(dpvr)
+    with pytest.raises(ValueError, match="Remedy"):  # it does not know where its base came from
+        save_adapter(dpvr, tmp_path / "adapter")
+    dpvr.config.base_model_name_or_path = "me/llava"
+    save_adapter(dpvr, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "me/llava"
+    adapted = PeftModel.from_pretrained(make_llava(), tmp_path / "adapter")
+    assert torch.equal(logits(adapted, prompts), logits(dpvr, prompts))
+
+
+# -- saved and loaded -------------------------------------------------------------------------------------------------
+
+
+def test_it_saves_the_side_branch_and_nothing_else_and_comes_back(saved, prompts):
+    assert {file.name for file in saved.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert set(load_file(saved / "adapter_model.safetensors")) == SAVED_KEYS
+    expected = shaken(get_peft_model(make_llava(), DpvrConfig(split_layer=2)), seed=1)
+    assert torch.equal(logits(PeftModel.from_pretrained(make_llava(), saved), prompts), logits(expected, prompts))
+
+
+def test_it_loads_from_a_subfolder_for_training_and_with_little_memory(saved, prompts):
+    expected = logits(PeftModel.from_pretrained(make_llava(), saved), prompts)
+    in_subfolder = PeftModel.from_pretrained(make_llava(), saved.parent, subfolder=saved.name, is_trainable=True)
+    assert {name for name, p in in_subfolder.named_parameters() if p.requires_grad} == {
+        key.replace("side_branch.", "side_branch.default.") for key in SAVED_KEYS
+    }
+    lean = PeftModel.from_pretrained(make_llava(), saved, low_cpu_mem_usage=True)
+    assert torch.equal(logits(in_subfolder, prompts), expected) and torch.equal(logits(lean, prompts), expected)
+
+
+def test_every_field_of_its_config_has_help_and_comes_back(tmp_path):
+    fields = {"split_layer": 1, "fusion_layers": [2, 3], "side_branch_init": "identity", "num_side_layers": 2}
+    save_trained(tmp_path, seed=0, **fields)
+    config = DpvrConfig.from_pretrained(tmp_path)
+    assert config.num_hidden_layers == 4 and {name: vars(config)[name] for name in fields} == fields
+    own = set(DpvrConfig.__dataclass_fields__) - set(DpvrConfig.__mro__[1].__dataclass_fields__)
+    assert own and all(DpvrConfig.__dataclass_fields__[name].metadata["help"] for name in own)
+
+
+# -- switched, disabled, taken off ------------------------------------------------------------------------------------
+
+
+def test_disabled_it_is_vanilla_bit_for_bit_and_unloaded_the_very_same_model(llava, saved, prompts):
+    inner, expected = llava.model, logits(llava, prompts)
+    model = PeftModel.from_pretrained(llava, saved)
+    adapted = logits(model, prompts)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, prompts), expected)
+    assert torch.equal(logits(model, prompts), adapted) and not torch.equal(adapted, expected)
+    assert model.unload() is llava and llava.model is inner
+    assert torch.equal(logits(llava, prompts), expected)
+    assert set(llava.state_dict()) == set(make_llava().state_dict())
+
+
+def test_a_second_side_branch_may_be_loaded_switched_to_and_deleted(saved, tmp_path, prompts):
+    save_trained(tmp_path / "second", seed=2, split_layer=1, num_fusion_layers=2)
+    expected = [
+        logits(PeftModel.from_pretrained(make_llava(), folder), prompts) for folder in (saved, tmp_path / "second")
+    ]
+    model = PeftModel.from_pretrained(make_llava(), saved, adapter_name="first")
+    model.load_adapter(tmp_path / "second", adapter_name="second")
+    assert torch.equal(logits(model, prompts), expected[0])
+    model.set_adapter("second")
+    assert torch.equal(logits(model, prompts), expected[1])
+    with pytest.raises(ValueError, match="one side branch at a time"):
+        model.base_model.set_adapter(["first", "second"])
+    model.delete_adapter("first")
+    assert torch.equal(logits(model, prompts), expected[1])
+    assert not any(".first." in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="unload"):
+        model.merge_and_unload()
+
+
+# -- trained ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_active_side_branch_is_trained_and_learns(llava, prompts):
+    model = get_peft_model(llava, DpvrConfig(split_layer=2))
+    labels = prompts["input_ids"].masked_fill(prompts["attention_mask"] == 0, -100)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model(**prompts, labels=labels).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert trained == {key.replace("side_branch.", "side_branch.default.") for key in SAVED_KEYS}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == trained
+
+
+def test_a_branch_in_float32_runs_on_a_base_in_bfloat16(saved, prompts):
+    inputs = {**prompts, "pixel_values": prompts["pixel_values"].bfloat16()}
+    model = get_peft_model(make_llava(dtype=torch.bfloat16), DpvrConfig(split_layer=2))
+    dtypes = {p.dtype for name, p in model.named_parameters() if "side_branch" in name}
+    assert dtypes == {torch.float32} and logits(model, inputs).dtype == torch.bfloat16
+    expected = DpvrLlavaForConditionalGeneration.from_llava(make_llava(dtype=torch.bfloat16), split_layer=2)
+    torch.testing.assert_close(logits(model, inputs), logits(expected, inputs), atol=0.2, rtol=0.05)
+    assert len(generate(model, inputs)) == 3
+
+
+def test_at_7b_it_trains_the_papers_202_million_parameters(capsys):
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336
+    )
+    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+        model = get_peft_model(llava, DpvrConfig(split_layer=18))
+    model.print_trainable_parameters()
+    printed = capsys.readouterr().out
+    assert "trainable params: 202,383,360" in printed and "trainable%: 2.78" in printed, printed
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def change_keys(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def run(folder: Path) -> None:
+        weights = load_file(folder / "adapter_model.safetensors")
+        change(weights)
+        save_file(weights, folder / "adapter_model.safetensors")
+
+    return run
+
+
+def change_config(**fields: object) -> Callable[[Path], None]:
+    def run(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+    return run
+
+
+FIRST_KEY = min(SAVED_KEYS)
+DAMAGES = {
+    "truncated": (truncate, "damaged"),
+    "pickle": (pickled, "pickle"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "neither that nor a pickle"),
+    "missing key": (change_keys(lambda weights: weights.pop(FIRST_KEY)), "got None"),
+    "unknown key": (change_keys(lambda weights: weights.update(lora=torch.ones(1))), "'lora': expected shape None"),
+    "other number of layers": (change_config(num_side_layers=2), "2 side layers"),
+    "split beyond depth": (change_config(split_layer=4), "split_layer"),
+    "no routing": (change_config(routing="none"), "late_fusion"),
+}
+
+
+def assert_refused(llava: LlavaForConditionalGeneration, folder: Path, match: str) -> None:
+    before = {name: weight.clone() for name, weight in llava.state_dict().items()}
+    with pytest.raises(ValueError, match=match) as error:
+        PeftModel.from_pretrained(llava, folder)
+    assert "Expected" in str(error.value) and "got" in str(error.value) and "Remedy" in str(error.value)
+    assert type(llava.model) is LlavaModel
+    after = llava.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_refused_before_the_base_is_touched(llava, saved, damage):
+    spoil, match = DAMAGES[damage]
+    spoil(saved)
+    assert_refused(llava, saved, match)
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"hidden_size": 64}, "expected shape"),
+        ({"intermediate_size": 56}, "expected shape"),
+        ({"depth": 6}, "4 decoder layers"),
+    ],
+)
+def test_another_base_is_refused_before_it_is_touched(saved, other, match):
+    assert_refused(make_llava(**other), saved, match)
+
+
+def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tmp_path, prompts):
+    save_trained(tmp_path / "second", seed=2)
+    model = PeftModel.from_pretrained(make_llava(), saved)
+    before, names = logits(model, prompts), set(model.state_dict())
+    change_config(num_side_layers=2)(tmp_path / "second")
+    with pytest.raises(ValueError, match="2 side layers"):
+        model.load_adapter(tmp_path / "second", adapter_name="second")
+    assert set(model.peft_config) == {"default"} and set(model.state_dict()) == names
+    assert torch.equal(logits(model, prompts), before)
+    assert isinstance(model.base_model.model.model, DpvrLayer)
+
+
+def test_a_model_that_is_no_llava_is_refused():
+    language_model = make_llava().model.language_model
+    with pytest.raises((ValueError, AttributeError)):
+        get_peft_model(language_model, DpvrConfig(split_layer=2))
