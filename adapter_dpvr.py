@@ -85,7 +85,7 @@ class DpvrConfig(PeftConfig):
 
     def for_base(self, base: LlavaConfig) -> DpvrLlavaConfig:
         """Return the DPVR config of a base with this adapter, or raise ValueError if the two do not fit."""
-        if self.num_hidden_layers not in (None, base.text_config.num_hidden_layers):
+        if self.saved_shapes is not None and self.num_hidden_layers != base.text_config.num_hidden_layers:
             raise ValueError(
                 f"Expected a base of {self.num_hidden_layers} decoder layers, as this adapter was made for; got one "
                 f"of {base.text_config.num_hidden_layers}. Remedy: load it on {self.base_model_name_or_path!r}."
@@ -141,6 +141,10 @@ class DpvrLayer(nn.Module, BaseTunerLayer):
             )
         super().set_adapter(names, inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        like = next(self.base_layer.language_model.layers[self.plans[adapter_name].split_layer].parameters())
+        self.side_branch[adapter_name].to(device or like.device)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.plans.pop(adapter_name, None)
@@ -175,18 +179,34 @@ class DpvrModel(BaseTuner):
     def _check_new_adapter_config(self, config: DpvrConfig) -> None:
         """Refuse a base that the adapter does not fit, before anything is changed."""
         super()._check_new_adapter_config(config)
-        base = self.model.get_submodule(TARGET)
+        base = dict(self.model.named_children()).get(TARGET)
         base = base.base_layer if isinstance(base, DpvrLayer) else base
         if not isinstance(base, LlavaModel):
             raise ValueError(
                 f"Expected a LlavaForConditionalGeneration; got {type(self.model).__name__}. Remedy: load the LLaVA "
                 "with its class, or as AutoModelForImageTextToText."
             )
+        if self.model.config.to_dict().get("quantization_config") is not None:
+            raise ValueError(
+                "Expected a base in floating point; got a quantised one, whose split layer cannot start the side "
+                "branch. Remedy: load it with dtype='bfloat16'."
+            )
+        self._check_name(next(name for name, known in self.peft_config.items() if known is config))
         full = config.for_base(base.config)
         if config.saved_shapes is not None:
             with torch.device("meta"):
                 side_branch = make_side_branch(base.language_model.layers, full)
             check_shapes(config.saved_shapes, side_branch, config.base_model_name_or_path)
+
+    def _check_name(self, adapter_name: str) -> None:
+        """PEFT tells adapters apart by their names in the weights' names, so these must mean nothing else there."""
+        parts = {part for key in self.model.state_dict() for part in key.split(".")} | {"base_model", "base_layer"}
+        taken = (parts | {self.prefix}) - (set(self.peft_config) - {adapter_name})
+        if not adapter_name.isidentifier() or adapter_name in taken | set(dir(nn.ModuleDict)):
+            raise ValueError(
+                f"Expected a name for the adapter that is an identifier and no part of a weight's name; got "
+                f"{adapter_name!r}. Remedy: another name, such as 'my_branch'."
+            )
 
     def _create_and_replace(
         self,
@@ -209,6 +229,16 @@ class DpvrModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".{cls.prefix}.{adapter_name}.", f".{cls.prefix}.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DpvrConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Check weights on whatever way they come: PEFT itself would leave out what does not fit."""
+        (layer,) = (module for module in model.modules() if isinstance(module, DpvrLayer))
+        shapes = {name: tuple(weight.shape) for name, weight in state_dict.items()}
+        check_shapes(shapes, layer.side_branch[adapter_name], config.base_model_name_or_path)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DpvrConfig

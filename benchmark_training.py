@@ -8,7 +8,7 @@
     of its own                     |
     standard output            a table, and one JSON document as the last line     --output FILE writes it as well
 
-Paper sections 3.4 and 4.2; DESIGN: nothing below the side branch and in the text-only layers is saved for backward.
+Paper sections 3.4 and 4.2. Below the side branch and in the text-only layers nothing is saved for backward.
 
     python benchmark_training.py                                       # 512 wide, 32 layers, batch 2, on a CPU
     python benchmark_training.py --shape llava-1.5-7b --batch_size 4 --device cuda --dtype bfloat16
@@ -32,9 +32,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from minibench.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from train_sft import LORA_TARGETS
 
 METHODS = ("late_fusion", "lora_r16", "lora_r64", "full")
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 IMAGE_TOKENS, IMAGE_TOKEN_ID = 576, 3
 
 
@@ -103,6 +103,7 @@ def make_method(
     """The model that a method trains, with only its weights requiring gradients, and AdamW for them."""
     if method == "late_fusion":
         model = DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=split_layer)
+        model.side_branch.float()  # as train_sft.py and PEFT train, whatever the base is in
         model.freeze_base()
     elif method.startswith("lora_r"):
         rank = int(method.removeprefix("lora_r"))
@@ -182,6 +183,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     llava = make_llava(shape, args.device, dtype, args.seed)
     batch = make_batch(shape, args)
     trained = {method: make_method(method, copy.deepcopy(llava), shape.split_layer) for method in fitting}
+    del llava
     saved = {method: saved_activation_bytes(trained[method][0], batch) for method in fitting}
     seconds: dict[str, list[float]] = {method: [] for method in fitting}
     for turn in tqdm(range(args.warmup + args.steps), desc="Steps", unit="round"):
@@ -242,12 +244,9 @@ def main(args: argparse.Namespace) -> None:
         return
     rows = measure(args)
     print_table(rows)
-    document = {
-        **run_record("benchmark_training.py"),
-        "shape": args.shape,
-        "batch_size": args.batch_size,
-        "rows": rows,
-    }
+    names = ("shape", "batch_size", "text_tokens", "steps", "warmup", "device", "dtype", "seed")
+    settings = {name: vars(args)[name] for name in names}
+    document = {**run_record("benchmark_training.py"), **settings, "image_tokens": IMAGE_TOKENS, "rows": rows}
     if args.output is not None:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump(document, file, indent=2)

@@ -1,8 +1,7 @@
 """Making, loading and saving: a repository holds all weights, or the side branch alone beside the name of its base.
 
-    config.base_model_name_or_path is None      model.safetensors: a whole LLaVA, with or without `model.side_branch.*`
-    config.base_model_name_or_path is a name    model.safetensors: `model.side_branch.*` only; the rest comes from
-    there
+    base_model_name_or_path is None      model.safetensors: a whole LLaVA, with or without `model.side_branch.*`
+    base_model_name_or_path is a name    model.safetensors: `model.side_branch.*` only; the rest comes from there
 
 Weights are safetensors; nothing is unpickled. The paper trains, and so shares, 3% of the weights (section 3.4).
 """

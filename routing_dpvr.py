@@ -82,7 +82,7 @@ def routed_forward(
         )
         if image_mask is not None and output.past_key_values is not None:
             CacheRecord.note_vanilla(plan, output.past_key_values)
-        output.last_hidden_state = _keep(output.last_hidden_state, logits_to_keep)
+        output.last_hidden_state = _with_gradient(_keep(output.last_hidden_state, logits_to_keep), side_branch)
         return output
 
     vision = {name: kwargs[name] for name in VISION_ARGUMENTS if name in kwargs}
@@ -278,6 +278,17 @@ def _text_tail(logits_to_keep: int | torch.Tensor, length: int, image_mask: torc
     if tail == 0 or (image_mask is not None and bool(image_mask[:, -tail:].any())):
         return None
     return tail
+
+
+def _with_gradient(states: torch.Tensor, side_branch: nn.ModuleList) -> torch.Tensor:
+    """States of a batch without pictures, tied to the side branch that they did not use: its gradient is zero.
+
+    A trainer that meets such a batch would otherwise find nothing to differentiate.
+    """
+    trained = [weight for weight in side_branch.parameters() if weight.requires_grad]
+    if not trained or not torch.is_grad_enabled() or states.requires_grad:
+        return states
+    return states + 0.0 * sum(weight.flatten()[0] for weight in trained).to(states)
 
 
 def _keep(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

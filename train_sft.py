@@ -35,11 +35,10 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import LlavaProcessor
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from adapter_dpvr import save_adapter
-from configuration_dpvr import DPVR_FIELDS
+from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
 from conversations import Conversations, data_fingerprint, load_conversations
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
@@ -50,7 +49,7 @@ from modeling_dpvr import DpvrLlavaForConditionalGeneration
 OLDEST_TRANSFORMERS = "5.18"
 HERE = os.path.dirname(os.path.abspath(__file__))
 MINIBENCH = "minibench"
-WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAME, TRAINER_STATE_NAME = "model.safetensors", "trainer_state.json"
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 RECIPE = (
     "learning_rate",
@@ -139,8 +138,14 @@ class SideBranchTrainer(SFTTrainer):
             model.save_pretrained(folder, side_branch_only=True, state_dict=state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        weights = load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME))
-        self.accelerator.unwrap_model(self.model).load_side_branch(weights)
+        model = self.accelerator.unwrap_model(self.model)
+        saved = DpvrLlavaConfig.from_pretrained(resume_from_checkpoint).layer_plan()
+        if saved != model.config.layer_plan():
+            raise ValueError(
+                f"Expected a checkpoint of the plan {model.config.layer_plan()}; got one of {saved}. Remedy: resume "
+                "with the DPVR fields of the run that was stopped."
+            )
+        model.load_side_branch(load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
 
 
 class WholeModelTrainer(SFTTrainer):
@@ -167,6 +172,16 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
                 "Remedy: leave them out, or --method dpvr."
             )
         fields = {"routing": "none"}
+    if args.method == "full" and base.dtype != "float32":
+        raise ValueError(
+            f"Expected --dtype float32 with --method full, whose small steps are lost in half precision; got "
+            f"{base.dtype!r}. Remedy: --dtype float32 --bf16 true, which computes in bfloat16."
+        )
+    if args.method == "dpvr" and get_quantization_config(base) is not None:
+        raise ValueError(
+            "Expected a base in floating point for a side branch, which starts as a copy of a layer; got one in 4 or "
+            "8 bits. Remedy: --dtype bfloat16 without --load_in_4bit or --load_in_8bit."
+        )
     model = DpvrLlavaForConditionalGeneration.from_pretrained(
         base.model_name_or_path,
         revision=base.model_revision,
@@ -191,16 +206,32 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
     return model
 
 
-def load_marked_processor(name_or_path: str) -> LlavaProcessor:
+def load_marked_processor(name_or_path: str, revision: str = "main") -> LlavaProcessor:
     """The base's processor, with a chat template that marks replies and their end token for the loss.
 
-    LLaVA-1.5's published template marks nothing; ours writes the same prompts.
+    LLaVA-1.5's published template leaves the end token out; ours writes the same prompts.
     """
-    processor = load_processor(name_or_path)
-    if "{%- generation" not in (processor.chat_template or "").replace("{% ", "{%- "):
-        print("The chat template of the base does not mark the replies: dpvr-mini's, of the same form, is used.")
-        processor.chat_template = CHAT_TEMPLATE
+    processor = load_processor(name_or_path, revision=revision)
+    if not marks_replies(processor):
+        print("The base's chat template does not mark replies and their end: dpvr-mini's, of the same form, is used.")
+        processor.chat_template = CHAT_TEMPLATE.replace("</s>", processor.tokenizer.eos_token)
     return processor
+
+
+def marks_replies(processor: LlavaProcessor) -> bool:
+    """Whether the chat template marks a reply for the loss, with the end token that teaches the model to stop."""
+    if not processor.chat_template:
+        return False
+    talk = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
+    tokens = processor.tokenizer.apply_chat_template(
+        talk,
+        chat_template=processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    kept = [token for token, mark in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if mark]
+    return bool(kept) and kept[-1] == processor.tokenizer.eos_token_id
 
 
 def with_bos(processor: LlavaProcessor) -> LlavaProcessor:
@@ -246,16 +277,19 @@ def make_trainer(
 
 
 def find_checkpoint(training: SideBranchSFTConfig) -> str | None:
-    """The folder to resume from; "last" is the newest in `output_dir`."""
-    if training.resume_from_checkpoint != "last":
-        return training.resume_from_checkpoint
-    last = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
-    if last is None:
+    """The folder to resume from; "last" is the newest whole one in `output_dir`, a killed run may leave a torn one."""
+    name = training.resume_from_checkpoint
+    if name is None:
+        return None
+    found = Path(training.output_dir).glob("checkpoint-*") if name == "last" else [Path(name)]
+    whole = [folder for folder in found if (folder / TRAINER_STATE_NAME).is_file()]  # which Trainer writes last
+    if not whole:
         raise ValueError(
-            f"Expected a checkpoint in {training.output_dir!r}; got none. Remedy: name another --output_dir, or start "
-            "anew with --save_strategy steps --save_steps 100 and without --resume_from_checkpoint."
+            f"Expected a whole checkpoint, with {TRAINER_STATE_NAME}; got none in "
+            f"{training.output_dir if name == 'last' else name!r}. Remedy: name another one, or start anew with "
+            "--save_strategy steps --save_steps 100 and without --resume_from_checkpoint."
         )
-    return last
+    return str(max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1])) if name == "last" else whole[0])
 
 
 def measure(
@@ -272,13 +306,13 @@ def measure(
 
 
 def save(trainer: SFTTrainer, processor: LlavaProcessor, method: str, record: dict[str, Any], output_dir: str) -> None:
-    """Write what was trained into `output_dir`: beside it first, then file by file in its place, weights last.
+    """Write what was trained into `output_dir`, in place of what an earlier run saved there.
 
-    A run that is killed while it writes leaves what was there before as it was.
+    All is written to a folder in it first. A run that is killed meanwhile leaves the earlier files as they were; one
+    that is killed in the instant in which files are moved leaves no weights in place, so that nothing loads half old,
+    and the whole new save in `.saving-*`.
     """
     os.makedirs(output_dir, exist_ok=True)
-    for left_over in Path(output_dir).glob(".saving-*"):
-        shutil.rmtree(left_over)
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if method == "dpvr":
@@ -288,15 +322,21 @@ def save(trainer: SFTTrainer, processor: LlavaProcessor, method: str, record: di
     else:
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    files = sorted(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".safetensors"
-    )
-    for path in files:
+    write_record(record, folder)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for pattern in ("*.safetensors", "*.index.json", "adapter_config.json", "adapter/*"):
+        for path in Path(output_dir).glob(pattern):
+            path.unlink()
+    for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):  # weights last
         target = Path(output_dir) / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
-    shutil.rmtree(folder)
+    for left_over in Path(output_dir).glob(".saving-*"):
+        shutil.rmtree(left_over)
+
+
+def write_record(record: dict[str, Any], folder: str | Path) -> None:
+    (Path(folder) / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def require_transformers() -> None:
@@ -313,50 +353,68 @@ def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, SideBranch
     return TrlParser((DpvrArguments, SideBranchSFTConfig, BaseArguments)).parse_args_and_config(args=argv)
 
 
+def describe(
+    model: DpvrLlavaForConditionalGeneration,
+    args: DpvrArguments,
+    training: SideBranchSFTConfig,
+    base: BaseArguments,
+    rows: Conversations,
+) -> dict[str, Any]:
+    """The part of the record that is known before the training."""
+    from_minibench = [args.num_rows, args.questions_per_row, training.seed]
+    lora = {"r": base.lora_r, "alpha": base.lora_alpha, "dropout": base.lora_dropout}
+    return {
+        **run_record("train_sft.py"),
+        "method": args.method,
+        "base": {"name": base.model_name_or_path, "revision": base.model_revision, "dtype": base.dtype},
+        "dpvr": {name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
+        "lora": lora if args.method == "lora" else None,
+        "recipe": {
+            **{name: value for name in RECIPE if (value := training.to_dict().get(name)) is not None},
+            "processes": training.world_size,
+        },
+        "data": {
+            "name": args.data,
+            "fingerprint": from_minibench if args.data == MINIBENCH else data_fingerprint(rows.rows),
+            "bad_rows": rows.bad_rows,
+        },
+        "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "seed": training.seed,
+    }
+
+
 def main(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArguments) -> dict[str, Any]:
-    """Train, measure before and after, save; returns what training.json holds."""
+    """Train, save, measure before and after; returns what training.json holds."""
     transformers.set_seed(training.seed)
     checkpoint = find_checkpoint(training)
-    processor = load_marked_processor(base.model_name_or_path)
+    processor = load_marked_processor(base.model_name_or_path, base.model_revision)
     model = load_model(args, base)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
-    loaded = load_rows(args, training.seed)
+    rows = load_rows(args, training.seed)
     is_main, routing, scores = PartialState().is_main_process, model.config.routing, []
     measured = args.eval_questions if is_main and args.data == MINIBENCH else 0
     if measured:
         scores.append(measure(model, processor, "vanilla", "none", measured))
         if args.method == "dpvr":
             scores.append(measure(model, processor, "untrained branch", routing, measured))
-    trainer = make_trainer(model, processor, loaded.rows, args, training, base)
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trainer = make_trainer(model, processor, rows.rows, args, training, base)
+    record = describe(model, args, training, base, rows)
     if is_main:
-        print(f"Training {trainable:,} of {model.num_parameters():,} parameters; plan {model.config.layer_plan()}")
+        trainable, plan = record["trainable_parameters"], model.config.layer_plan()
+        print(f"Training {trainable:,} of {model.num_parameters():,} parameters; plan {plan}")
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    if measured:
-        trained = "trained branch" if args.method == "dpvr" else args.method
-        scores.append(measure(model, processor, trained, routing, measured))
-    record = {
-        **run_record("train_sft.py"),
-        "method": args.method,
-        "dpvr": {name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
-        "recipe": {name: value for name in RECIPE if (value := training.to_dict().get(name)) is not None},
-        "data": {
-            "name": args.data,
-            "fingerprint": data_fingerprint(loaded.rows) if args.data != MINIBENCH else None,
-            "bad_rows": loaded.bad_rows,
-        },
-        "trainable_parameters": trainable,
-        "seed": training.seed,
-        "train_seconds": seconds,
-        "samples_per_second": result.metrics["train_samples_per_second"],
-        "log": trainer.state.log_history,
-        "accuracy": scores,
-    }
+    record["train_seconds"] = time.perf_counter() - start
+    record["resumed_from"] = os.path.basename(checkpoint) if checkpoint else None
+    record["samples_per_second"] = None if checkpoint else result.metrics["train_samples_per_second"]
+    record |= {"log": trainer.state.log_history, "accuracy": scores}
     if is_main:
         save(trainer, processor, args.method, record, training.output_dir)
-        print(f"Saved in {training.output_dir} after {seconds:.0f} s of training.")
+        print(f"Saved in {training.output_dir} after {record['train_seconds']:.0f} s of training.")
+    if measured:
+        name = "trained branch" if args.method == "dpvr" else args.method
+        scores.append(measure(model, processor, name, routing, measured))
+        write_record(record, training.output_dir)
     return record
 
 

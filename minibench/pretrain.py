@@ -52,10 +52,10 @@ from .tower import PatchCollator, PatchNamer, PatchNames
 
 IGNORED = -100
 VISION_NAME = re.compile(r"vision_tower\.(?!vision_model\.)")
-LENGTH_STEP = 136  # rows are padded to multiples of this, so that compiled layers meet two lengths
-MAX_LENGTH = (
-    2 * LENGTH_STEP
-)  # and cut here: a quarter of the rows lose their last turns, the batches a fifth of padding
+# Rows are padded to multiples of LENGTH_STEP, so that compiled layers meet few lengths, and cut at MAX_LENGTH: a
+# quarter of the rows lose their last turns, the batches a fifth of their padding.
+LENGTH_STEP = 136
+MAX_LENGTH = 2 * LENGTH_STEP
 
 
 def attention_in_float32(

@@ -154,10 +154,10 @@ def _processor_settings() -> dict:
     }
 
 
-def load_processor(name_or_path: str) -> LlavaProcessor:
+def load_processor(name_or_path: str, revision: str = "main") -> LlavaProcessor:
     """Return a saved processor, without being asked whether the code beside it may run: a processor needs none."""
     AutoConfig.register("dpvr_llava", DpvrLlavaConfig, exist_ok=True)
-    return LlavaProcessor.from_pretrained(name_or_path)
+    return LlavaProcessor.from_pretrained(name_or_path, revision=revision)
 
 
 def save_processor(processor: LlavaProcessor, folder: Path | str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "datasets", "scikit-learn")
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "scikit-learn")
 
 
 def run_record(script: str) -> dict[str, Any]:

@@ -258,7 +258,7 @@ def _choice(
 def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) -> Prompt:
     """Options come first, so that the question ends as the same question without options does.
 
-    The letter comes after its option, as in the reply: a letter in front was not learnt in 20,000 questions.
+    The letter comes after its option, as in the reply: to name it is then to go on as the text did before.
     """
     words = [in_chinese(option) if chinese else option for option in options]
     replies = [f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False)]

@@ -203,6 +203,7 @@ def test_a_second_side_branch_may_be_loaded_switched_to_and_deleted(saved, tmp_p
 
 def test_only_the_active_side_branch_is_trained_and_learns(llava, prompts):
     model = get_peft_model(llava, DpvrConfig(split_layer=2))
+    model.add_adapter("second", DpvrConfig(split_layer=1))
     labels = prompts["input_ids"].masked_fill(prompts["attention_mask"] == 0, -100)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model(**prompts, labels=labels).loss.backward()
@@ -324,6 +325,37 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tmp_path, pr
 
 
 def test_a_model_that_is_no_llava_is_refused():
-    language_model = make_llava().model.language_model
-    with pytest.raises((ValueError, AttributeError)):
-        get_peft_model(language_model, DpvrConfig(split_layer=2))
+    with pytest.raises(ValueError, match="Expected a LlavaForConditionalGeneration; got LlamaModel"):
+        get_peft_model(make_llava().model.language_model, DpvrConfig(split_layer=2))
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", "model", "self_attn", "0"])
+def test_a_name_that_would_be_mistaken_for_a_part_of_the_model_is_refused(llava, name):
+    with pytest.raises(ValueError, match="Expected a name for the adapter"):
+        get_peft_model(llava, DpvrConfig(split_layer=2), adapter_name=name)
+    assert type(llava.model) is LlavaModel
+
+
+def test_weights_that_do_not_fit_are_refused_on_every_way_they_come(saved, llava):
+    change_keys(lambda weights: weights.pop(FIRST_KEY))(saved)
+    with pytest.raises(ValueError, match="1 differ"):
+        PeftModel.from_pretrained(llava, saved, config=DpvrConfig(split_layer=2))
+    model = get_peft_model(make_llava(), DpvrConfig(split_layer=2))
+    with pytest.raises(ValueError, match="1 differ"):
+        model.load_adapter(saved, adapter_name="default")
+
+
+def test_one_config_may_be_used_on_bases_of_two_depths():
+    config = DpvrConfig(split_layer=2)
+    for depth in (4, 6):
+        get_peft_model(make_llava(depth), config)
+        assert config.num_hidden_layers == depth
+
+
+def test_a_batch_without_pictures_gives_the_side_branch_a_gradient_of_zero(llava, prompts):
+    model = get_peft_model(llava, DpvrConfig(split_layer=2))
+    text = Prompts([[3], [5]]).inputs
+    model(**text, labels=text["input_ids"]).loss.backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert len(gradients) == len(SAVED_KEYS) and not any(gradient.any() for gradient in gradients)
+    assert torch.equal(logits(model, text), logits(make_llava(), text))

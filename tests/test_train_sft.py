@@ -51,7 +51,8 @@ def test_a_run_saves_exactly_the_side_branch_and_leaves_the_base_bit_identical(r
     before = load_file(f"{random_mini}/model.safetensors")
     record = run(random_mini, tmp_path / "out")
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == SIDE_BRANCH_KEYS
-    assert load_file(f"{random_mini}/model.safetensors").keys() == before.keys()
+    after = load_file(f"{random_mini}/model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     whole = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
     moved = set()
@@ -162,7 +163,7 @@ def test_lora_and_full_fine_tuning_train_the_vanilla_model_and_save_what_they_tr
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert len(names) == 4 * len(linears) * 2 and all("language_model" in name and "lora_" in name for name in names)
     assert [row["name"] for row in lora["accuracy"]] == ["vanilla", "lora"]
-    assert {row["routing"] for row in lora["accuracy"]} == {"none"}
+    assert {row["routing"] for row in lora["accuracy"]} == {"none"} and lora["lora"]["r"] == 2
 
     full = run(random_mini, tmp_path / "full", "--method", "full", "--max_steps", "2", "--learning_rate", "1e-3")
     assert full["trainable_parameters"] > lora["trainable_parameters"]
@@ -244,7 +245,8 @@ def test_bad_rows_stop_a_run_before_training_or_are_counted_in_its_record(random
     written = json.loads((tmp_path / "out" / "training.json").read_text())
     assert list(written["data"]["bad_rows"]) == ["3"] and len(written["data"]["fingerprint"]) == 16
     assert record["accuracy"] == [] and record["samples_per_second"] > 0
-    assert written["recipe"]["learning_rate"] == 3e-3 and written["method"] == "dpvr"
+    assert written["recipe"]["learning_rate"] == 3e-3 and written["recipe"]["processes"] == 1
+    assert written["method"] == "dpvr" and written["base"]["name"] == random_mini and written["versions"]["peft"]
 
 
 @NEEDS_TRAINING
@@ -255,14 +257,44 @@ def test_a_stream_trains_without_being_read_whole(random_mini, tmp_path, llava_j
     assert len(losses(run(random_mini, tmp_path / "out", *data))) == 2
 
 
+# LLaVA-1.5's as published, in essence: the replies are marked, their end is not
+WITHOUT_END = """{% for message in messages %}{{ message['role'].upper() + ': ' }}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}\
+{% if message['role'] != 'assistant' %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}\
+{% else %}\
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
+{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}\
+{% endif %}{% endfor %}"""
+
+
 @NEEDS_TRAINING
-def test_a_template_that_marks_no_replies_is_replaced_by_one_of_the_same_prompts(random_mini, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "template",
+    [WITHOUT_END, WITHOUT_END.replace("{% generation %}", "").replace("{% endgeneration %}", "")],
+    ids=["without end", "without marks"],
+)
+def test_a_template_that_marks_no_replies_or_not_their_end_is_replaced(random_mini, tmp_path, capsys, template):
     processor = LlavaProcessor.from_pretrained(random_mini)
-    marked = processor.chat_template
-    processor.chat_template = marked.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    whole = processor.chat_template
+    assert train_sft.marks_replies(processor)
+    processor.chat_template = template
     processor.save_pretrained(tmp_path)
     loaded = train_sft.load_marked_processor(str(tmp_path))
-    assert loaded.chat_template == marked and "does not mark" in capsys.readouterr().out
+    assert loaded.chat_template == whole and "does not mark" in capsys.readouterr().out
+
+
+@NEEDS_TRAINING
+def test_batches_without_any_picture_are_trained_past(random_mini, tmp_path):
+    rows = [{"conversations": talk("How many are there?", str(number))} for number in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = ["--data", str(tmp_path / "rows.json"), "--per_device_train_batch_size", "2"]
+    record = run(random_mini, tmp_path / "out", *data)
+    assert len(losses(record)) == 4
+    fresh = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
+    fresh.reset_side_branch()
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(trained[name], fresh.state_dict()[name]) for name in SIDE_BRANCH_KEYS)
 
 
 # -- stopped and saved ------------------------------------------------------------------------------------------------
@@ -283,6 +315,7 @@ def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mi
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (tmp_path / "killed" / "checkpoint-90").mkdir()  # torn: a run that is killed while it writes one leaves such
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     assert set(load_file(tmp_path / "killed" / "checkpoint-2" / "model.safetensors")) == SIDE_BRANCH_KEYS
     resumed = run(random_mini, tmp_path / "killed", *steps, "--resume_from_checkpoint", "last")
@@ -292,16 +325,21 @@ def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mi
 
 
 @NEEDS_TRAINING
-def test_resuming_without_a_checkpoint_is_refused(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="Expected a checkpoint in"):
-        run(random_mini, tmp_path / "out", "--resume_from_checkpoint", "last")
+def test_resuming_without_a_checkpoint_or_under_another_plan_is_refused(random_mini, tmp_path):
+    for name in ("last", str(tmp_path / "nowhere")):
+        with pytest.raises(ValueError, match="Expected a whole checkpoint"):
+            run(random_mini, tmp_path / "out", "--resume_from_checkpoint", name)
+    short = ["--eval_questions", "0", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    run(random_mini, tmp_path / "out", *short)
+    with pytest.raises(ValueError, match="Expected a checkpoint of the plan"):
+        run(random_mini, tmp_path / "out", *short, "--split_layer", "1", "--resume_from_checkpoint", "last")
 
 
 @NEEDS_TRAINING
 def test_a_failure_while_saving_leaves_the_previous_adapter_whole(random_mini, tmp_path, monkeypatch):
-    short = ["--eval_questions", "0", "--max_steps", "3"]
-    run(random_mini, tmp_path / "out", *short)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    short, out = ["--eval_questions", "0", "--max_steps", "3"], tmp_path / "out"
+    run(random_mini, out, *short)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def fail(*_):
         raise OSError("no space left")
@@ -309,11 +347,35 @@ def test_a_failure_while_saving_leaves_the_previous_adapter_whole(random_mini, t
     with monkeypatch.context() as patch:
         patch.setattr(train_sft, "save_adapter", fail)
         with pytest.raises(OSError, match="no space"):
-            run(random_mini, tmp_path / "out", *short, "--seed", "5")
+            run(random_mini, out, *short, "--seed", "5")
     assert all(path.read_bytes() == content for path, content in before.items())
-    run(random_mini, tmp_path / "out", *short, "--seed", "5")
-    assert not list((tmp_path / "out").glob(".saving-*"))
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before[tmp_path / "out" / "model.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sft.os, "replace", fail)
+        with pytest.raises(OSError, match="no space"):
+            run(random_mini, out, *short, "--seed", "5", "--split_layer", "1")
+    assert not (out / "model.safetensors").exists()  # nothing loads half old, half new
+    assert any((folder / "model.safetensors").exists() for folder in out.glob(".saving-*"))
+    run(random_mini, out, *short, "--seed", "5")
+    assert not list(out.glob(".saving-*"))
+    assert (out / "model.safetensors").read_bytes() != before[out / "model.safetensors"]
+
+
+@NEEDS_TRAINING
+def test_what_another_method_saved_before_is_gone(random_mini, tmp_path):
+    short = ["--eval_questions", "0", "--max_steps", "1"]
+    run(random_mini, tmp_path / "out", *short)
+    run(random_mini, tmp_path / "out", *short, "--method", "lora", "--lora_r", "2")
+    weights = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert weights == {"adapter_model.safetensors"} and not list((tmp_path / "out" / "adapter").iterdir())
+
+
+@NEEDS_TRAINING
+def test_half_precision_and_few_bits_are_refused_where_they_do_not_train(random_mini, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="Expected --dtype float32 with --method full"):
+        run(random_mini, tmp_path / "out", "--method", "full", "--dtype", "bfloat16")
+    monkeypatch.setattr(train_sft, "get_quantization_config", lambda base: object())
+    with pytest.raises(ValueError, match="Expected a base in floating point"):
+        run(random_mini, tmp_path / "out")
 
 
 @NEEDS_TRAINING
