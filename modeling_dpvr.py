@@ -59,38 +59,11 @@ class DpvrLlavaModel(LlavaModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
-        """The states that the head would project; arguments as in `DpvrLlavaForConditionalGeneration.forward`.
-
-        Returns:
-            last_hidden_state (B, T or kept, D). Past the split image tokens are context, not queries: theirs is the
-            side branch's output, and predicts nothing.
-        """
-        return routed_forward(
-            self,
-            self.side_branch,
-            self.config.layer_plan(),
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **kwargs,
-        )
+        """The states that the head would project, as `routed_forward` gives them under the configured plan."""
+        plan = self.config.layer_plan()
+        return routed_forward(self, self.side_branch, plan, input_ids=input_ids, pixel_values=pixel_values, **kwargs)
 
 
 class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaForConditionalGeneration):

@@ -10,6 +10,7 @@ from conftest import IMAGE_TOKEN_ID, make_llava
 from peft import PeftModel, get_peft_model
 from reference import Prompts
 from safetensors.torch import load_file, save_file
+from test_loading import SIDE_BRANCH_KEYS
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaModel
 
@@ -25,20 +26,7 @@ PLANS = [
     {"routing": "persistent_context"},
     {"routing": "text_only"},
 ]
-SAVED_KEYS = {
-    f"base_model.model.model.side_branch.0.{name}.weight"
-    for name in (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-}
+SAVED_KEYS = {f"base_model.model.{key}" for key in SIDE_BRANCH_KEYS}
 
 
 @pytest.fixture
