@@ -33,7 +33,8 @@ from transformers.utils import cached_file, can_return_tuple
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
 from loading_dpvr import is_side_branch, make_side_branch, reset_side_branch
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from routing_dpvr import check_support, routed_forward
+from routing_dpvr import routed_forward
+from two_stream_dpvr import check_support
 
 PEFT_TYPE = "DPVR"
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

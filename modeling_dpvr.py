@@ -28,12 +28,14 @@ try:
     from .configuration_dpvr import DpvrLlavaConfig
     from .costs_dpvr import CostFormulas
     from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
-    from .routing_dpvr import check_support, image_marks, routed_forward
+    from .routing_dpvr import image_marks, routed_forward
+    from .two_stream_dpvr import check_support
 except ImportError:
     from configuration_dpvr import DpvrLlavaConfig
     from costs_dpvr import CostFormulas
     from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
-    from routing_dpvr import check_support, image_marks, routed_forward
+    from routing_dpvr import image_marks, routed_forward
+    from two_stream_dpvr import check_support
 
 IGNORED_LABEL = -100
 

@@ -18,11 +18,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
 
 try:
-    from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
-    from .two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
+    from .configuration_dpvr import LayerPlan
+    from .two_stream_dpvr import SUPPORTED_ATTENTION, CacheRecord, two_stream_forward, unsupported_attention
 except ImportError:
-    from configuration_dpvr import DpvrLlavaConfig, LayerPlan
-    from two_stream_dpvr import SUPPORTED_ATTENTION, SUPPORTED_DECODERS, CacheRecord, two_stream_forward
+    from configuration_dpvr import LayerPlan
+    from two_stream_dpvr import SUPPORTED_ATTENTION, CacheRecord, two_stream_forward, unsupported_attention
 
 VISION_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
@@ -200,7 +200,7 @@ def _check_two_stream(
 ) -> None:
     implementation = llava.config.text_config._attn_implementation
     if implementation not in SUPPORTED_ATTENTION:
-        raise ValueError(_unsupported_attention(implementation))
+        raise ValueError(unsupported_attention(implementation))
     if output_attentions or llava.config.output_attentions:
         raise ValueError(
             f"Expected output_attentions=False under the plan {plan}, whose layers differ in their keys; got True. "
@@ -219,40 +219,6 @@ def _check_two_stream(
             f"{tuple(attention_mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached "
             "answers."
         )
-
-
-def check_support(config: DpvrLlavaConfig) -> None:
-    text = config.text_config
-    if text.model_type not in SUPPORTED_DECODERS:
-        raise ValueError(
-            f"Expected a decoder of type {SUPPORTED_DECODERS}; got {text.model_type!r}. Remedy: use a LLaVA on one of "
-            "these."
-        )
-    if (
-        text.model_type != "llama"
-        and text.sliding_window is not None
-        and (text.model_type != "qwen2" or text.use_sliding_window)
-    ):
-        raise ValueError(
-            f"Expected a decoder with full attention; got sliding_window={text.sliding_window}. Remedy: set it to "
-            "None."
-        )
-    if not 0 <= config.image_token_id < text.vocab_size:
-        raise ValueError(
-            f"Expected image_token_id, the id of '<image>', below the vocabulary size {text.vocab_size}; got "
-            f"{config.image_token_id}. Remedy: set image_token_id in the config to the tokenizer's id of '<image>'."
-        )
-    for part in (config, text):
-        if "flash" in (implementation := str(part._attn_implementation)):
-            raise ValueError(_unsupported_attention(implementation))
-
-
-def _unsupported_attention(implementation: str) -> str:
-    return (
-        f"Expected attn_implementation to be one of {SUPPORTED_ATTENTION}; got {implementation!r}. Remedy: use "
-        "'sdpa', which runs the flash kernel wherever no mask is needed; a context layer needs one, which "
-        "flash_attention_2 does not take."
-    )
 
 
 def _check_pixels(pixel_values: torch.Tensor) -> None:

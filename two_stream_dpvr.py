@@ -39,12 +39,48 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 try:
-    from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, DpvrLlavaConfig, LayerPlan
 except ImportError:
-    from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, DpvrLlavaConfig, LayerPlan
 
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2")
 SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+
+def check_support(config: DpvrLlavaConfig) -> None:
+    """Raise ValueError for a decoder or an attention implementation that the method does not run on."""
+    text = config.text_config
+    if text.model_type not in SUPPORTED_DECODERS:
+        raise ValueError(
+            f"Expected a decoder of type {SUPPORTED_DECODERS}; got {text.model_type!r}. Remedy: use a LLaVA on one of "
+            "these."
+        )
+    if (
+        text.model_type != "llama"
+        and text.sliding_window is not None
+        and (text.model_type != "qwen2" or text.use_sliding_window)
+    ):
+        raise ValueError(
+            f"Expected a decoder with full attention; got sliding_window={text.sliding_window}. Remedy: set it to "
+            "None."
+        )
+    if not 0 <= config.image_token_id < text.vocab_size:
+        raise ValueError(
+            f"Expected image_token_id, the id of '<image>', below the vocabulary size {text.vocab_size}; got "
+            f"{config.image_token_id}. Remedy: set image_token_id in the config to the tokenizer's id of '<image>'."
+        )
+    for part in (config, text):
+        if "flash" in (implementation := str(part._attn_implementation)):
+            raise ValueError(unsupported_attention(implementation))
+
+
+def unsupported_attention(implementation: str) -> str:
+    """The error message."""
+    return (
+        f"Expected attn_implementation to be one of {SUPPORTED_ATTENTION}; got {implementation!r}. Remedy: use "
+        "'sdpa', which runs the flash kernel wherever no mask is needed; a context layer needs one, which "
+        "flash_attention_2 does not take."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

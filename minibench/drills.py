@@ -183,7 +183,7 @@ def letters(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entr
     chinese = rng.random() < 0.4
     options = rng.sample(rng.choice(FAMILIES), 4)
     entries = [(in_chinese(word) if chinese else word, letter) for word, letter in zip(options, LETTERS, strict=True)]
-    return "Options: " + ", ".join(" ".join(entry) for entry in entries), entries
+    return "Options: " + " ".join(" ".join(entry) for entry in entries), entries
 
 
 def of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:

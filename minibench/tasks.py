@@ -262,7 +262,7 @@ def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) ->
     """
     words = [in_chinese(option) if chinese else option for option in options]
     replies = [f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False)]
-    return Prompt(f"Options: {', '.join(replies)}\n{text}", dict(zip(options, replies, strict=True)))
+    return Prompt(f"Options: {' '.join(replies)}\n{text}", dict(zip(options, replies, strict=True)))
 
 
 def _science(skill: str, rng: random.Random) -> Draft:

@@ -50,8 +50,8 @@ def reply(text: str, *scenes: Scene) -> str:
 def stem_and_options(text: str) -> tuple[str, dict[str, str]]:
     """A question without its options, and these by their letters."""
     *head, stem = text.split("\n")
-    entries = head[0].removeprefix("Options: ").split(", ") if head else []
-    return stem, {entry[-1]: entry[:-2] for entry in entries}
+    entries = re.findall(r" (.+?) ([A-D])(?= |$)", head[0].removeprefix("Options:")) if head else []
+    return stem, {letter: option for option, letter in entries}
 
 
 def _only(found) -> str:
@@ -179,7 +179,7 @@ def in_english(text: str) -> str:
     if match := re.fullmatch(r"(\S+) ([ABCD])", text):
         return f"{_word(match[1])} {match[2]}"
     stem, options = stem_and_options(text)
-    lettered = ", ".join(f"{_word(word)} {letter}" for letter, word in options.items())
+    lettered = " ".join(f"{_word(word)} {letter}" for letter, word in options.items())
     return f"Options: {lettered}\n{_stem(stem)}" if options else _stem(stem)
 
 

@@ -57,7 +57,7 @@ def holds(request: str, entry: str, pictures: list[list[dict]]) -> bool:
         (fact,) = find(facts, key[0])
         return int(value) == fact["digit"] + int(request.split()[3].rstrip(":"))
     if request.startswith("Options"):
-        return entry in request.removeprefix("Options: ").split(", ")
+        return f" {entry} " in f"{re.sub('(?<=[A-C]) ', '  ', request.removeprefix('Options:'))} "
     if request == "Colours:":
         return [fact["colour"] for fact in find(facts, key[0])] == [value]
     if request == "Where:":
