@@ -201,6 +201,12 @@ def _check_two_stream(
     implementation = llava.config.text_config._attn_implementation
     if implementation not in SUPPORTED_ATTENTION:
         raise ValueError(unsupported_attention(implementation))
+    is_old_cpu = inputs_embeds.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    if implementation == "flex_attention" and is_old_cpu:
+        raise ValueError(
+            "Expected a GPU or a CPU with AVX-512 for flex_attention, whose compiled kernel gives wrong and changing "
+            f"results on others; got {torch.backends.cpu.get_cpu_capability()}. Remedy: attn_implementation='sdpa'."
+        )
     if output_attentions or llava.config.output_attentions:
         raise ValueError(
             f"Expected output_attentions=False under the plan {plan}, whose layers differ in their keys; got True. "

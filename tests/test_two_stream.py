@@ -120,6 +120,19 @@ with torch.no_grad():
 """
 
 
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@pytest.mark.skipif(HAS_AVX512, reason="flex_attention runs on this CPU")
+def test_flex_attention_is_refused_where_its_kernel_is_wrong() -> None:
+    model = make_dpvr(attention="flex_attention", dtype=torch.float32)
+    inputs = Prompts([[2, 3]]).inputs
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    with pytest.raises(ValueError, match="Expected a GPU or a CPU with AVX-512 for flex_attention"):
+        model(**inputs)
+
+
+@pytest.mark.skipif(not HAS_AVX512, reason="torch's compiled flex kernel is wrong on CPUs without AVX-512")
 def test_flex_attention_is_sdpa() -> None:
     """In a process of its own: on CPUs torch's flex kernel can write past its memory when it gets an additive mask."""
     here = Path(__file__).parent
