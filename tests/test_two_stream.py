@@ -125,7 +125,8 @@ HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 @pytest.mark.skipif(HAS_AVX512, reason="flex_attention runs on this CPU")
 def test_flex_attention_is_refused_where_its_kernel_is_wrong() -> None:
-    model = make_dpvr(attention="flex_attention", dtype=torch.float32)
+    model = make_dpvr(dtype=torch.float32)
+    model.set_attn_implementation({"text_config": "flex_attention"})
     inputs = Prompts([[2, 3]]).inputs
     inputs["pixel_values"] = inputs["pixel_values"].float()
     with pytest.raises(ValueError, match="Expected a GPU or a CPU with AVX-512 for flex_attention"):
