@@ -15,7 +15,6 @@ stock LLaVA and a `DpvrLlavaForConditionalGeneration` alike. Paper section 3.4.
     adapter_config.json, adapter_model.safetensors           base_model.model.model.side_branch.<layer>.<weight>
 """
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,21 +23,19 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import cached_file, can_return_tuple
 
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
-from loading_dpvr import is_side_branch, make_side_branch, reset_side_branch
-from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from loading_dpvr import make_side_branch, reset_side_branch
 from routing_dpvr import routed_forward
+from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
 from two_stream_dpvr import check_support
 
 PEFT_TYPE = "DPVR"
-CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-KEY_PREFIX = "base_model.model."
+PICKLE_NAME = "adapter_model.bin"
 TARGET = "model"  # what LlavaForConditionalGeneration calls its LlavaModel
 FIELDS = tuple(name for name in DPVR_FIELDS if name != "base_model_name_or_path")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -247,38 +244,19 @@ PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DpvrModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DpvrModel.prefix
 
 
-def save_adapter(model: DpvrLlavaForConditionalGeneration, folder: str | os.PathLike) -> None:
-    """Write the side branch of a DPVR model as a PEFT adapter, which also fits the stock LLaVA that it stands on.
-
-    Raises:
-        ValueError: as `SideBranchLoading.side_branch_base`.
-    """
-    base = model.side_branch_base(folder)
-    fields = {name: vars(model.config)[name] for name in FIELDS}
-    depth = model.config.text_config.num_hidden_layers
-    config = DpvrConfig(**fields, num_hidden_layers=depth, base_model_name_or_path=base, inference_mode=True)
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items() if is_side_branch(name)}
-    config.save_pretrained(str(folder))
-    save_file(
-        {KEY_PREFIX + name: weight for name, weight in weights.items()},
-        os.path.join(folder, WEIGHTS_NAME),
-        metadata={"format": "pt"},
-    )
-
-
 def find_weights(repository: str, **where: Any) -> str:
     """The path of an adapter's safetensors file, local or from the Hub; a pickle is refused, not opened."""
     found = {
         name: cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
-        for name in (WEIGHTS_NAME, PICKLE_NAME)
+        for name in (ADAPTER_WEIGHTS_NAME, PICKLE_NAME)
     }
-    if found[WEIGHTS_NAME] is None:
+    if found[ADAPTER_WEIGHTS_NAME] is None:
         got = f"{PICKLE_NAME}, a pickle that could run code" if found[PICKLE_NAME] else "neither that nor a pickle"
         raise ValueError(
-            f"Expected {WEIGHTS_NAME} beside {CONFIG_NAME} in {repository!r}; got {got}. Remedy: save the adapter "
-            "again with save_pretrained, which writes safetensors."
+            f"Expected {ADAPTER_WEIGHTS_NAME} beside {ADAPTER_CONFIG_NAME} in {repository!r}; got {got}. Remedy: save "
+            "the adapter again with save_pretrained, which writes safetensors."
         )
-    return found[WEIGHTS_NAME]
+    return found[ADAPTER_WEIGHTS_NAME]
 
 
 def read_shapes(path: str) -> Shapes:
@@ -294,7 +272,7 @@ def read_shapes(path: str) -> Shapes:
 
 def check_shapes(saved: Shapes, side_branch: nn.ModuleList, base_name: str | None) -> None:
     """Raise ValueError unless the saved weights are those of this side branch, all of them and nothing else."""
-    prefix = f"{KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
+    prefix = f"{ADAPTER_KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
     expected = {prefix + name: tuple(weight.shape) for name, weight in side_branch.state_dict().items()}
     if wrong := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
         name = wrong[0]

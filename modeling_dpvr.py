@@ -29,12 +29,14 @@ try:
     from .costs_dpvr import CostFormulas
     from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
     from .routing_dpvr import image_marks, routed_forward
+    from .sharing_dpvr import Sharing
     from .two_stream_dpvr import check_support
 except ImportError:
     from configuration_dpvr import DpvrLlavaConfig
     from costs_dpvr import CostFormulas
     from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
     from routing_dpvr import image_marks, routed_forward
+    from sharing_dpvr import Sharing
     from two_stream_dpvr import check_support
 
 IGNORED_LABEL = -100
@@ -68,7 +70,7 @@ class DpvrLlavaModel(LlavaModel):
         return routed_forward(self, self.side_branch, plan, input_ids=input_ids, pixel_values=pixel_values, **kwargs)
 
 
-class DpvrLlavaForConditionalGeneration(SideBranchLoading, CostFormulas, LlavaForConditionalGeneration):
+class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas, LlavaForConditionalGeneration):
     """LLaVA whose image tokens leave the decoder at the split; see `forward`, `set_routing` and `from_llava`."""
 
     config_class = DpvrLlavaConfig

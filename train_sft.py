@@ -7,15 +7,20 @@
              full   vanilla LLaVA, projector and decoder trained                    the same rows in the same order
       |
     output_dir      the side branch alone, its config and code, the processor, training.json; adapter/ for PEFT
+      |
+    --push_to_hub   all of this and a card in one commit (sharing_dpvr.py)
 
 With the side branch nothing is stored for backward below it and in the text-only layers, so no gradient checkpointing
-is wanted. A run that was killed goes on with --resume_from_checkpoint last, if it saved checkpoints.
+is wanted. A run that was killed goes on with --resume_from_checkpoint last, if it saved checkpoints. Of several
+processes each takes its share of a step's rows; FSDP and ZeRO-3 spread the weights too.
 
     python train_sft.py                                          # dpvr-mini on MiniBench, on a CPU
     python train_sft.py --split_layer 4 --fusion_layers 5 6 7    # another layer plan
     python train_sft.py --routing kv_substitution --learning_rate 5e-4 --max_steps 100 --seed 1
     python train_sft.py --method lora --lora_r 16 --learning_rate 2e-4
+    python train_sft.py --model_name_or_path me/dpvr-mini --push_to_hub --hub_model_id me/x
     python train_sft.py --config configs/llava_1.5_7b.yaml --data llava_v1_5_mix665k.json --image_folder images
+    accelerate launch --config_file configs/accelerate_ddp.yaml train_sft.py --config configs/llava_1.5_7b.yaml ...
 """
 
 import copy
@@ -24,32 +29,36 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedModel
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from adapter_dpvr import save_adapter
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
-from conversations import Conversations, data_fingerprint, load_conversations
+from conversations import Conversations, Row, data_fingerprint, load_conversations
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
 from minibench.processor import CHAT_TEMPLATE, load_processor
 from minibench.record import run_record
-from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from modeling_dpvr import IGNORED_LABEL, DpvrLlavaForConditionalGeneration
+from sharing_dpvr import CARD_NAME, make_repository, require_hub_base, save_adapter, upload
 
 OLDEST_TRANSFORMERS = "5.18"
 HERE = os.path.dirname(os.path.abspath(__file__))
 MINIBENCH = "minibench"
 WEIGHTS_NAME, TRAINER_STATE_NAME = "model.safetensors", "trainer_state.json"
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 RECIPE = (
     "learning_rate",
@@ -126,6 +135,10 @@ class SideBranchSFTConfig(SFTConfig):
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
     save_strategy: str = field(default="no", metadata={"help": "steps: checkpoints to resume from, every save_steps."})
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: {"dispatch_batches": False},
+        metadata={"help": "Every process reads its own rows: those of a stream differ in length and cannot be sent."},
+    )
 
 
 class SideBranchTrainer(SFTTrainer):
@@ -133,9 +146,9 @@ class SideBranchTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if self.args.should_save:
-            folder = output_dir or self.args.output_dir
             model = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(folder, side_branch_only=True, state_dict=state_dict)
+            model = without_shards(model, state_dict or model.state_dict())
+            model.save_pretrained(output_dir or self.args.output_dir, side_branch_only=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -145,6 +158,8 @@ class SideBranchTrainer(SFTTrainer):
                 f"Expected a checkpoint of the plan {model.config.layer_plan()}; got one of {saved}. Remedy: resume "
                 "with the DPVR fields of the run that was stopped."
             )
+        if self.is_fsdp_enabled:  # which keeps its shards beside the side branch
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model.load_side_branch(load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
 
 
@@ -157,6 +172,36 @@ class WholeModelTrainer(SFTTrainer):
 
 
 TRAINERS = {"dpvr": SideBranchTrainer, "lora": SFTTrainer, "full": WholeModelTrainer}
+
+
+class AlwaysAPicture:
+    """A collator that adds to rows of text alone one with a picture and without labels: neither loss nor gradient.
+
+    Processes that share a model's shards must all run the same layers, tower and side branch included, or they wait
+    for each other's shards for ever, or take one layer's for another's.
+    """
+
+    def __init__(self, collate: Callable[[list[Row]], dict[str, torch.Tensor]]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        if any(row["images"] for row in rows):
+            return self.collate(rows)
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        batch = self.collate([*rows, {"images": [Image.new("RGB", (32, 32))], "messages": [question]}])
+        batch["labels"][-1] = IGNORED_LABEL
+        return batch
+
+
+def without_shards(
+    model: DpvrLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]
+) -> DpvrLlavaForConditionalGeneration:
+    """A model of whole `weights`, to be saved: FSDP gives one that it shards a class of its own, of another file."""
+    with torch.device("meta"):
+        whole = DpvrLlavaForConditionalGeneration(copy.deepcopy(model.config))
+    whole.load_state_dict(weights, assign=True)
+    whole.generation_config = model.generation_config
+    return whole
 
 
 def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
@@ -182,6 +227,7 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
             "Expected a base in floating point for a side branch, which starts as a copy of a layer; got one in 4 or "
             "8 bits. Remedy: --dtype bfloat16 without --load_in_4bit or --load_in_8bit."
         )
+    unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
     model = DpvrLlavaForConditionalGeneration.from_pretrained(
         base.model_name_or_path,
         revision=base.model_revision,
@@ -265,15 +311,27 @@ def make_trainer(
     training: SideBranchSFTConfig,
     base: BaseArguments,
 ) -> SFTTrainer:
-    """The trainer of a method; the loss curve will be in its `state.log_history`."""
+    """The trainer of a method; the loss curve will be in its `state.log_history`.
+
+    Raises:
+        ValueError: if MiniBench's questions are to be answered by a model of which each process has a shard.
+    """
     lora = None
     if args.method == "lora":
         base.use_peft = True
         lora = get_peft_config(base)
         lora.target_modules = lora.target_modules or LORA_TARGETS
-    return TRAINERS[args.method](
+    trainer = TRAINERS[args.method](
         model=model, args=training, train_dataset=rows, processing_class=with_bos(processor), peft_config=lora
     )
+    if trainer.accelerator.distributed_type in SHARDED:
+        if args.data == MINIBENCH and args.eval_questions:
+            raise ValueError(
+                "Expected --eval_questions 0 under FSDP and ZeRO-3, where no process has the whole model; got "
+                f"{args.eval_questions}. Remedy: that, and benchmark_accuracy.py afterwards."
+            )
+        trainer.data_collator = AlwaysAPicture(trainer.data_collator)
+    return trainer
 
 
 def find_checkpoint(training: SideBranchSFTConfig) -> str | None:
@@ -308,30 +366,43 @@ def measure(
 def save(trainer: SFTTrainer, processor: LlavaProcessor, method: str, record: dict[str, Any], output_dir: str) -> None:
     """Write what was trained into `output_dir`, in place of what an earlier run saved there.
 
-    All is written to a folder in it first. A run that is killed meanwhile leaves the earlier files as they were; one
-    that is killed in the instant in which files are moved leaves no weights in place, so that nothing loads half old,
-    and the whole new save in `.saving-*`.
+    To be called on all processes, which put their shards together; the main one writes, to a folder in it first. A run
+    that is killed meanwhile leaves the earlier files as they were; one that is killed in the instant in which files
+    are moved leaves no weights in place, so that nothing loads half old, and the whole new save in `.saving-*`.
     """
-    os.makedirs(output_dir, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        os.makedirs(output_dir, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
+        write_model(trainer.accelerator.unwrap_model(trainer.model), weights, method, folder)
+        processor.save_pretrained(folder)
+        write_record(record, folder)
+        move_into(Path(output_dir), folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], method: str, folder: Path) -> None:
+    if method == "lora":
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    whole = without_shards(model, weights)
+    whole.save_pretrained(folder, side_branch_only=method == "dpvr")
     if method == "dpvr":
-        model.save_pretrained(folder, side_branch_only=True)
         (folder / "adapter").mkdir()
-        save_adapter(model, folder / "adapter")
-    else:
-        model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_record(record, folder)
+        save_adapter(whole, folder / "adapter")
+
+
+def move_into(output_dir: Path, folder: Path) -> None:
+    """Put the files of `folder`, which lies in `output_dir`, in place of an earlier run's."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    for pattern in ("*.safetensors", "*.index.json", "adapter_config.json", "adapter/*"):
-        for path in Path(output_dir).glob(pattern):
+    for pattern in ("*.safetensors", "*.index.json", "adapter_config.json", "adapter/*", CARD_NAME):
+        for path in output_dir.glob(pattern):
             path.unlink()
     for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):  # weights last
-        target = Path(output_dir) / path.relative_to(folder)
+        target = output_dir / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
-    for left_over in Path(output_dir).glob(".saving-*"):
+    for left_over in output_dir.glob(".saving-*"):
         shutil.rmtree(left_over)
 
 
@@ -383,15 +454,37 @@ def describe(
     }
 
 
+def claim_repository(
+    model: DpvrLlavaForConditionalGeneration, args: DpvrArguments, training: SideBranchSFTConfig
+) -> str:
+    """Return the id of the repository to push to: a run that could not push in the end is not to begin.
+
+    Raises:
+        ValueError: for LoRA, whose files are no DPVR repository, and for a base in a local folder.
+        OSError: if the Hub cannot be reached or does not let us.
+    """
+    if args.method == "lora":
+        raise ValueError(
+            "Expected --method dpvr or full with --push_to_hub; got lora. Remedy: hf upload <repository> "
+            f"{training.output_dir} after the training."
+        )
+    if args.method == "dpvr":
+        require_hub_base(model.side_branch_base(training.output_dir))
+    name = training.hub_model_id or Path(training.output_dir).name
+    return make_repository(name, private=training.hub_private_repo, token=training.hub_token)
+
+
 def main(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArguments) -> dict[str, Any]:
-    """Train, save, measure before and after; returns what training.json holds."""
+    """Train, save, measure before and after, push if asked to; returns what training.json holds."""
     transformers.set_seed(training.seed)
     checkpoint = find_checkpoint(training)
     processor = load_marked_processor(base.model_name_or_path, base.model_revision)
     model = load_model(args, base)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
-    rows = load_rows(args, training.seed)
     is_main, routing, scores = PartialState().is_main_process, model.config.routing, []
+    repo_id = claim_repository(model, args, training) if training.push_to_hub and is_main else None
+    training.push_to_hub = False  # Trainer's own would push checkpoints and a card that knows nothing of the run
+    rows = load_rows(args, training.seed)
     measured = args.eval_questions if is_main and args.data == MINIBENCH else 0
     if measured:
         scores.append(measure(model, processor, "vanilla", "none", measured))
@@ -408,13 +501,15 @@ def main(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArguments
     record["resumed_from"] = os.path.basename(checkpoint) if checkpoint else None
     record["samples_per_second"] = None if checkpoint else result.metrics["train_samples_per_second"]
     record |= {"log": trainer.state.log_history, "accuracy": scores}
+    save(trainer, processor, args.method, record, training.output_dir)
     if is_main:
-        save(trainer, processor, args.method, record, training.output_dir)
         print(f"Saved in {training.output_dir} after {record['train_seconds']:.0f} s of training.")
     if measured:
         name = "trained branch" if args.method == "dpvr" else args.method
         scores.append(measure(model, processor, name, routing, measured))
         write_record(record, training.output_dir)
+    if repo_id:
+        print(f"Pushed to {upload(training.output_dir, repo_id, token=training.hub_token)}")
     return record
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 
+TOKEN = re.compile(r"(--\w*token[ =])\S+")
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "scikit-learn")
 
 
 def run_record(script: str) -> dict[str, Any]:
-    """The record of this process, started as `python` + `script` + its arguments."""
+    """The record of this process, started as `python` + `script` + its arguments, without tokens."""
     return {
-        "command": " ".join(["python", *script.split(), *sys.argv[1:]]),
+        "command": TOKEN.sub(r"\1...", " ".join(["python", *script.split(), *sys.argv[1:]])),
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }

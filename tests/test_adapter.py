@@ -14,8 +14,9 @@ from test_loading import SIDE_BRANCH_KEYS
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from adapter_dpvr import DpvrConfig, DpvrLayer, save_adapter
+from adapter_dpvr import DpvrConfig, DpvrLayer
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from sharing_dpvr import save_adapter
 
 PLANS = [
     {"routing": "late_fusion"},
@@ -26,6 +27,7 @@ PLANS = [
     {"routing": "persistent_context"},
     {"routing": "text_only"},
 ]
+PLAN_FIELDS = ("routing", "split_layer", "num_side_layers", "num_fusion_layers", "fusion_layers", "side_branch_init")
 SAVED_KEYS = {f"base_model.model.{key}" for key in SIDE_BRANCH_KEYS}
 
 
@@ -117,6 +119,9 @@ def test_the_side_branch_of_a_dpvr_model_is_saved_as_an_adapter_for_stock_llava(
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "me/llava"
     adapted = PeftModel.from_pretrained(make_llava(), tmp_path / "adapter")
     assert torch.equal(logits(adapted, prompts), logits(dpvr, prompts))
+    adapted.save_pretrained(tmp_path / "by_peft")
+    ours, its = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("adapter", "by_peft"))
+    assert ours.items() <= its.items() and set(PLAN_FIELDS) < set(ours)
 
 
 # -- saved and loaded -------------------------------------------------------------------------------------------------

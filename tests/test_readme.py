@@ -50,11 +50,16 @@ def test_every_snippet_runs_and_prints_what_the_readme_says(block, output, stand
         assert printed == output
 
 
-def test_the_commands_are_the_ones_that_are_tested_below():
+def test_the_commands_are_the_ones_that_are_tested():
+    """Here, in test_distributed.py and in test_sharing.py."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python train_sft.py",
         "pip install -r requirements-dev.txt && pytest",
         "python train_sft.py --config configs/llava_1.5_7b.yaml --data llava_v1_5_mix665k.json --image_folder images",
+        "accelerate launch --config_file configs/accelerate_ddp.yaml train_sft.py --config configs/llava_1.5_7b.yaml "
+        "--data llava_v1_5_mix665k.json --image_folder images",
+        "python train_sft.py --model_name_or_path llava-hf/llava-1.5-7b-hf --split_layer 18 --data me/rows "
+        "--push_to_hub --hub_model_id me/x",
         "python benchmark_accuracy.py --suite minibench",
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
@@ -97,7 +102,7 @@ def test_the_training_command_runs_on_llavas_json_with_a_recipe(random_mini, tmp
     make_scene("train", 0, 0).draw().save(tmp_path / "images" / "scene.png")
     talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a star"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "scene.png", "conversations": talk}] * 2))
-    (recipe,) = (line.split()[3] for line in COMMANDS if "--config" in line)
+    (recipe,) = (line.split()[3] for line in COMMANDS if line.startswith("python train_sft.py --config"))
     base = f"--model_name_or_path {random_mini} --split_layer 2 --use_cpu true --output_dir {tmp_path / 'out'}"
     data = f"--data {tmp_path / 'rows.json'} --image_folder {tmp_path / 'images'} --report_to none"
     shell([sys.executable, "train_sft.py", "--config", recipe, *base.split(), *data.split()])
@@ -108,7 +113,7 @@ def test_the_training_command_runs_on_llavas_json_with_a_recipe(random_mini, tmp
 @pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
 def test_the_rebuild_commands_make_a_repository_that_loads(tmp_path):
     small = "--text_layers 3 --text_width 64 --vision_layers 2 --vision_width 32 --tower_pictures 32 --pictures 32"
-    quick = "--batch_size 8 --validation_steps 100 --validation_questions 2 --num_workers 0"
+    quick = "--texts 8 --aligned_pictures 8 --batch_size 8 --validation_questions 2 --num_workers 0"
     pretrain = [sys.executable, "-m", "minibench.pretrain", "--output_dir", str(tmp_path / "pretrain")]
     shell([*pretrain, *small.split(), *quick.split()])
     sft = ["--model_name_or_path", str(tmp_path / "pretrain" / "final"), "--output_dir", str(tmp_path / "side")]
