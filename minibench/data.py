@@ -39,7 +39,8 @@ class MiniBench:
         seed: another seed is another data set of the same split.
         caption_share: the share of rows that ask for a caption in place of questions.
         drill_share: the share of the other rows that are drills in place of questions.
-        told_share: the share of drills that have a picture's caption in place of the picture: text alone.
+        told_share: the share of drills that are text alone: half have a picture's caption in its place, half are about
+            nothing but words.
         tasks: what rows of one picture ask, of the tasks of one picture and "free".
         pair_share: the share of rows with two pictures and multi_image questions.
     """
@@ -80,6 +81,8 @@ class MiniBench:
         scenes = (scene, draw_scene(self.split, rng)) if rng.random() < self.pair_share else (scene,)
         if rng.random() < self.drill_share:
             if rng.random() < self.told_share:
+                if rng.random() < 0.5:
+                    return to_row((), drill((), rng, TABLES_PER_TOLD_ROW))
                 return told(scene, drill((scene,), rng, TABLES_PER_TOLD_ROW))
             return to_row(scenes, drill(scenes, rng, TABLES_PER_ROW))
         if len(scenes) == 2:

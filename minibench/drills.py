@@ -3,9 +3,9 @@
     Colours: -> star red, top left blue, ring red, ...        an entry: what is asked about, and the answer last
 
 A question of MiniBench carries two or three tokens of reply in some thirty; a drill asks a dozen things in as many
-tokens, each answer's key being given in the reply, and words to say again teach to look back in the text. What a large
-language model brings along (letters of options, sums, rules, Chinese words) and what LLaVA's instruction data teach is
-practised in this form first; the questions then only have to be worded.
+tokens, each answer's key being given in the reply. What a large language model brings along (letters of options, sums,
+rules, Chinese words) and what LLaVA's instruction data teach is practised in this form first; the questions then only
+have to be worded.
 """
 
 import random
@@ -14,28 +14,26 @@ from itertools import permutations
 
 from .questions import DIGITS, PAIRS, PLURALS, in_chinese
 from .scenes import COLOURS, PLACES, SHAPES, Digit, Object, Scene, Shape, companion
-from .tasks import LETTERS, PROPERTIES
+from .tasks import LETTERS, PROPERTIES, addition, difference, rule_for
 
 Entry = tuple[str, ...]
 Table = Callable[[Sequence[Scene], random.Random], tuple[str, list[Entry]]]
 
 MAX_ENTRIES = 8
 CHINESE_SHARE = 0.2
-NUM_WORDS = 16
 FAMILIES = (tuple(COLOURS), SHAPES, PLACES, DIGITS, PAIRS, PROPERTIES, ("1", "2", "3", "4", "5"))
-WORDS = tuple(word for family in FAMILIES for word in family) + LETTERS
+WORDS = tuple(dict.fromkeys(word for family in FAMILIES for word in family if " " not in word))
 
 
 def drill(scenes: Sequence[Scene], rng: random.Random, num_tables: int) -> list[tuple[str, str]]:
-    """Return requests and replies: words to say again, then at most `num_tables` different tables, none empty."""
-    tables = ONE_PICTURE if len(scenes) == 1 else TWO_PICTURES
-    words = " ".join(rng.choice(WORDS) for _ in range(NUM_WORDS))
-    turns = [(f"Say again: {words}", words)]
+    """Return requests and replies: at most `num_tables` different tables, none empty; without scenes about words."""
+    tables = (NO_PICTURE, ONE_PICTURE, TWO_PICTURES)[len(scenes)]
+    turns: list[tuple[str, str]] = []
     for table in rng.sample(tables, len(tables)):
         request, entries = table(scenes, rng)
-        if entries and len(turns) <= num_tables:
+        if entries and len(turns) < num_tables:
             entries = rng.sample(entries, min(len(entries), MAX_ENTRIES))
-            word = in_chinese if table is not letters and rng.random() < CHINESE_SHARE else str
+            word = in_chinese if table not in NO_PICTURE and rng.random() < CHINESE_SHARE else str
             turns.append((request, ", ".join(" ".join(map(word, entry)) for entry in entries)))
     return turns
 
@@ -156,13 +154,15 @@ def more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]
 def machine(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
     step = rng.randint(1, 5)
-    return f"A machine adds {step}:", [(thing.place, str(thing.digit + step)) for thing in scene.digits]
+    entries = [(thing.place, *addition(thing.digit, step).split()) for thing in scene.digits]
+    return f"A machine adds {step}:", entries
 
 
 def remainders(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
     there = sorted({thing.colour for thing in scene.shapes})
-    return "Left without:", [(colour, str(len(scene.objects) - count_of(colour, scene))) for colour in there]
+    number = len(scene.objects)
+    return "Left without:", [(colour, *difference(number, count_of(colour, scene)).split()) for colour in there]
 
 
 def rules(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -170,11 +170,15 @@ def rules(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]
     by_colour = rng.random() < 0.5
     keys = rng.sample(tuple(COLOURS) if by_colour else SHAPES, 6)
     outcomes = dict(zip(keys, rng.sample(PROPERTIES, 6), strict=True))
-    names = [f"{key} things" if by_colour else PLURALS[key] for key in keys]
-    text = ", ".join(f"{name} are {outcomes[key]}" for name, key in zip(names, keys, strict=True))
-    entries = [(thing.place, outcomes[thing.colour if by_colour else thing.shape]) for thing in scene.shapes]
+    text = ", ".join(rule_for(key, outcomes[key]) for key in keys)
+
+    def rule(key: str, thing: Shape) -> Entry:
+        kind = thing.colour if by_colour else thing.shape
+        return key, kind, outcomes[kind]
+
+    entries = [rule(thing.place, thing) for thing in scene.shapes]
     if by_colour:
-        entries += [(word, outcomes[thing.colour]) for word, thing in alone(scene).items() if word in SHAPES]
+        entries += [rule(word, thing) for word, thing in alone(scene).items() if word in SHAPES]
     return f"Rules: {text}.", entries
 
 
@@ -184,6 +188,20 @@ def letters(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entr
     options = rng.sample(rng.choice(FAMILIES), 4)
     entries = [(in_chinese(word) if chinese else word, letter) for word, letter in zip(options, LETTERS, strict=True)]
     return "Options: " + " ".join(" ".join(entry) for entry in entries), entries
+
+
+def given(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    """Words that go with others, here alone."""
+    keys = rng.sample(WORDS, rng.randint(4, MAX_ENTRIES))
+    entries = [(key, rng.choice(WORDS)) for key in keys]
+    return f"Given: {', '.join(map(' '.join, entries))}.", entries
+
+
+def listed(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    words = rng.sample(WORDS, 2 * rng.randint(3, MAX_ENTRIES))
+    there, absent = words[::2], words[1::2]
+    entries = [(word, "yes") for word in there] + [(word, "no") for word in absent]
+    return f"Listed: {', '.join(there)}.", entries
 
 
 def of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -234,6 +252,7 @@ def which_holds(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[
     return "Which has it:", sorted(entries)
 
 
+NO_PICTURE: tuple[Table, ...] = (letters, given, listed)
 ONE_PICTURE: tuple[Table, ...] = (
     colours,
     things,

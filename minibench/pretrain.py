@@ -1,10 +1,11 @@
 """Train a small vanilla LLaVA from scratch on MiniBench.
 
-    vision tower    PatchNamer on pictures alone (tower.py)                         in the place of CLIP's training
-    LLM             drills about scenes told in words (data.py)                     in the place of Vicuna's training
-    projector, LLM  dense captions, then drills, then questions, all in one go      in the place of LLaVA's two stages
+    vision tower    PatchNamer on pictures alone (tower.py)                        in the place of CLIP's training
+    LLM             drills about words and scenes told in words (drills.py)        in the place of Vicuna's training
+    projector       Aligner: patches to the embeddings of their names (tower.py)   in the place of LLaVA's first stage
+    projector, LLM  captions, then drills, then questions, all in one go           in the place of LLaVA's second stage
 
-Both run in `transformers.Trainer` and keep checkpoints: the same command again goes on where a killed run stopped. The
+All run in `transformers.Trainer` and keep checkpoints: the same command again goes on where a killed run stopped. The
 linear layers run in bfloat16 by autocast and the attention in float32, which is the fast way round on a CPU that has
 instructions for bfloat16; on others everything is float32.
 
@@ -48,7 +49,8 @@ from .optimizer import MuonWithAdamW
 from .processor import PATCH, make_processor, save_processor
 from .record import run_record
 from .scenes import SIDE
-from .tower import PatchCollator, PatchNamer, PatchNames
+from .tower import ADAMW_LR, MUON_LR, Aligner, PatchCollator, PatchNamer, PatchNames, word_ids
+from .wiring import wire_heads
 
 IGNORED = -100
 VISION_NAME = re.compile(r"vision_tower\.(?!vision_model\.)")
@@ -71,7 +73,9 @@ AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
 
 
 def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForConditionalGeneration:
-    """Return a randomly initialised LLaVA: CLIP ViT read at its last layer but one, GELU projector, Llama decoder."""
+    """Return a LLaVA to be trained: CLIP ViT read at its last layer but one, GELU projector, Llama decoder.
+
+    All weights are random but for three heads, see `wire_heads`."""
     tokenizer = processor.tokenizer
     special = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -109,14 +113,17 @@ def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForC
         **special,
     )
     config._attn_implementation = "sdpa_float32"
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    wire_heads(model.model.language_model)
+    return model
 
 
 class RowCollator:
     """Turns rows of MiniBench into LLaVA's inputs, padded or cut on the right; the replies alone carry loss."""
 
-    def __init__(self, processor: LlavaProcessor) -> None:
+    def __init__(self, processor: LlavaProcessor, max_length: int = MAX_LENGTH) -> None:
         self.processor = processor
+        self.max_length = max_length
         tokenizer = processor.tokenizer
         self.opening = tokenizer.encode(" ASSISTANT:", add_special_tokens=False)
         self.eos = tokenizer.eos_token_id
@@ -126,7 +133,7 @@ class RowCollator:
         images = [picture for row in rows for picture in row["images"]] or None
         padding = {"padding": True, "padding_side": "right", "pad_to_multiple_of": LENGTH_STEP}
         batch = self.processor(text=texts, images=images, return_tensors="pt", **padding)
-        ids = batch["input_ids"][:, :MAX_LENGTH]  # a row begins with its pictures
+        ids = batch["input_ids"][:, : self.max_length]  # a row begins with its pictures
         labels = ids.masked_fill(~self.replies(ids), IGNORED)
         # A causal model never reads padding on the right: without a mask, attention keeps its fast kernel.
         return {"input_ids": ids, "labels": labels, **({"pixel_values": batch["pixel_values"]} if images else {})}
@@ -234,36 +241,58 @@ def run(trainer: Trainer) -> None:
 
 
 def train_tower(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    """Teach the vision tower to name what covers each patch; a tower that is done is read from its file."""
-    tower = model.model.vision_tower
-    done = args.output_dir / "tower.safetensors"
-    if done.exists():
-        tower.load_state_dict(load_file(done))
-        return
-    namer = PatchNamer(tower, model.config.vision_feature_layer)
+    """Teach the vision tower to name what covers each patch."""
+    namer = PatchNamer(model.model.vision_tower, model.config.vision_feature_layer)
     trainer = InOrderTrainer(
         model=namer,
         args=training_arguments(args, "tower", args.tower_pictures),
         train_dataset=PatchNames("train", args.tower_pictures, seed=args.seed + 1),
         data_collator=PatchCollator(processor.image_processor, PATCH),
-        optimizers=(MuonWithAdamW(namer, args.muon_lr, args.adamw_lr), None),
+        optimizers=(MuonWithAdamW(namer, MUON_LR, ADAMW_LR), None),
         callbacks=[JsonLog(args.output_dir / "log.jsonl", "tower")],
     )
     run(trainer)
-    save_file({name: weight.contiguous() for name, weight in tower.state_dict().items()}, done)
+
+
+def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Teach the decoder to look back in a text, by drills about words and about scenes told in words."""
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    trainer = LlavaTrainer(
+        model=model,
+        args=training_arguments(args, "language", args.texts),
+        train_dataset=MiniBench("train", args.texts, seed=args.seed + 5, drill_share=1.0, told_share=1.0),
+        data_collator=RowCollator(processor, LENGTH_STEP),
+        optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
+        callbacks=[JsonLog(args.output_dir / "log.jsonl", "language")],
+    )
+    run(trainer)
+    model.model.multi_modal_projector.requires_grad_(True)
+
+
+def align_projector(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Teach the projector to speak the decoder's words."""
+    aligner = Aligner(model.model, word_ids(processor.tokenizer))
+    trainer = InOrderTrainer(
+        model=aligner,
+        args=training_arguments(args, "projector", args.aligned_pictures),
+        train_dataset=PatchNames("train", args.aligned_pictures, seed=args.seed + 6),
+        data_collator=PatchCollator(processor.image_processor, PATCH),
+        optimizers=(MuonWithAdamW(aligner, MUON_LR, ADAMW_LR), None),
+        callbacks=[JsonLog(args.output_dir / "log.jsonl", "projector")],
+    )
+    run(trainer)
+    model.requires_grad_(True)
 
 
 def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    """Train the decoder on text, then with the projector on captions, then mostly on drills and mostly on questions.
+    """Train decoder and projector on captions, then mostly on drills and mostly on questions.
 
     The tower stays as it is, as CLIP does in LLaVA.
     """
     model.model.vision_tower.requires_grad_(False)
-    model.config.text_config.use_cache = False  # Trainer turns off the outer one; a cache has every layer recompiled
-    shares = (args.text_first, args.captions_next, args.drills_next)
-    num_texts, num_captions, num_drills = (int(share * args.pictures) for share in shares)
-    num_questions = args.pictures - num_texts - num_captions - num_drills
-    texts = MiniBench("train", num_texts, seed=args.seed + 5, drill_share=1.0, told_share=1.0)
+    num_captions, num_drills = (int(share * args.pictures) for share in (args.captions_first, args.drills_next))
+    num_questions = args.pictures - num_captions - num_drills
     captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
     per_row, some = args.questions_per_row, args.caption_share
     drills = MiniBench("train", num_drills, per_row, args.seed + 4, some, MIXED, drill_share=1 - args.other_share)
@@ -272,15 +301,30 @@ def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     trainer = LlavaTrainer(
         model=model,
         args=training_arguments(args, "llava", args.pictures),
-        train_dataset=ConcatDataset([texts, captions, drills, questions]),
+        train_dataset=ConcatDataset([captions, drills, questions]),
         data_collator=RowCollator(processor),
         optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
         callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
     )
+    run(trainer)
+
+
+STAGES = {"tower": train_tower, "language": train_language, "projector": align_projector, "llava": train_llava}
+
+
+def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Run the stages one after the other; one that is done is read from the file it left."""
+    model.config.text_config.use_cache = False  # Trainer turns off the outer one; a cache has every layer recompiled
     if args.compile:
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=False)
-    run(trainer)
+    for name, stage in STAGES.items():
+        done = args.output_dir / f"{name}.safetensors"
+        if done.exists():
+            model.load_state_dict(load_file(done))
+            continue
+        stage(model, processor, args)
+        save_file({key: weight.contiguous() for key, weight in model.state_dict().items()}, done)
     model.config.text_config.use_cache = True
 
 
@@ -311,18 +355,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision_layers", type=int, default=6)
     parser.add_argument("--vision_width", type=int, default=192)
     parser.add_argument("--tower_pictures", type=int, default=60_000)
-    parser.add_argument("--pictures", type=int, default=120_000)
+    parser.add_argument("--texts", type=int, default=9_600)
+    parser.add_argument("--aligned_pictures", type=int, default=12_000)
+    parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
-    parser.add_argument("--text_first", type=float, default=0.15, help="share of the run that is drills in words only")
-    parser.add_argument("--captions_next", type=float, default=0.05, help="share of the run that is captions only")
+    parser.add_argument("--captions_first", type=float, default=0.03, help="share of the run that is captions only")
     parser.add_argument("--drills_next", type=float, default=0.45, help="share of the run that is mostly drills")
     parser.add_argument(
         "--other_share", type=float, default=0.2, help="of questions among drills, and of drills among questions"
     )
     parser.add_argument("--caption_share", type=float, default=0.05, help="share of captions among both")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--muon_lr", type=float, default=0.02)
-    parser.add_argument("--adamw_lr", type=float, default=2e-3)
+    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--muon_lr", type=float, default=0.01)
+    parser.add_argument("--adamw_lr", type=float, default=1e-3)
     parser.add_argument("--warmup_steps", type=int, default=50)
     parser.add_argument("--decay_share", type=float, default=0.3, help="share of the run in which lr falls to 0")
     parser.add_argument("--num_workers", type=int, default=1)
@@ -342,8 +387,7 @@ def main(args: argparse.Namespace) -> None:
     processor = make_processor()
     model = make_model(processor, args)
     print(f"{model.num_parameters():,} parameters")
-    train_tower(model, processor, args)
-    train_llava(model, processor, args)
+    train(model, processor, args)
     save(model, processor, args.output_dir / "final")
 
 

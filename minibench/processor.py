@@ -23,7 +23,7 @@ from transformers import AutoConfig, CLIPImageProcessor, LlavaProcessor, PreTrai
 from configuration_dpvr import DpvrLlavaConfig
 
 from .data import MiniBench
-from .questions import CHINESE, PLURALS
+from .questions import CHINESE, CHINESE_WORDS, PLURALS
 from .scenes import SIDE
 from .tasks import PROPERTIES
 
@@ -74,7 +74,8 @@ EXTRA_TEXT = (
     "black white grey brown pink diamond heart hexagon line arrow letter color object background",
     "图中有什么？是。不是。有。没有。多少个？上面 下面 大 小 相同 不同 第一张 第二张",
 )
-CHINESE_CHARACTER = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"  # each one a token: the words have no spaces
+# The words of the answers, and every other character, are a token each: Chinese has no spaces between words.
+CHINESE_WORD = "|".join((*CHINESE_WORDS.values(), "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"))
 
 
 def train_tokenizer(num_rows: int = 3000) -> PreTrainedTokenizerFast:
@@ -82,7 +83,7 @@ def train_tokenizer(num_rows: int = 3000) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(CHINESE_CHARACTER), "isolated"),
+            pre_tokenizers.Split(Regex(CHINESE_WORD), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

@@ -18,7 +18,7 @@ PAIRS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 SIDES = ("left", "right", "above", "below")
 
-_WORDS = dict(
+CHINESE_WORDS = dict(
     zip(
         (*PLACES, *COLOURS, *SHAPES, "objects", "shapes", "digits"),
         "左上 上方 右上 左边 中间 右边 左下 下方 右下 红色 绿色 蓝色 黄色 紫色 橙色 "
@@ -26,7 +26,9 @@ _WORDS = dict(
         strict=True,
     )
 )
-CHINESE = _WORDS | {f"{colour} {shape}": _WORDS[colour] + _WORDS[shape] for colour in COLOURS for shape in SHAPES}
+CHINESE = CHINESE_WORDS | {
+    f"{colour} {shape}": CHINESE_WORDS[colour] + CHINESE_WORDS[shape] for colour in COLOURS for shape in SHAPES
+}
 
 
 @dataclass(frozen=True)

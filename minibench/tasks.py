@@ -10,8 +10,10 @@
     multi_image  BLINK        two pictures: same or different, which has more, which one holds X
 
 A task drafts a question first, then an outcome is drawn, and the picture last, so that in a test every outcome of
-every question is equally likely, whatever its words: without the picture nothing is better than guessing. The reply
-to a question with options is the option and its letter, "red D".
+every question is equally likely, whatever its words: without the picture nothing is better than guessing.
+
+The reply to a question with options is the option and its letter, "red D". In science the reason comes first, as in
+ScienceQA's solutions, and has to be right as well: "star hot D", "3 plus 4 is 7 A".
 
     draft(task, rng) -> Draft  --+-- test: draw an outcome, then scenes until one has it     make_item()
                                  +-- training: drafts until one fits the scene at hand       ask()
@@ -255,14 +257,33 @@ def _choice(
     return Draft(skill, options, solve, prompts)
 
 
-def _with_options(text: str, options: tuple[str, ...], chinese: bool = False) -> Prompt:
+def _with_options(
+    text: str, options: tuple[str, ...], chinese: bool = False, reasons: dict[str, str] | None = None
+) -> Prompt:
     """Options come first, so that the question ends as the same question without options does.
 
-    The letter comes after its option, as in the reply: to name it is then to go on as the text did before.
+    The letter comes after its option, as in the reply: to name it is then to go on as the text did before. A reason
+    ends with the option that it speaks for, and stands in its place in the reply.
     """
     words = [in_chinese(option) if chinese else option for option in options]
+    listed = " ".join(f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False))
+    if reasons is not None:
+        words = [reasons[option] for option in options]
     replies = [f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False)]
-    return Prompt(f"Options: {' '.join(replies)}\n{text}", dict(zip(options, replies, strict=True)))
+    return Prompt(f"Options: {listed}\n{text}", dict(zip(options, replies, strict=True)))
+
+
+def rule_for(kind: str, outcome: str) -> str:
+    """Return what holds for a shape or a colour, as a rule."""
+    return f"{kind} {outcome}"
+
+
+def addition(number: int, step: int) -> str:
+    return f"{number} plus {step} is {number + step}"
+
+
+def difference(number: int, taken: int) -> str:
+    return f"{number} minus {taken} is {number - taken}"
 
 
 def _science(skill: str, rng: random.Random) -> Draft:
@@ -272,15 +293,16 @@ def _science(skill: str, rng: random.Random) -> Draft:
     if skill == "machine":
         return _machine(rng)
     colour = rng.choice(tuple(COLOURS))
-    options = tuple(rng.sample(("1", "2", "3", "4", "5"), 4))
+    number = rng.randint(4, 6)
+    options = tuple(rng.sample([str(number - taken) for taken in range(4)], 4))
 
     def solve(scene: Scene) -> str | None:
         taken = sum(thing.colour == colour for thing in scene.shapes)
-        left = str(len(scene.objects) - taken)
-        return left if taken and left in options else None
+        return str(number - taken) if len(scene.objects) == number and taken < 4 else None
 
-    text = f"All {colour} things are taken away. How many objects are left?"
-    return Draft(skill, options, solve, (_with_options(text, options),))
+    reasons = {left: difference(number, number - int(left)) for left in options}
+    text = f"Of {number} objects all {colour} things are taken away. How many are left?"
+    return Draft(skill, options, solve, (_with_options(text, options, reasons=reasons),))
 
 
 def _rule(rng: random.Random) -> Draft:
@@ -293,9 +315,9 @@ def _rule(rng: random.Random) -> Draft:
     def solve(scene: Scene) -> str | None:
         return next((rules[value] for value in query.solve(scene) if value in rules), None)
 
-    names = [PLURALS[key] if key in SHAPES else f"{key} things" for key in keys]
-    text = ", ".join(f"{name} are {rules[key]}" for name, key in zip(names, keys, strict=True))
-    return Draft("rule", options, solve, (_with_options(f"Rules: {text}. How is {query.subject}?", options),), query)
+    reasons = {outcome: rule_for(key, outcome) for key, outcome in rules.items()}
+    text = f"Rules: {', '.join(reasons.values())}. How is {query.subject}?"
+    return Draft("rule", options, solve, (_with_options(text, options, reasons=reasons),), query)
 
 
 def _machine(rng: random.Random) -> Draft:
@@ -305,8 +327,9 @@ def _machine(rng: random.Random) -> Draft:
     def solve(scene: Scene) -> str | None:
         return next((out for digit in query.solve(scene) if (out := str(int(digit) + step)) in options), None)
 
+    reasons = {option: addition(int(option) - step, step) for option in options}
     text = f"A machine adds {step}. {query.subject.capitalize()} goes in. What comes out?"
-    return Draft("machine", options, solve, (_with_options(text, options),), query)
+    return Draft("machine", options, solve, (_with_options(text, options, reasons=reasons),), query)
 
 
 def _comparison(skill: str, rng: random.Random) -> Draft:

@@ -38,10 +38,12 @@ def reply(text: str, *scenes: Scene) -> str:
     stem, options = stem_and_options(text)
     if len(scenes) == 2:
         return _compare(stem, *scenes)
+    if reason := _science(stem, scenes[0]):
+        return _only(f"{reason} {letter}" for letter, option in options.items() if option == reason.split()[-1])
     if stem == "Which of these is in the picture?":
         true = {thing.name for thing in scenes[0].shapes}
     else:
-        true = {_science(stem, scenes[0]) or _ask(stem, scenes[0]) or _check(stem, scenes[0])}
+        true = {_ask(stem, scenes[0]) or _check(stem, scenes[0])}
     if not options:
         return _only(true)
     return _only(f"{option} {letter}" for letter, option in options.items() if option in true)
@@ -129,15 +131,18 @@ def _check(stem: str, scene: Scene) -> str:
 
 def _science(stem: str, scene: Scene) -> str | None:
     if match := re.fullmatch(r"Rules: (.+)\. How is (.+)\?", stem):
-        rules = dict(re.fullmatch(r"(.+) are (\w+)", rule).groups() for rule in match[1].split(", "))
+        rules = dict(rule.split() for rule in match[1].split(", "))
         place = match[2].removeprefix("the thing at the ")
         subject = [thing for thing in scene.objects if thing.place == place] or _matching(scene, match[2][4:])
         (thing,) = subject
-        return _only(rules[name] for name in rules if thing in _matching(scene, name))
+        return _only(f"{name} {rules[name]}" for name in rules if thing in _matching(scene, name))
     if match := re.fullmatch(r"A machine adds (\d)\. The (digit at the .+) goes in\. What comes out\?", stem):
-        return str(int(match[1]) + int(value(f"the {match[2]}", scene)))
-    if match := re.fullmatch(r"All (\w+ things) are taken away\. How many objects are left\?", stem):
-        return str(len(scene.objects) - len(_matching(scene, match[1])))
+        digit = int(value(f"the {match[2]}", scene))
+        return f"{digit} plus {match[1]} is {digit + int(match[1])}"
+    if match := re.fullmatch(r"Of (\d) objects all (\w+ things) are taken away\. How many are left\?", stem):
+        number, taken = len(scene.objects), len(_matching(scene, match[2]))
+        assert number == int(match[1]), stem
+        return f"{number} minus {taken} is {number - taken}"
     return None
 
 

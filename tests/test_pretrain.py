@@ -24,8 +24,8 @@ def tiny_run(tmp_path, monkeypatch, minibench_processor):
     """Pretrains a tiny model in a folder and returns the log lines of the call."""
     monkeypatch.setattr(pretrain, "make_processor", lambda: minibench_processor)
     sizes = "--text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32 --batch_size 2 --num_workers 0"
-    data = "--tower_pictures 2 --questions_per_row 2 --text_first 0.25 --captions_next 0 --validation_questions 2"
-    steps = "--logging_steps 1 --save_steps 2"
+    data = "--tower_pictures 2 --texts 4 --aligned_pictures 2 --questions_per_row 2 --captions_first 0"
+    steps = "--logging_steps 1 --save_steps 2 --validation_questions 2"
 
     def run(name: str, pictures: int) -> list[dict]:
         log = tmp_path / name / "log.jsonl"
@@ -98,14 +98,51 @@ def test_the_log_holds_the_command_losses_and_validation_scores(tiny_run):
     assert validation["mean"] == pytest.approx(sum(validation["validation"].values()) / len(TASKS), abs=1e-3)
 
 
-def test_the_tower_stays_as_its_own_stage_left_it(tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "before", "trained"),
+    [
+        ("language", "tower", {"language_model", "lm_head"}),
+        ("projector", "language", {"multi_modal_projector"}),
+        ("llava", "projector", {"multi_modal_projector", "language_model", "lm_head"}),
+    ],
+)
+def test_each_stage_trains_its_part_and_leaves_the_others(tiny_run, tmp_path, stage, before, trained):
     tiny_run("run", pictures=4)
-    schooled = load_file(tmp_path / "run" / "tower.safetensors")
-    saved = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    saved = {name.split("vision_model.")[1]: weight for name, weight in saved.items() if "vision_model." in name}
-    schooled = {name.removeprefix("vision_model."): weight for name, weight in schooled.items()}
-    assert set(saved) == set(schooled)
-    assert all(torch.equal(weight, schooled[name].half()) for name, weight in saved.items())
+    weights, earlier = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in (stage, before))
+    changed = {name for name, weight in weights.items() if not torch.equal(weight, earlier[name])}
+    assert {name.removeprefix("model.").split(".")[0] for name in changed} == trained
+
+
+def test_a_stage_that_is_done_is_not_run_again(tiny_run, tmp_path):
+    tiny_run("run", pictures=4)
+    for stage in ("language", "llava"):
+        (tmp_path / "run" / f"{stage}.safetensors").unlink()
+        shutil.rmtree(tmp_path / "run" / stage)
+    assert {entry["stage"] for entry in tiny_run("run", pictures=4)} == {"start", "language", "llava"}
+
+
+def test_a_perfect_projector_has_no_loss(minibench_processor):
+    args = pretrain.parse_args(["--output_dir", "x", "--text_layers", "2", "--vision_layers", "2"])
+    model = pretrain.make_model(minibench_processor, args)
+    aligner = tower.Aligner(model.model, tower.word_ids(minibench_processor.tokenizer))
+    scenes = [make_scene("train", 0, index) for index in range(4)]
+    labels = torch.stack([tower.patch_labels(scene, 12) for scene in scenes])
+    embeddings = model.get_input_embeddings().weight.detach()
+    tokens = minibench_processor.tokenizer
+    words = [word for names in tower.NAMES for word in names if word != "none"]
+    ids = {word: tokens.encode(f" {word}", add_special_tokens=False) for word in words}
+    mean = embeddings[sorted({token for several in ids.values() for token in several})].mean(0)
+
+    def meant(patch: list[int]) -> torch.Tensor:
+        named = [names[label] for names, label in zip(tower.NAMES, patch, strict=True)]
+        return sum((embeddings[token] - mean for word in named for token in ids.get(word, [])), torch.zeros(192))
+
+    exact = torch.stack([torch.stack([meant(patch) for patch in picture]) for picture in labels.tolist()])
+    aligner.projector = lambda states: exact
+    pixels = torch.zeros(4, 3, 96, 96)
+    assert aligner(pixels, labels)["loss"] < 1e-9
+    aligner.projector = lambda states: exact + 1
+    assert aligner(pixels, labels)["loss"] == pytest.approx(192, rel=1e-4)
 
 
 def test_the_trained_model_is_saved_in_half_and_loads_in_full_precision(tiny_run, tmp_path):
