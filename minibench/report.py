@@ -1,9 +1,10 @@
-"""The README's tables about dpvr-mini, made from the JSON files in `results/dpvr_mini/`.
+"""The README's tables, made from the JSON files in `results/`.
 
-accuracy.json       benchmark_accuracy.py --suite minibench    vanilla, untrained, trained, blind
-depth.json          minibench.depth                            the score by the number of layers that see the picture
-pretraining.jsonl   minibench.pretrain                         the curve on the validation split
-training.json       train_sft.py                               what training the side branch took
+dpvr_mini/accuracy.json       benchmark_accuracy.py --suite minibench    vanilla, untrained, trained, blind
+dpvr_mini/depth.json          minibench.depth                            by the number of layers that see the picture
+dpvr_mini/pretraining.jsonl   minibench.pretrain                         the curve on the validation split
+dpvr_mini/training.json       train_sft.py                               what training the side branch took
+training_cpu.json             benchmark_training.py                      a step of late fusion, LoRA and all weights
     |
 README.md, between marks such as <!-- accuracy --> and <!-- /accuracy -->
 
@@ -14,7 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path("results/dpvr_mini")
+RESULTS = Path("results")
+MINI = "dpvr_mini"
+METHODS = {"late_fusion": "late fusion", "lora_r16": "LoRA, r = 16", "lora_r64": "LoRA, r = 64", "full": "all weights"}
 NAMES = {
     "vanilla": "vanilla LLaVA",
     "untrained": "late fusion, untrained side branch",
@@ -26,7 +29,7 @@ NAMES = {
 
 def render_accuracy(results: Path) -> str:
     """The scores of all rows, and what is behind them."""
-    accuracy, training = _read(results / "accuracy.json"), _read(results / "training.json")
+    accuracy, training = (_read(results / MINI / f"{name}.json") for name in ("accuracy", "training"))
     rows = [*accuracy["rows"], {"name": "constant reply", **accuracy["constant_reply"]}]
     vanilla, blind = (next(row for row in rows if row["name"] == name) for name in ("vanilla", "blind"))
     lines = _table(
@@ -76,7 +79,7 @@ def render_accuracy(results: Path) -> str:
 
 def render_depth(results: Path) -> str:
     """One row per number of layers in which the text sees the picture."""
-    depth = _read(results / "depth.json")
+    depth = _read(results / MINI / "depth.json")
     lines = _table(
         ["layers with the picture", *depth["rows"][0]["tasks"], "mean"],
         [
@@ -94,7 +97,9 @@ def render_depth(results: Path) -> str:
 
 def render_pretraining(results: Path) -> str:
     """The validation scores in the course of pretraining."""
-    log = [json.loads(line) for line in (results / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [
+        json.loads(line) for line in (results / MINI / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     start = next((entry for entry in log if entry["stage"] == "start"), None)
     validations = [entry for entry in log if "validation" in entry]
     losses = {entry["step"]: entry["loss"] for entry in log if entry["stage"] == "llava" and "loss" in entry}
@@ -114,7 +119,40 @@ def render_pretraining(results: Path) -> str:
     return "\n".join([*lines, "", *made]) + "\n"
 
 
-BLOCKS = {"accuracy": render_accuracy, "depth": render_depth, "pretraining": render_pretraining}
+def render_training(results: Path) -> str:
+    """One row per method: what a training step takes."""
+    training = _read(results / "training_cpu.json")
+    first = training["rows"][0]["seconds_per_step"]
+    lines = _table(
+        ["", "seconds a step (10th to 90th percentile)", "ratio", "saved for backward", "peak memory", "trained"],
+        [
+            [
+                METHODS[row["method"]],
+                f"{row['seconds_per_step']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})",
+                f"{row['seconds_per_step'] / first:.2f}",
+                f"{row['saved_activation_bytes'] / 1e6:,.0f} MB",
+                f"{row['peak_bytes'] / 1e6:,.0f} MB",
+                f"{row['trainable_parameters']:,}",
+            ]
+            for row in training["rows"]
+        ],
+    )
+    lines += [
+        "",
+        f"Shape {training['shape']}, batch {training['batch_size']}, {training['image_tokens']} image and "
+        f"{training['text_tokens']} text tokens, {training['dtype']}; medians of {training['steps']} interleaved "
+        f"rounds. Made by `{training['command']}`",
+        *_machine(training),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+BLOCKS = {
+    "accuracy": render_accuracy,
+    "depth": render_depth,
+    "pretraining": render_pretraining,
+    "training": render_training,
+}
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

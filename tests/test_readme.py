@@ -132,4 +132,4 @@ def test_the_rebuild_commands_make_a_repository_that_loads(tmp_path):
 
 @pytest.mark.parametrize("name", REPORT)
 def test_the_tables_are_made_from_the_results(name):
-    assert between_marks(README, name) == REPORT[name](ROOT / "results" / "dpvr_mini")
+    assert between_marks(README, name) == REPORT[name](ROOT / "results")

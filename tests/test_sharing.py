@@ -53,7 +53,7 @@ assert type(model).__module__.startswith("transformers_modules")
 expected = torch.load(sys.argv[1])
 assert torch.equal(logits(model), expected)
 processor = AutoProcessor.from_pretrained("me/x", trust_remote_code=True)
-assert processor.tokenizer("Is there a red star?")["input_ids"][0] == 1
+assert processor.tokenizer("Is there a red star?")["input_ids"][0] == processor.tokenizer.bos_token_id
 
 import adapter_dpvr
 
