@@ -5,7 +5,7 @@
     save_adapter                              adapter/: the same side branch for PEFT
     training.json, if a run wrote one         recipe, data, versions, loss curve, scores
         |
-      upload         README.md from config.json and training.json; one commit, so that nothing is ever half there
+      upload         a card from config.json and training.json; one commit, so that nothing is ever half there
         |
     me/x             from_pretrained("me/x", trust_remote_code=True); the base comes from its own repository
 
@@ -15,13 +15,16 @@ A push that failed is made good by the same again, or by hand:
 """
 
 import argparse
+import inspect
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
@@ -32,29 +35,27 @@ except ImportError:
     from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
     from loading_dpvr import is_side_branch
 
+try:
+    from httpx import TransportError
+except ImportError:  # huggingface_hub 0.36 has no need of it: its errors are OSErrors
+    TransportError = OSError
+
 CONFIG_NAME, RECORD_NAME, CARD_NAME = "config.json", "training.json", "README.md"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, ADAPTER_KEY_PREFIX = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "base_model.model.",
 )
-FILES = ("*.py", "*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", CARD_NAME, "adapter/*")
-RUNS_OWN = ("checkpoint-*/*", "runs/*", "trackio/*", ".*", ".*/*")
-REPLACED = ("*.safetensors", "*.index.json", "adapter/*")
-
-SIDE_BRANCH_ONLY = """\
-A side branch for [{base}](https://huggingface.co/{base}), which is loaded from its own repository. `adapter/` holds
-the same side branch for PEFT."""
-ALL_WEIGHTS = "A LLaVA with its side branch: all weights."
+SUFFIXES = (".py", ".json", ".jinja", ".model", ".txt", ".safetensors")
+WEIGHTS_SUFFIXES = (".safetensors", ".index.json")
+ADAPTER_FOLDER = "adapter"
+HUB_ERRORS = (OSError, RuntimeError, HFValidationError, TransportError)
 
 CARD = """\
 # {name}
 
-{holds}
-
-DPVR is late-layer fusion for LLaVA ([Late-Layer Fusion is Enough](https://arxiv.org/abs/2606.09131)). Here, image
-tokens leave the decoder after {split} of its {depth} layers for a side branch of {side}, and the text meets them again
-as the plan `{plan}` says (`o` image and text together, `.` text alone, `c` and `r` text reads the side branch).
+{holds} It was made with DPVR, late-layer fusion for LLaVA
+([Late-Layer Fusion is Enough](https://arxiv.org/abs/2606.09131)). {plan}
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -73,9 +74,21 @@ processor = AutoProcessor.from_pretrained("{name}")
 
 ## Limits
 
-The base's limits are this model's, and so are the limits of the data it was trained on. Image tokens predict nothing
-past the split: they are context. What is not listed under Scores was not measured.
+The base's limits are this model's, and so are the limits of the data it was trained on. {limits}What is not listed
+under Scores was not measured.
+
+{mark}
 """
+SIDE_BRANCH_ONLY = """\
+A side branch for [{base}](https://huggingface.co/{base}), which is loaded from its own repository. `adapter/` holds
+the same side branch for PEFT."""
+ALL_WEIGHTS = "A LLaVA with all its weights."
+ROUTED = """\
+Image tokens leave the decoder after {split} of its {depth} layers for a side branch of {side}, and the text meets
+them again as the plan `{plan}` says (`o` image and text together, `.` text alone, `c` and `r` text reads the side
+branch)."""
+NOT_ROUTED = "Its routing is `{routing}`: the side branch is not read."
+MARK = "<!-- made by sharing_dpvr.py; leave this line out of a card of your own, and it is kept -->"
 
 
 class Sharing:
@@ -90,7 +103,6 @@ class Sharing:
         record: dict[str, Any] | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
-        revision: str | None = None,
         commit_message: str | None = None,
     ) -> str:
         """Put the model on the Hub, in one commit, so that `from_pretrained(..., trust_remote_code=True)` loads it.
@@ -102,32 +114,35 @@ class Sharing:
             record: what `training.json` of a run holds, for the card; None: the card says that there is none.
             private: whether a new repository is; None: as the account's settings say.
             token: None: the one of `hf auth login`.
-            revision: the branch to commit to; None: main.
-            commit_message: None: one that names the model.
+            commit_message: None: one of ours.
 
         Returns:
             the address of the commit.
 
         Raises:
-            ValueError: if the base lies in a local folder, where others cannot load it from.
+            ValueError: if the base lies in a local folder, where others cannot load it from, or is not known.
             OSError: if the push failed; the Hub is as it was before.
         """
         with tempfile.TemporaryDirectory() as folder:
             if side_branch_only:
                 require_hub_base(self.side_branch_base(folder))
-                save_adapter(self, os.path.join(folder, "adapter"))
+                save_adapter(self, os.path.join(folder, ADAPTER_FOLDER))
+            (processor or self._base_processor(token)).save_pretrained(folder)
             self.save_pretrained(folder, side_branch_only=side_branch_only)
-            (processor or _processor_of(self.side_branch_base(folder), token)).save_pretrained(folder)
             if record is not None:
                 Path(folder, RECORD_NAME).write_text(json.dumps(record, indent=2), encoding="utf-8")
-            where = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
-            return upload(folder, repo_id, **where)
+            return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
-
-def _processor_of(base: str, token: str | bool | None) -> ProcessorMixin:
-    """The base's processor, without being asked whether the code beside it may run: a processor needs none."""
-    AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
-    return AutoProcessor.from_pretrained(base, token=token)
+    def _base_processor(self, token: str | bool | None) -> ProcessorMixin:
+        """The base's, without being asked whether the code beside it may run: a processor needs none."""
+        base = self.config.base_model_name_or_path or self.config._name_or_path
+        if not base:
+            raise ValueError(
+                "Expected processor=..., as this model does not know where its base came from; got None. Remedy: pass "
+                "the processor that it is used with."
+            )
+        AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
+        return AutoProcessor.from_pretrained(base, token=token)
 
 
 def save_adapter(model: Any, folder: str | os.PathLike) -> None:
@@ -156,8 +171,13 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
 
 
 def require_hub_base(base: str) -> None:
-    """Raise ValueError if a base is a local folder: a side branch shared with its path is of no use to others."""
-    if os.path.isdir(base):
+    """Raise ValueError unless a base has a name on the Hub; shared with a path, a side branch is of no use."""
+    try:
+        validate_repo_id(base)
+        local = os.path.isdir(base)
+    except HFValidationError:
+        local = True
+    if local:
         raise ValueError(
             f"Expected a base with a name on the Hub, from where others load it beside the side branch; got the local "
             f"folder {base!r}. Remedy: put the base on the Hub and load it by its id, or share all weights: "
@@ -169,15 +189,20 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
     """Return the full id of a repository on the Hub, made if it is not there yet.
 
     Raises:
-        OSError: if the Hub cannot be reached or does not let us.
+        OSError: if the Hub cannot be reached or does not let us write there. That of a repository that is there
+            already huggingface_hub finds out from version 2 on.
     """
+    api = HfApi(token=token)
     try:
-        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except Exception as error:  # requests' errors or httpx's, by the version of huggingface_hub
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if "write" in inspect.signature(api.auth_check).parameters:
+            api.auth_check(repo_id, write=True)
+    except HUB_ERRORS as error:
         raise OSError(
             f"Expected a repository {repo_id!r} on the Hub that we may write to; got: {error}. Remedy: hf auth login "
             "with a token that may write, and a name of the form me/x."
         ) from error
+    return repo_id
 
 
 def upload(
@@ -186,12 +211,12 @@ def upload(
     *,
     private: bool | None = None,
     token: str | bool | None = None,
-    revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Commit a saved model to the Hub, with a card if it has none; checkpoints and logs stay behind.
+    """Commit a saved model to the Hub: the files at the top of its folder and those in `adapter/`.
 
-    Weights that the folder no longer has go from the repository in the same commit.
+    With them goes a card, unless the folder or the repository has one that is not of our making. Weights that the
+    folder no longer has go from the repository in the same commit.
 
     Returns:
         the address of the commit.
@@ -209,49 +234,57 @@ def upload(
     if config.base_model_name_or_path is not None:
         require_hub_base(config.base_model_name_or_path)
     repo_id = make_repository(repo_id, private=private, token=token)
-    if not Path(folder, CARD_NAME).exists():
-        record = Path(folder, RECORD_NAME)
-        record = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
-        model_card(repo_id, config, record).save(Path(folder, CARD_NAME))
+    api, files = HfApi(token=token), files_to_share(Path(folder))
     try:
-        commit = HfApi(token=token).upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or "Upload DPVR side branch",
-            allow_patterns=list(FILES),
-            ignore_patterns=list(RUNS_OWN),
-            delete_patterns=list(REPLACED),
-        )
-    except Exception as error:  # requests' errors or httpx's, by the version of huggingface_hub
+        present = set(api.list_repo_files(repo_id))
+        card = present & {CARD_NAME} and Path(api.hf_hub_download(repo_id, CARD_NAME)).read_text(encoding="utf-8")
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        if CARD_NAME not in files and (not card or MARK in card):
+            record = Path(folder, RECORD_NAME)
+            record = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+            operations.append(CommitOperationAdd(CARD_NAME, str(model_card(repo_id, config, record)).encode()))
+        operations += [CommitOperationDelete(name) for name in sorted(present - set(files)) if _is_replaced(name)]
+        message = commit_message or "Upload DPVR model"
+        return api.create_commit(repo_id, operations, commit_message=message).commit_url
+    except HUB_ERRORS as error:
         raise OSError(
-            f"Expected to push {str(folder)!r} to {repo_id!r}; got: {error}. Nothing was changed there. Remedy: the "
-            f"same call again, or for a folder: python sharing_dpvr.py {folder} {repo_id}"
+            f"Expected to push {str(folder)!r} to {repo_id!r}; got: {error}. Nothing was changed there. Remedy: push "
+            f"again; the output_dir of a run with: python sharing_dpvr.py <output_dir> {repo_id}"
         ) from error
-    return commit.commit_url
+
+
+def files_to_share(folder: Path) -> dict[str, Path]:
+    """Return the files of a saved model by their names in the repository; checkpoints and logs stay behind."""
+    top = [path for path in folder.iterdir() if path.suffix in SUFFIXES or path.name == CARD_NAME]
+    inside = (folder / ADAPTER_FOLDER).glob("*")
+    return {path.relative_to(folder).as_posix(): path for path in sorted([*top, *inside]) if path.is_file()}
+
+
+def _is_replaced(name: str) -> bool:
+    return name.startswith(f"{ADAPTER_FOLDER}/") or ("/" not in name and name.endswith(WEIGHTS_SUFFIXES))
 
 
 def model_card(repo_id: str, config: DpvrLlavaConfig, record: dict[str, Any] | None) -> ModelCard:
     """Return the card of a model: what it is, how it was made as far as that was recorded, and how well it does."""
-    base = config.base_model_name_or_path
-    data = record["data"]["name"] if record else None
+    base, plan = config.base_model_name_or_path, config.layer_plan()
     metadata = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        datasets=[data] if data and data.count("/") == 1 and not Path(data).exists() else None,
-        tags=["dpvr", "llava", "late-fusion", "custom_code"],
+        datasets=[record["data"]["name"]] if record and record["data"]["on_the_hub"] else None,
+        tags=["dpvr", "llava", "custom_code", *(["late-fusion"] if plan.reads_side_branch else [])],
     )
+    depth, side = config.text_config.num_hidden_layers, config.num_side_layers
+    routed = ROUTED.format(split=config.split_layer, depth=depth, side=side, plan=plan)
     text = CARD.format(
         name=repo_id,
         holds=SIDE_BRANCH_ONLY.format(base=base) if base else ALL_WEIGHTS,
-        split=config.split_layer,
-        depth=config.text_config.num_hidden_layers,
-        side=config.num_side_layers,
-        plan=config.layer_plan(),
+        plan=routed if plan.reads_side_branch else NOT_ROUTED.format(routing=config.routing),
         training=_training(record) if record else "No record of the training lies here.",
         scores=_scores(record["accuracy"]) if record and record["accuracy"] else "Not measured.",
+        limits="Image tokens predict nothing past the split: they are context. " if plan.reads_side_branch else "",
+        mark=MARK,
     )
     return ModelCard(f"---\n{metadata}\n---\n\n{text}")
 
@@ -281,10 +314,17 @@ def _scores(accuracy: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Put the folder of a saved side branch on the Hub.")
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Put the folder of a saved model on the Hub.")
     parser.add_argument("folder", help="the output_dir of train_sft.py, or what save_pretrained wrote")
     parser.add_argument("repo_id", help="me/x")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    arguments = parser.parse_args()
-    print(upload(arguments.folder, arguments.repo_id, private=arguments.private))
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    print(upload(args.folder, args.repo_id, private=args.private))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -50,9 +50,9 @@ from conversations import Conversations, Row, data_fingerprint, load_conversatio
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
 from minibench.processor import CHAT_TEMPLATE, load_processor
-from minibench.record import run_record
+from minibench.record import run_record, without_folders
 from modeling_dpvr import IGNORED_LABEL, DpvrLlavaForConditionalGeneration
-from sharing_dpvr import CARD_NAME, make_repository, require_hub_base, save_adapter, upload
+from sharing_dpvr import make_repository, require_hub_base, save_adapter, upload
 
 OLDEST_TRANSFORMERS = "5.18"
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -141,7 +141,14 @@ class SideBranchSFTConfig(SFTConfig):
     )
 
 
-class SideBranchTrainer(SFTTrainer):
+class CardlessTrainer(SFTTrainer):
+    """An SFTTrainer that leaves the card to `sharing_dpvr.py`, which makes it from the run's records."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class SideBranchTrainer(CardlessTrainer):
     """An SFTTrainer whose checkpoints hold the side branch, as the saved repository does, and not the frozen base."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -163,7 +170,7 @@ class SideBranchTrainer(SFTTrainer):
         model.load_side_branch(load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
 
 
-class WholeModelTrainer(SFTTrainer):
+class WholeModelTrainer(CardlessTrainer):
     """An SFTTrainer that resumes by `from_pretrained`: Trainer's own reading does not know the names LLaVA saves."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -196,7 +203,7 @@ class AlwaysAPicture:
 def without_shards(
     model: DpvrLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]
 ) -> DpvrLlavaForConditionalGeneration:
-    """A model of whole `weights`, to be saved: FSDP gives one that it shards a class of its own, of another file."""
+    """A model of whole `weights`, to be saved: FSDP 2 replaces a model's class, and the code is found by its class."""
     with torch.device("meta"):
         whole = DpvrLlavaForConditionalGeneration(copy.deepcopy(model.config))
     whole.load_state_dict(weights, assign=True)
@@ -395,7 +402,7 @@ def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], method
 def move_into(output_dir: Path, folder: Path) -> None:
     """Put the files of `folder`, which lies in `output_dir`, in place of an earlier run's."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    for pattern in ("*.safetensors", "*.index.json", "adapter_config.json", "adapter/*", CARD_NAME):
+    for pattern in ("*.safetensors", "*.index.json", "adapter_config.json", "adapter/*"):
         for path in output_dir.glob(pattern):
             path.unlink()
     for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):  # weights last
@@ -437,7 +444,11 @@ def describe(
     return {
         **run_record("train_sft.py"),
         "method": args.method,
-        "base": {"name": base.model_name_or_path, "revision": base.model_revision, "dtype": base.dtype},
+        "base": {
+            "name": without_folders(base.model_name_or_path),
+            "revision": base.model_revision,
+            "dtype": base.dtype,
+        },
         "dpvr": {name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
         "lora": lora if args.method == "lora" else None,
         "recipe": {
@@ -445,7 +456,8 @@ def describe(
             "processes": training.world_size,
         },
         "data": {
-            "name": args.data,
+            "name": without_folders(args.data),
+            "on_the_hub": args.data != MINIBENCH and not Path(args.data).exists(),
             "fingerprint": from_minibench if args.data == MINIBENCH else data_fingerprint(rows.rows),
             "bad_rows": rows.bad_rows,
         },
@@ -460,13 +472,14 @@ def claim_repository(
     """Return the id of the repository to push to: a run that could not push in the end is not to begin.
 
     Raises:
-        ValueError: for LoRA, whose files are no DPVR repository, and for a base in a local folder.
+        ValueError: for LoRA, whose files are no DPVR repository, for another branch, and for a base in a local folder.
         OSError: if the Hub cannot be reached or does not let us.
     """
-    if args.method == "lora":
+    if args.method == "lora" or training.hub_revision is not None:
         raise ValueError(
-            "Expected --method dpvr or full with --push_to_hub; got lora. Remedy: hf upload <repository> "
-            f"{training.output_dir} after the training."
+            "Expected --push_to_hub with --method dpvr or full, to the main branch; got "
+            f"{args.method} and {training.hub_revision!r}. Remedy: hf upload <repository> {training.output_dir} after "
+            "the training."
         )
     if args.method == "dpvr":
         require_hub_base(model.side_branch_base(training.output_dir))

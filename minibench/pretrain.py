@@ -321,10 +321,13 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args:
     for name, stage in STAGES.items():
         done = args.output_dir / f"{name}.safetensors"
         if done.exists():
+            print(f"The stage {name!r} is done: its weights are read from {done}. To run it again, delete that file.")
             model.load_state_dict(load_file(done))
             continue
         stage(model, processor, args)
-        save_file({key: weight.contiguous() for key, weight in model.state_dict().items()}, done)
+        torn = done.with_suffix(".tmp")
+        save_file({key: weight.contiguous() for key, weight in model.state_dict().items()}, torn)
+        torn.replace(done)
     model.config.text_config.use_cache = True
 
 

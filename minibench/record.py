@@ -10,17 +10,23 @@ from typing import Any
 
 import torch
 
-TOKEN = re.compile(r"(--\w*token[ =])\S+")
+TOKEN = re.compile(r"(?<=token[ =])\S+|\bhf_\w{8,}")
+ABSOLUTE = re.compile(r"(?<![^\s=])/(?:[^\s/]+/)*(?=[^\s/])")
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "scikit-learn")
 
 
 def run_record(script: str) -> dict[str, Any]:
-    """The record of this process, started as `python` + `script` + its arguments, without tokens."""
+    """The record of this process, started as `python` + `script` + its arguments, without tokens and folders."""
     return {
-        "command": TOKEN.sub(r"\1...", " ".join(["python", *script.split(), *sys.argv[1:]])),
+        "command": without_folders(TOKEN.sub("...", " ".join(["python", *script.split(), *sys.argv[1:]]))),
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def without_folders(text: str) -> str:
+    """A text with its absolute paths shortened to their last part: the rest says nothing to others."""
+    return ABSOLUTE.sub(".../", text)
 
 
 def hardware() -> str:

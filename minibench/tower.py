@@ -61,21 +61,24 @@ class Aligner(nn.Module):
         self.projector = llava.multi_modal_projector.requires_grad_(True)
         self.tower, self.layer = llava.vision_tower, llava.config.vision_feature_layer
         embeddings = llava.get_input_embeddings().weight.detach()
+        word_ids = word_ids.to(embeddings.device)
         used = word_ids >= 0
         centred = embeddings - embeddings[word_ids[used].unique()].mean(0)
-        self.names = (centred[word_ids.clamp(min=0)] * used[..., None]).sum(1).split([len(names) for names in NAMES])
+        names = (centred[word_ids.clamp(min=0)] * used[..., None]).sum(1)
+        self.register_buffer("names", names, persistent=False)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the mean squared error, and the projected patches."""
         projected = self.projector(patch_states(self.tower, self.layer, pixel_values))
-        target = sum(words[names] for words, names in zip(self.names, labels.unbind(-1), strict=True))
+        tables = self.names.split([len(names) for names in NAMES])
+        target = sum(table[names] for table, names in zip(tables, labels.unbind(-1), strict=True))
         error = (projected - target).pow(2).sum(-1)
         weight = torch.where(labels.any(-1), 1.0, BACKGROUND_WEIGHT)
         return {"loss": (weight * error).sum() / weight.sum(), "logits": projected}
 
 
 class PatchNames:
-    """A map-style data set of scenes; `collate_patches` makes batches of it."""
+    """A map-style data set of scenes; `PatchCollator` makes batches of it."""
 
     def __init__(self, split: Split, size: int, seed: int = 0) -> None:
         self.split = split
@@ -90,7 +93,7 @@ class PatchNames:
 
 
 class PatchCollator:
-    """Turns scenes into the inputs of `PatchNamer`."""
+    """Turns scenes into the inputs of `PatchNamer` and `Aligner`."""
 
     def __init__(self, image_processor: BaseImageProcessor, patch: int) -> None:
         self.image_processor = image_processor

@@ -1,6 +1,6 @@
 """A small Hub on loopback: enough of its API for `huggingface_hub` to make, fill, list and read model repositories.
 
-    create_repo, whoami, preupload, LFS batch and upload, commit, model info, tree, resolve
+    create_repo, whoami, auth-check, preupload, LFS batch and upload, commit, model info, tree, resolve
 
 It keeps everything in memory. A path of `broken` answers 403 until it is taken out again.
 """
@@ -90,6 +90,10 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self, body: bytes) -> None:
         self.answer({"type": "user", "name": "me", "orgs": []})
 
+    def may_write(self, body: bytes, repo_id: str) -> None:
+        right = self.headers.get("Authorization") == f"Bearer {TOKEN}" and repo_id.startswith("me/")
+        self.answer({} if right else {"error": "no write access"}, 200 if right else 403)
+
     def validate(self, body: bytes) -> None:
         good = json.loads(body)["content"].startswith("---\n")
         self.answer({"errors": [] if good else [{"message": "no metadata"}], "warnings": []}, 200 if good else 400)
@@ -97,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, body: bytes) -> None:
         wanted = json.loads(body)
         repo_id = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        if not repo_id.startswith("me/"):
+            return self.answer({"error": "not your namespace"}, 403)
         if repo_id in self.hub.commits:
             return self.answer({"error": "You already created this", "url": f"{self.hub.url}/{repo_id}"}, 409)
         self.hub.commits[repo_id] = []
@@ -182,6 +188,7 @@ ROUTES = (
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/validate-yaml", Handler.validate),
     (r"/api/repos/create", Handler.create),
+    (rf"/api/models/{REPOSITORY}/auth-check/write", Handler.may_write),
     (rf"/api/models/{REPOSITORY}/preupload/[^/]+", Handler.preupload),
     (rf"/api/models/{REPOSITORY}/commit/[^/]+", Handler.commit),
     (rf"/api/models/{REPOSITORY}/tree/[^/]+(?:/(.+))?", Handler.tree),

@@ -48,7 +48,11 @@ def split(text: str) -> list[str]:
 
 def holds(request: str, entry: str, pictures: list[list[dict]]) -> bool:
     *key, value = split(entry)
-    facts = pictures[0]
+    facts = pictures[0] if pictures else []
+    if request.startswith("Given: "):
+        return entry in re.split("Given: |, |[.]", request)
+    if request.startswith("Listed: "):
+        return (value == "yes") == (key[0] in re.split("Listed: |, |[.]", request))
     if request.startswith("Rules: "):
         (fact,) = find(facts, key[0])
         kind = key[1]

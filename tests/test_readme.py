@@ -58,8 +58,7 @@ def test_the_commands_are_the_ones_that_are_tested():
         "python train_sft.py --config configs/llava_1.5_7b.yaml --data llava_v1_5_mix665k.json --image_folder images",
         "accelerate launch --config_file configs/accelerate_ddp.yaml train_sft.py --config configs/llava_1.5_7b.yaml "
         "--data llava_v1_5_mix665k.json --image_folder images",
-        "python train_sft.py --model_name_or_path llava-hf/llava-1.5-7b-hf --split_layer 18 --data me/rows "
-        "--push_to_hub --hub_model_id me/x",
+        "python train_sft.py --config configs/llava_1.5_7b.yaml --data me/rows --push_to_hub --hub_model_id me/x",
         "python benchmark_accuracy.py --suite minibench",
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
@@ -102,7 +101,7 @@ def test_the_training_command_runs_on_llavas_json_with_a_recipe(random_mini, tmp
     make_scene("train", 0, 0).draw().save(tmp_path / "images" / "scene.png")
     talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a star"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"image": "scene.png", "conversations": talk}] * 2))
-    (recipe,) = (line.split()[3] for line in COMMANDS if line.startswith("python train_sft.py --config"))
+    (recipe,) = {line.split()[3] for line in COMMANDS if line.startswith("python train_sft.py --config")}
     base = f"--model_name_or_path {random_mini} --split_layer 2 --use_cpu true --output_dir {tmp_path / 'out'}"
     data = f"--data {tmp_path / 'rows.json'} --image_folder {tmp_path / 'images'} --report_to none"
     shell([sys.executable, "train_sft.py", "--config", recipe, *base.split(), *data.split()])

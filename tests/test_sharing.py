@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_llava
 from hub_server import TOKEN, Hub
 from test_loading import SIDE_BRANCH_KEYS
 from test_train_sft import NEEDS_TRAINING
 
 import sharing_dpvr
 from configuration_dpvr import DpvrLlavaConfig
+from minibench.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,7 +182,7 @@ def test_weights_that_a_later_save_no_longer_has_go_from_the_repository(hub, cli
     model.save_pretrained(tmp_path / "out")
     assert client(str(ROOT / "sharing_dpvr.py"), "out", "me/x").returncode == 0
     assert {path for path in hub.files("me/x") if "safetensors" in path} == {"model.safetensors"}
-    assert "all weights" in card_of(hub, "me/x") and "base_model:" not in card_of(hub, "me/x")
+    assert "all its weights" in card_of(hub, "me/x") and "base_model:" not in card_of(hub, "me/x")
 
 
 def test_a_folder_without_a_model_and_one_with_a_local_base_are_refused(random_mini, tmp_path):
@@ -191,6 +193,53 @@ def test_a_folder_without_a_model_and_one_with_a_local_base_are_refused(random_m
     for push in (lambda: sharing_dpvr.upload(tmp_path, "me/x"), lambda: model.push_to_hub("me/x")):
         with pytest.raises(ValueError, match="Expected a base with a name on the Hub"):
             push()
+
+
+@NEEDS_TRAINING
+def test_a_run_does_not_begin_that_may_not_write_to_a_repository_that_is_there(hub, client, random_mini, tmp_path):
+    hub.add("you/x", random_mini)
+    command = "--num_rows 8 --push_to_hub --hub_model_id you/x --output_dir out --model_name_or_path me/base"
+    refused = client(str(ROOT / "train_sft.py"), *command.split())
+    assert refused.returncode != 0 and "Remedy: hf auth login" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_the_models_stays_behind_and_a_card_of_ones_own_is_kept(hub, client, random_mini, tmp_path):
+    out = tmp_path / "out"
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
+    model.config.base_model_name_or_path = "me/base"
+    model.save_pretrained(out, side_branch_only=True)
+    for name in ("checkpoint-10/model.safetensors", "checkpoint-10/optimizer.pt", "runs/events.json", "venv/a.py"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"x")
+    for repo_id in ("me/x", "me/y"):
+        assert client(str(ROOT / "sharing_dpvr.py"), "out", repo_id).returncode == 0
+        assert not any("/" in path for path in hub.files(repo_id))
+        assert card_of(hub, repo_id).count(repo_id) == 3  # its own name in it, not that of the push before
+    hub.commits["me/x"].append({**hub.files("me/x"), "README.md": b"mine", "other/model.safetensors": b"x"})
+    assert client(str(ROOT / "sharing_dpvr.py"), "out", "me/x").returncode == 0
+    assert card_of(hub, "me/x") == "mine" and "other/model.safetensors" in hub.files("me/x")
+
+
+def test_all_weights_of_a_model_without_a_name_need_its_processor():
+    model = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
+    with pytest.raises(ValueError, match="Expected processor=..."):
+        model.push_to_hub("me/x", side_branch_only=False)
+
+
+def test_records_hold_no_tokens_and_no_folders(monkeypatch):
+    for token in ("--hub_token secret", "--hub-token=secret", "--hub_tok hf_abcdefghij"):
+        arguments = f"{token} --data /home/me/rows.json --image_folder=/data/images --output_dir out/x"
+        monkeypatch.setattr(sys, "argv", ["train_sft.py", *arguments.split()])
+        command = run_record("train_sft.py")["command"]
+        assert "secret" not in command and "hf_a" not in command and "/home" not in command
+        assert command.endswith("--data .../rows.json --image_folder=.../images --output_dir out/x")
+
+
+def test_a_card_says_what_the_routing_is():
+    config = DpvrLlavaConfig(split_layer=2, routing="none")
+    card = sharing_dpvr.model_card("me/x", config, None).content
+    assert "Its routing is `none`" in card and "late-fusion" not in card and "base_model" not in card
 
 
 def test_a_card_without_a_record_claims_nothing():

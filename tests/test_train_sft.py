@@ -246,7 +246,8 @@ def test_bad_rows_stop_a_run_before_training_or_are_counted_in_its_record(random
     assert list(written["data"]["bad_rows"]) == ["3"] and len(written["data"]["fingerprint"]) == 16
     assert record["accuracy"] == [] and record["samples_per_second"] > 0
     assert written["recipe"]["learning_rate"] == 3e-3 and written["recipe"]["processes"] == 1
-    assert written["method"] == "dpvr" and written["base"]["name"] == random_mini and written["versions"]["peft"]
+    assert written["method"] == "dpvr" and written["versions"]["peft"]
+    assert written["base"]["name"] == f".../{Path(random_mini).name}"
 
 
 @NEEDS_TRAINING
