@@ -100,7 +100,7 @@ def render_pretraining(results: Path) -> str:
     log = [
         json.loads(line) for line in (results / MINI / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    start = next((entry for entry in log if entry["stage"] == "start"), None)
+    starts = [entry for entry in log if entry["stage"] == "start"]
     validations = [entry for entry in log if "validation" in entry]
     losses = {entry["step"]: entry["loss"] for entry in log if entry["stage"] == "llava" and "loss" in entry}
     lines = _table(
@@ -115,8 +115,9 @@ def render_pretraining(results: Path) -> str:
             for entry in validations
         ],
     )
-    made = [f"Made by `{start['command']}`", *_machine(start)] if start else ["Command and hardware were not logged."]
-    return "\n".join([*lines, "", *made]) + "\n"
+    made = ["Made by these commands, each of which went on from the last checkpoint of the one before:", ""]
+    made += [f"- `{command}`" for command in dict.fromkeys(entry["command"] for entry in starts)]
+    return "\n".join([*lines, "", *made, "", *_machine(starts[-1])]) + "\n"
 
 
 def render_training(results: Path) -> str:
