@@ -152,7 +152,7 @@ def test_trls_trainer_takes_the_exported_folder_as_it_is(write, minibench_proces
 
     from minibench.pretrain import make_model, parse_args
 
-    size = "--output_dir x --text_layers 1 --text_width 64 --vision_layers 2 --vision_width 32"
+    size = "--output_dir x --text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32"
     model = make_model(minibench_processor, parse_args(size.split()))
     model.set_attn_implementation("sdpa")
     rows = load_dataset(str(write("datasets")), cache_dir=str(tmp_path / "cache"))["validation"]
