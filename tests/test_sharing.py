@@ -229,10 +229,10 @@ def test_all_weights_of_a_model_without_a_name_need_its_processor():
 
 def test_records_hold_no_tokens_and_no_folders(monkeypatch):
     for token in ("--hub_token secret", "--hub-token=secret", "--hub_tok hf_abcdefghij"):
-        arguments = f"{token} --data /home/me/rows.json --image_folder=/data/images --output_dir out/x"
+        arguments = f"{token} --data /disk/me/rows.json --image_folder=/data/images --output_dir out/x"
         monkeypatch.setattr(sys, "argv", ["train_sft.py", *arguments.split()])
         command = run_record("train_sft.py")["command"]
-        assert "secret" not in command and "hf_a" not in command and "/home" not in command
+        assert "secret" not in command and "hf_a" not in command and "/disk" not in command
         assert command.endswith("--data .../rows.json --image_folder=.../images --output_dir out/x")
 
 
