@@ -83,8 +83,8 @@ def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_pat
         loss = model(**batch).loss.item()
         model.set_routing("none")
         vanilla = model(**batch).loss.item()
-    assert logged == pytest.approx(loss, abs=1e-4)
-    assert abs(vanilla - loss) > 1e-3
+    assert logged == pytest.approx(loss, abs=1e-5)
+    assert abs(vanilla - loss) > 1e-4  # the random model's layers move its loss by little
 
 
 @NEEDS_TRAINING
