@@ -74,6 +74,8 @@ def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_pat
     paths = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path)]
     trainer = make_trainer(*paths, "--routing", routing, *SHORT, "--max_steps", "1")
     model = trainer.model
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # as they start, a random model's layers hardly move its loss
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
     trainer.train()
     logged = trainer.state.log_history[0]["loss"]
@@ -84,7 +86,7 @@ def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_pat
         model.set_routing("none")
         vanilla = model(**batch).loss.item()
     assert logged == pytest.approx(loss, abs=1e-5)
-    assert abs(vanilla - loss) > 1e-4  # the random model's layers move its loss by little
+    assert abs(vanilla - loss) > 1e-3
 
 
 @NEEDS_TRAINING
