@@ -22,7 +22,7 @@ from .tasks import ONE_PICTURE, Question, ask
 
 Row = dict[str, Any]
 
-PAIR_SHARE = 0.15
+PAIR_SHARE = 0.2
 MIXED = (*ONE_PICTURE, "free")
 CHINESE_CAPTIONS = 0.25
 TABLES_PER_ROW = 5

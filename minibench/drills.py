@@ -10,7 +10,7 @@ have to be worded.
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import permutations
+from itertools import permutations, product
 
 from .questions import DIGITS, PAIRS, PLURALS, in_chinese
 from .scenes import COLOURS, PLACES, SHAPES, Digit, Object, Scene, Shape, companion
@@ -21,6 +21,7 @@ Table = Callable[[Sequence[Scene], random.Random], tuple[str, list[Entry]]]
 
 MAX_ENTRIES = 8
 CHINESE_SHARE = 0.2
+WHICH = ("first", "second")
 FAMILIES = (tuple(COLOURS), SHAPES, PLACES, DIGITS, PAIRS, PROPERTIES, ("1", "2", "3", "4", "5"))
 WORDS = tuple(dict.fromkeys(word for family in FAMILIES for word in family if " " not in word))
 
@@ -29,7 +30,7 @@ def drill(scenes: Sequence[Scene], rng: random.Random, num_tables: int) -> list[
     """Return requests and replies: at most `num_tables` different tables, none empty; without scenes about words."""
     tables = (NO_PICTURE, ONE_PICTURE, TWO_PICTURES)[len(scenes)]
     turns: list[tuple[str, str]] = []
-    for table in rng.sample(tables, len(tables)):
+    for table in dict.fromkeys(rng.sample(tables, len(tables))):
         request, entries = table(scenes, rng)
         if entries and len(turns) < num_tables:
             entries = rng.sample(entries, min(len(entries), MAX_ENTRIES))
@@ -56,6 +57,22 @@ def count_of(word: str, scene: Scene) -> int:
     return sum(word in (thing.colour, PLURALS[thing.shape]) for thing in scene.shapes)
 
 
+def side_of(place: str, other: str) -> str | None:
+    """Return on which side of another place a place is, None if they share neither row nor column."""
+    (row, column), (other_row, other_column) = (divmod(PLACES.index(one), 3) for one in (place, other))
+    if row == other_row:
+        return "left" if column < other_column else "right"
+    return ("above" if row < other_row else "below") if column == other_column else None
+
+
+def filled(entries: list[Entry], words: list[Entry], rng: random.Random) -> list[Entry]:
+    """Return entries about the picture, filled up with some that say in words what is to be done with what is seen."""
+    entries = rng.sample(entries, min(len(entries), MAX_ENTRIES))
+    return entries + rng.sample(words, MAX_ENTRIES - len(entries))
+
+
+FACING = [pair for pair in permutations(PLACES, 2) if side_of(*pair) is not None]
+UNEQUAL = tuple(permutations(range(10), 2))
 COUNTABLE = (*COLOURS, *PLURALS.values(), "objects", "shapes", "digits")
 
 
@@ -84,14 +101,12 @@ def numbers(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entr
 
 def sides(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    entries = []
-    for (word, thing), (other_word, other) in permutations(alone(scene).items(), 2):
-        (row, column), (other_row, other_column) = (divmod(PLACES.index(one.place), 3) for one in (thing, other))
-        if row == other_row:
-            entries.append((word, other_word, "left" if column < other_column else "right"))
-        elif column == other_column:
-            entries.append((word, other_word, "above" if row < other_row else "below"))
-    return "Which side:", entries
+    things = permutations(alone(scene).items(), 2)
+    entries = [
+        (word, "and", other_word, side_of(one.place, other.place)) for (word, one), (other_word, other) in things
+    ]
+    entries = [entry for entry in entries if entry[-1] is not None]
+    return "Which side:", filled(entries, [(one, "and", other, side_of(one, other)) for one, other in FACING], rng)
 
 
 def presence(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -128,7 +143,8 @@ def comparisons(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[
     if len(columns) == len(digits) > 1 and len(set(digits)) == len(digits):
         if digits in (sorted(digits), sorted(digits, reverse=True)):
             entries.append(("order", "up" if digits == sorted(digits) else "down"))
-    return "Larger or smaller:", entries
+    numbers = [(str(one), "and", str(other), "larger" if one > other else "smaller") for one, other in UNEQUAL]
+    return "Larger or smaller:", filled(entries, numbers, rng)
 
 
 def sums(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -137,7 +153,8 @@ def sums(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]
     entries = [(one.place, "and", other.place, str(one.digit + other.digit)) for one, other in pairs]
     if len(scene.digits) == 2:
         entries.append(("digits", str(sum(thing.digit for thing in scene.digits))))
-    return "Sums:", entries
+    numbers = [(str(one), "and", str(other), str(one + other)) for one, other in product(range(10), repeat=2)]
+    return "Sums:", filled(entries, numbers, rng)
 
 
 def more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -207,10 +224,26 @@ def listed(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry
 def of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     entries = [
         (which, thing.place, thing.name if isinstance(thing, Shape) else word_for(thing))
-        for which, scene in zip(("first", "second"), scenes, strict=True)
+        for which, scene in zip(WHICH, scenes, strict=True)
         for thing in scene.objects
     ]
     return "Things:", entries
+
+
+def numbers_of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    words = rng.sample([word for word in COUNTABLE if any(count_of(word, scene) for scene in scenes)], 4)
+    return "How many:", [
+        (which, word, str(count_of(word, scene))) for which, scene in zip(WHICH, scenes, strict=True) for word in words
+    ]
+
+
+def presence_in_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    names = sorted({thing.name for scene in scenes for thing in scene.objects})
+    entries = []
+    for which, scene in zip(WHICH, scenes, strict=True):
+        there = {thing.name for thing in scene.objects}
+        entries += [(which, name, "yes" if name in there else "no") for name in names]
+    return "Is there:", entries
 
 
 def same(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -253,20 +286,28 @@ def which_holds(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[
 
 
 NO_PICTURE: tuple[Table, ...] = (letters, given, listed)
+# What takes longest to learn comes more often.
 ONE_PICTURE: tuple[Table, ...] = (
     colours,
     things,
     places,
-    numbers,
-    sides,
-    presence,
+    *[numbers] * 2,
+    *[sides] * 3,
+    *[presence] * 2,
     claims,
-    comparisons,
-    sums,
+    *[comparisons] * 2,
+    *[sums] * 3,
     more,
     machine,
     remainders,
     rules,
     letters,
 )
-TWO_PICTURES: tuple[Table, ...] = (of_each, same, which_has_more, which_holds)
+TWO_PICTURES: tuple[Table, ...] = (
+    of_each,
+    numbers_of_each,
+    presence_in_each,
+    same,
+    *[which_has_more] * 2,
+    *[which_holds] * 2,
+)

@@ -112,7 +112,7 @@ def train_tokenizer(num_rows: int = 3000) -> PreTrainedTokenizerFast:
 
 
 def _training_text(num_rows: int) -> list[str]:
-    rows = MiniBench("train", num_rows, caption_share=0.2)
+    rows = MiniBench("train", num_rows, caption_share=0.2, pair_share=0.15)
     texts = []
     for index in range(num_rows):
         for message in rows[index]["messages"]:
