@@ -10,12 +10,14 @@ A Hugging Face Space as it stands; `docs/app.md` says how to call it from Python
 """
 
 import argparse
+import hashlib
 import html
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +79,22 @@ def in_the_page() -> Iterator[None]:
 def continued(turns: list[Asked], question: str, gallery: Gallery) -> list[Asked]:
     """Return the chat with another question; pictures that are new in the gallery belong to it.
 
-    Where the gallery lacks a picture that was talked about, a new chat begins.
+    Where the gallery lacks a picture that was talked about, a new chat begins. Pictures are told by what they show: the
+    page may show an upload's own file for a while before it shows the model's view of it.
     """
     paths = tuple(path for path, _ in gallery or ())
     if len(paths) > MAX_PICTURES:
         raise ValueError(f"Expected at most {MAX_PICTURES} pictures; got {len(paths)}. Remedy: remove some.")
     known = tuple(path for turn in turns for path in turn.paths)
-    if paths[: len(known)] != known:
+    if [*map(content_of, paths[: len(known)])] != [*map(content_of, known)]:
         turns, known = [], ()
     return [*turns, Asked(question, paths[len(known) :])]
+
+
+@lru_cache(maxsize=1024)
+def content_of(path: str) -> str:
+    picture = open_picture(path)
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
 def opened(turns: list[Asked]) -> list[Turn]:
@@ -93,13 +102,15 @@ def opened(turns: list[Asked]) -> list[Turn]:
 
 
 def shown(turns: list[Asked]) -> list[dict[str, Any]]:
-    """Return a chat in the chatbot's form."""
+    """Return a chat in the chatbot's form; it takes text for HTML, also when it renders no Markdown."""
     messages = []
     for turn in turns:
         pictures = [{"path": path, "alt_text": "picture"} for path in turn.paths]
-        messages += [{"role": "user", "content": content} for content in (*pictures, turn.question)]
+        messages += [
+            {"role": "user", "content": content} for content in (*pictures, html.escape(turn.question, quote=False))
+        ]
         if turn.answer is not None:
-            messages.append({"role": "assistant", "content": turn.answer})
+            messages.append({"role": "assistant", "content": html.escape(turn.answer, quote=False)})
     return messages
 
 
@@ -131,7 +142,10 @@ class Page:
     ) -> Iterator[tuple]:
         """Answer a question; yield the chat, its turns, the readout and an emptied question box."""
         with in_the_page():
-            yield from self._answer(continued(turns, question, gallery), longest, temperature, request)
+            asked = continued(turns, question, gallery)
+            if len(asked) <= len(turns):
+                gr.Info("A picture that the chat was about is gone, so this is a new chat.")
+            yield from self._answer(asked, longest, temperature, request)
 
     def regenerate(self, turns: list[Asked], longest: int, temperature: float, request: gr.Request) -> Iterator[tuple]:
         with in_the_page():
@@ -385,20 +399,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def launch(app: gr.Blocks, host: str | None, port: int | None, **options: Any) -> None:
+    """Serve the app within the limits on uploads."""
+    app.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        css=CSS,
+        theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
+        footer_links=["api"],
+        **options,
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     model, processor = load(args.model, args.base, args.revision)
     about = MINI if args.model == ROOT else OTHER.format(name=args.model)
     with tempfile.TemporaryDirectory() as folder:
-        app = build(Answerer(model, processor), about, write_examples(Path(folder)))
-        app.launch(
-            server_name=args.host,
-            server_port=args.port,
-            max_file_size=MAX_UPLOAD,
-            ssr_mode=False,
-            css=CSS,
-            theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
-            footer_links=["api"],
-        )
+        launch(build(Answerer(model, processor), about, write_examples(Path(folder))), args.host, args.port)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def open_picture(path: str | Path) -> Image.Image:
             picture = _to_rgb(picture)
     except DecompressionBombError as error:
         raise ValueError(f"Expected a picture of at most {MAX_PIXELS:,} pixels; got a larger one.") from error
+    except FileNotFoundError as error:
+        raise ValueError("Expected a picture; its file is no longer here. Remedy: upload it again.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"Expected a picture ({', '.join(FORMATS)}); got a file that is none of these.") from error
     except BROKEN as error:

@@ -1,0 +1,215 @@
+"""app.py as programs meet it: the API, bad input, strangers' files, and many askers at once."""
+
+import gc
+import json
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from answering import Answerer, Turn, load
+from app import MAX_PICTURES, Asked, build, continued, launch, parse_args, shown, write_examples
+from minibench.scenes import make_scene
+
+QUESTION = "What colour is the star?"
+
+
+@pytest.fixture(scope="module")
+def answerer(random_mini) -> Answerer:
+    answerer = Answerer(*load(random_mini))
+    answerer.model.generation_config.eos_token_id = None
+    return answerer
+
+
+@pytest.fixture(scope="module")
+def url(answerer, tmp_path_factory) -> str:
+    app = build(answerer, "About.", write_examples(tmp_path_factory.mktemp("examples")))
+    launch(app, host="127.0.0.1", port=None, prevent_thread_lock=True, quiet=True)
+    yield app.local_url
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def client(url) -> Client:
+    return Client(url, verbose=False)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    make_scene("test", 0, 6).draw().save(tmp_path / "scene.png")
+    return tmp_path / "scene.png"
+
+
+def test_the_api_answers_in_growing_pieces_with_a_readout_at_the_end(client, answerer, picture):
+    files = [handle_file(picture)]
+    job = client.submit(question=QUESTION, pictures=files, longest=12, api_name="/ask")
+    last = job.result(timeout=60)
+    expected = answerer.answer([Turn(QUESTION, (Image.open(picture),))], max_new_tokens=12)
+    assert last["answer"] == expected.text
+    assert last["readout"]["new_tokens"] == 12 and last["readout"]["first_token"] > 0
+    pieces = job.outputs()
+    assert len(pieces) > 3 and all(piece["readout"] is None for piece in pieces[:-1])
+
+
+def test_the_api_takes_the_routing(client, answerer, picture):
+    for routing in ("none", "late_fusion"):
+        last = client.predict(
+            question=QUESTION, pictures=[handle_file(picture)], routing=routing, longest=6, api_name="/ask"
+        )
+        turns = [Turn(QUESTION, (Image.open(picture),))]
+        assert last["answer"] == answerer.answer(turns, routing=routing, max_new_tokens=6).text
+        assert last["readout"]["routing"] == routing
+    with pytest.raises(AppError, match="routing to be one of"):
+        client.predict(question=QUESTION, pictures=None, routing="late", api_name="/ask")
+
+
+def test_the_api_compares_and_looks_inside(client, picture):
+    files = [handle_file(picture)]
+    found = client.predict(question=QUESTION, pictures=files, longest=4, api_name="/compare")
+    assert found["vanilla"]["medians"]["routing"] == "none" and found["dpvr"]["medians"]["routing"] == "late_fusion"
+    medians = [found[name]["medians"]["prefill"] for name in ("dpvr", "vanilla")]
+    assert found["ratios"]["prefill"] == pytest.approx(medians[0] / medians[1])
+    inside = client.predict(question=QUESTION, pictures=files, api_name="/look_inside")
+    assert len(inside["dpvr"]["mass"]) == 4 and len(inside["dpvr"]["heat"][0]) == 64
+
+
+def test_the_api_says_what_is_wrong_and_goes_on(client, picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture.read_bytes()[:200])
+    for arguments, message in [
+        ({"question": "", "pictures": None}, "Expected a question; got an empty one"),
+        ({"question": QUESTION, "pictures": [handle_file(tmp_path / "a.png")]}, "damaged or cut off"),
+        ({"question": "word " * 10_000, "pictures": None}, "at most 20,000 characters"),
+        ({"question": "<script>", "pictures": [handle_file(picture)] * 9}, f"at most {MAX_PICTURES} pictures; got 9"),
+        ({"question": "a <image> b", "pictures": None}, "marks; got &#x27;&lt;image&gt;&#x27;"),
+        ({"question": QUESTION, "pictures": None, "longest": 100_000}, "256"),
+    ]:
+        with pytest.raises(AppError, match=re.escape(message)):
+            client.predict(**arguments, api_name="/ask")
+    with pytest.raises(AppError, match="unpadded prompt with a picture"):
+        client.predict(question=QUESTION, pictures=None, api_name="/look_inside")
+    assert client.predict(question=QUESTION, pictures=None, longest=2, api_name="/ask")["readout"]["new_tokens"] == 2
+
+
+def call(url: str, name: str, data: list) -> str:
+    """What the server streams for a call made by hand."""
+    event = httpx.post(f"{url}gradio_api/call/{name}", json={"data": data}).json()["event_id"]
+    return httpx.get(f"{url}gradio_api/call/{name}/{event}", timeout=60).text
+
+
+def test_files_of_the_server_cannot_be_read(url, tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    for path in ("/etc/passwd", str(tmp_path / "secret.png"), str(Path("app.py").resolve()), "../../etc/passwd"):
+        assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404), path
+    for path in (str(tmp_path / "secret.png"), "/etc/passwd"):
+        stolen = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+        said = call(url, "ask", [QUESTION, stolen, "late_fusion", 4, 0])
+        assert "event: error" in said and "event: complete" not in said and "root:" not in said
+
+
+def test_uploads_are_bounded(url):
+    much = {"files": ("a.png", bytes(21 * 2**20))}
+    assert httpx.post(f"{url}gradio_api/upload", files=much, timeout=60).status_code == 413
+    some = {"files": ("a.png", bytes(2**20))}
+    assert httpx.post(f"{url}gradio_api/upload", files=some, timeout=60).status_code == 200
+
+
+def test_askers_at_the_same_time_get_their_own_answers(url, answerer, tmp_path):
+    questions = {}
+    for index in range(6):
+        make_scene("test", 0, index).draw().save(tmp_path / f"{index}.png")
+        turn = Turn(f"{index}?", (Image.open(tmp_path / f"{index}.png"),))
+        questions[index] = answerer.answer([turn], max_new_tokens=8).text
+    assert len(set(questions.values())) > 1
+
+    def ask(index: int) -> str:
+        files = [handle_file(tmp_path / f"{index}.png")]
+        asker = Client(url, verbose=False)
+        return asker.predict(question=f"{index}?", pictures=files, longest=8, api_name="/ask")["answer"]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, questions)) == list(questions.values())
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
+def test_memory_returns_to_its_start_after_many_requests(answerer, client, picture):
+    """Every request holds a picture of 1.7 MiB while it runs; to keep them all would take 340 MiB."""
+    large = Image.open(picture).resize((768, 768))
+    large.save(picture.with_name("large.png"))
+    files = [handle_file(picture.with_name("large.png"))]
+
+    def ask(times: int) -> int:
+        for _ in range(times):
+            client.predict(question="b " * 200, pictures=files, longest=2, api_name="/ask")
+        gc.collect()
+        return resident_bytes()
+
+    start = ask(20)
+    end = ask(200)
+    threads = threading.active_count()
+    assert end - start < 64 * 2**20, f"{(end - start) / 2**20:.0f} MiB more than at the start"
+    ask(5)
+    assert threading.active_count() <= threads + 2
+
+
+# -- the page's own functions -----------------------------------------------------------------------------------------
+
+
+def test_a_chat_goes_on_with_new_pictures_and_begins_anew_without_an_old_one(tmp_path):
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    Image.new("RGB", (4, 4), "red").save(a)
+    Image.new("RGB", (4, 4), "blue").save(b)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.bmp")  # what the page may show in a's place
+
+    def asked(turns: list[Asked], question: str, *paths: str) -> list[Asked]:
+        return continued(turns, question, [(path, None) for path in paths] or None)
+
+    assert asked([], "one", a) == [Asked("one", (a,))]
+    chat = [Asked("one", (a,), "yes")]
+    assert asked(chat, "two", a, b) == [*chat, Asked("two", (b,))]
+    assert asked(chat, "two", str(tmp_path / "a.bmp")) == [*chat, Asked("two")]
+    assert asked(chat, "two", b) == [Asked("two", (b,))]
+    assert asked(chat, "two") == [Asked("two")]
+
+
+def test_the_chat_shows_pictures_questions_and_answers_in_order():
+    turns = [Asked("one", ("a.png", "b.png"), "<b>yes"), Asked("<i>two & 'three'")]
+    assert [(message["role"], message["content"]) for message in shown(turns)] == [
+        ("user", {"path": "a.png", "alt_text": "picture"}),
+        ("user", {"path": "b.png", "alt_text": "picture"}),
+        ("user", "one"),
+        ("assistant", "&lt;b&gt;yes"),
+        ("user", "&lt;i&gt;two &amp; 'three'"),
+    ]
+
+
+def test_the_examples_are_pictures_and_questions_that_can_be_asked(answerer, tmp_path):
+    examples = write_examples(tmp_path)
+    assert {len(paths) for paths, _ in examples} == {1, 2}
+    for paths, question in examples:
+        answerer.answer([Turn(question, tuple(map(Image.open, paths)))], max_new_tokens=1)
+    photographs = [path for paths, _ in examples for path in paths if path.endswith("jpg")]
+    assert [Image.open(path).size for path in photographs] == [(640, 427)] * 2
+
+
+def test_the_defaults_are_the_embedded_model_on_this_machine_alone():
+    args = parse_args([])
+    assert (Path(args.model) / "config.json").exists() and args.host is None and args.port is None
+
+
+def test_the_api_is_three_endpoints(client):
+    described = client.view_api(return_format="dict")["named_endpoints"]
+    assert sorted(described) == ["/ask", "/compare", "/look_inside"]
+    parameters = [parameter["parameter_name"] for parameter in described["/ask"]["parameters"]]
+    assert parameters == ["question", "pictures", "routing", "longest", "temperature"], json.dumps(described)

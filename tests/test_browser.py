@@ -1,0 +1,230 @@
+"""The app in a real browser, Debian's Chromium, at desktop and phone width: what people do and see."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from minibench.scenes import make_scene
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium")
+SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+SHOTS = os.environ.get("DPVR_SCREENSHOTS")  # a folder to look at what the tests saw
+SECONDS = 60_000
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            assert server.poll() is None, server.stdout.read()
+            try:
+                httpx.get(address)
+                break
+            except httpx.ConnectError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=SIZES)
+def page(request, browser, url) -> Iterator[Page]:
+    context = browser.new_context(viewport=SIZES[request.param])
+    page = context.new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(url)
+    expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
+    yield page
+    if SHOTS:
+        name = re.sub(r"\W+", "-", request.node.name).strip("-")
+        page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
+    context.close()
+
+
+@pytest.fixture
+def scene(tmp_path) -> Path:
+    make_scene("test", 0, 6).draw().save(tmp_path / "scene.png")
+    return tmp_path / "scene.png"
+
+
+def upload(page: Page, path: Path, num_pictures: int = 1) -> None:
+    page.locator("#pictures input[type=file]").first.set_input_files(path)
+    expect(page.locator("#pictures .thumbnail-item img, #pictures .grid-wrap img")).to_have_count(num_pictures)
+
+
+def ask(page: Page, question: str, answers: int = 1) -> None:
+    """Type a question and press Enter; wait for the readout of its answer."""
+    page.get_by_label("Question").fill(question)
+    page.get_by_label("Question").press("Enter")
+    expect(page.get_by_label("Question")).to_have_value("")
+    expect(page.locator("#chat .bot.message")).to_have_count(answers)
+    expect(page.locator("#readout .figures")).to_be_visible()
+
+
+def figures(page: Page, table: str) -> dict[str, list[str]]:
+    rows = page.locator(f"{table} .figures tr").all()
+    cells = [row.locator("th, td").all_inner_texts() for row in rows]
+    return {label: values for label, *values in cells}
+
+
+def test_a_picture_is_uploaded_and_the_answer_streams_in_with_its_readout(page, scene):
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            new MutationObserver(() => {
+                const answer = document.querySelector("#chat .bot.message");
+                if (answer && window.seen.at(-1) !== answer.innerText) window.seen.push(answer.innerText);
+            }).observe(document.body, {subtree: true, childList: true, characterData: true});
+        }"""
+    )
+    upload(page, scene)
+    ask(page, "Describe the picture.")
+    expect(page.locator("#chat .user.message img, #chat .user img")).to_have_count(1)
+    answer = page.locator("#chat .bot.message").inner_text().strip()
+    assert "digit" in answer or "star" in answer
+    seen = [text.strip() for text in page.evaluate("window.seen")]
+    growing = [text for text in seen if text and answer.startswith(text)]
+    assert len(set(growing)) > 2, seen
+
+    shown = {label: value for label, (value,) in figures(page, "#readout").items()}
+    assert shown["Image tokens"] == "64" and int(shown["Answered tokens"]) > 5
+    for label in ("Time to first token, ms", "Vision encoding, ms", "Prefill, ms", "Per decoded token, ms"):
+        assert float(shown[label]) > 0, label
+    assert float(shown["K/V cache, MiB"]) > 1 and float(shown["Prefill by formula, GFLOPs"]) > 0.1
+    bar = page.locator("#readout .stages").get_attribute("aria-label")
+    assert re.search(r"Vision encoding [\d.]+ ms.*Prefill [\d.]+ ms.*Decoding [\d.]+ ms", bar)
+
+
+def test_a_chat_of_several_turns_is_regenerated_stopped_and_cleared(page, scene, tmp_path):
+    upload(page, scene)
+    ask(page, "What colour is the star?")
+    first = page.locator("#chat .bot.message").first.inner_text()
+    ask(page, "Which digit is at the top?", answers=2)
+    assert page.locator("#chat .bot.message").first.inner_text() == first
+    second = page.locator("#chat .bot.message").nth(1).inner_text()
+    page.get_by_role("button", name="Regenerate").click()
+    page.wait_for_timeout(1500)
+    expect(page.locator("#chat .bot.message")).to_have_count(2)
+    assert page.locator("#chat .bot.message").nth(1).inner_text() == second
+
+    make_scene("test", 0, 7).draw().save(tmp_path / "other.png")
+    upload(page, tmp_path / "other.png", num_pictures=2)
+    ask(page, "Same or different: the number of objects?", answers=3)
+    assert figures(page, "#readout")["Image tokens"] == ["128"]
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("#chat .message")).to_have_count(0)
+    expect(page.locator("#pictures img")).to_have_count(0)
+
+
+def test_vanilla_and_dpvr_stand_side_by_side_with_their_ratio(page, scene):
+    upload(page, scene)
+    page.get_by_label("Question").fill("What colour is the star?")
+    page.get_by_role("tab", name="Side by side").click()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#comparison .figures")).to_be_visible()
+    assert page.locator("#comparison .answer").count() == 2
+    assert "Medians of 5 warm repetitions" in page.locator("#comparison").inner_text()
+    for label, (vanilla, dpvr, ratio) in figures(page, "#comparison").items():
+        if label:
+            expected = float(dpvr) / float(vanilla)
+            assert float(ratio) == pytest.approx(expected, abs=0.02 + 0.1 * expected), label
+    assert float(figures(page, "#comparison")["Prefill by formula, GFLOPs"][2]) < 0.8
+
+
+def test_a_look_inside_shows_the_attention_over_the_picture_and_its_curve(page, scene, tmp_path):
+    upload(page, scene)
+    page.get_by_label("Question").fill("What colour is the star?")
+    page.get_by_role("tab", name="Look inside").click()
+    page.get_by_role("button", name="Look inside").click()
+    overlays = page.locator("#overlays .grid-wrap img, #overlays .thumbnail-item img")
+    expect(overlays).to_have_count(2)
+    expect(page.locator("#overlays")).to_contain_text("late_fusion, layer 11")
+    expect(page.locator("#curve svg, #curve canvas").first).to_be_visible()
+    overlays.first.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    overlays.first.screenshot(path=tmp_path / "overlay.png")
+    pixels = np.asarray(Image.open(tmp_path / "overlay.png").convert("RGB")).astype(int)
+    warm = (pixels[..., 0] > pixels[..., 2] + 50).mean()
+    assert 0.001 < warm < 0.5, "no orange over the grey picture, or nothing else"
+
+
+def test_a_file_that_is_no_picture_is_named_and_left_out_and_the_chat_goes_on(page, scene, tmp_path):
+    (tmp_path / "notes.png").write_text("no picture")
+    upload(page, scene)
+    page.locator("#pictures input[type=file]").first.set_input_files(tmp_path / "notes.png")
+    toast = page.get_by_test_id("toast-body")
+    expect(toast).to_contain_text("notes.png is left out. Expected a picture")
+    expect(page.locator("#pictures .thumbnail-item img, #pictures .grid-wrap img")).to_have_count(1)
+    ask(page, "What colour is the star?")
+
+
+def test_questions_that_cannot_be_asked_say_so_and_markup_is_shown_and_not_run(page):
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.get_by_test_id("toast-body")).to_contain_text("Expected a question; got an empty one")
+    page.get_by_test_id("toast-close").click()
+    markup = "<img src=x onerror='window.hacked = 1'><b>bold</b> **stars** <script>window.hacked = 1</script>"
+    ask(page, markup)
+    expect(page.locator("#chat .user.message")).to_contain_text(markup)
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#chat .user.message b, #chat .user.message strong").count() == 0
+
+
+def test_an_example_fills_in_the_picture_and_the_question(page):
+    page.get_by_text("How many objects are there?").first.click()
+    expect(page.get_by_label("Question")).to_have_value("How many objects are there?")
+    expect(page.locator("#pictures .thumbnail-item img, #pictures .grid-wrap img")).to_have_count(1)
+
+
+def test_controls_have_names_and_are_reached_by_keyboard_and_nothing_sticks_out(page):
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, input:not([type=file]), textarea, [role=tab]")]
+            .filter(control => control.offsetParent !== null)
+            .filter(control => !(control.innerText.trim() || control.ariaLabel || control.title
+                                 || (control.labels && [...control.labels].some(label => label.innerText.trim()))))
+            .map(control => control.outerHTML.slice(0, 200))"""
+    )
+    assert nameless == []
+    width = page.evaluate("[document.scrollingElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]
+    page.get_by_label("Question").focus()
+    reached = []
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.innerText.trim()"))
+    assert [name for name in reached if name in ("Ask", "Stop", "Regenerate", "New chat")] == [
+        "Ask",
+        "Stop",
+        "Regenerate",
+        "New chat",
+    ]

@@ -1,0 +1,151 @@
+"""pictures.py: what people upload becomes an upright RGB picture, or a message that says why not."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pictures import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, open_picture
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def half_red(mode: str, other: tuple) -> Image.Image:
+    """A picture of 8 x 6 whose left half is red."""
+    picture = Image.new("RGBA", (8, 6), other)
+    picture.paste((*RED, 255), (0, 0, 4, 6))
+    return picture.convert(mode)
+
+
+def save(path: Path, picture: Image.Image, **options) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def colours(picture: Image.Image) -> tuple:
+    return picture.getpixel((1, 2)), picture.getpixel((6, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.png", "RGB"), ("a.bmp", "RGB"), ("a.tiff", "RGB"), ("a.png", "P"), ("a.gif", "P")]
+)
+def test_opaque_pictures_keep_their_colours(name, mode, tmp_path):
+    picture = open_picture(save(tmp_path / name, half_red(mode, (0, 0, 255, 255))))
+    assert (picture.mode, picture.size, colours(picture)) == ("RGB", (8, 6), (RED, (0, 0, 255)))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.png", "RGBA"), ("a.webp", "RGBA"), ("a.tiff", "RGBA")])
+def test_what_is_transparent_becomes_white(name, mode, tmp_path):
+    options = {"lossless": True} if name.endswith("webp") else {}
+    picture = open_picture(save(tmp_path / name, half_red(mode, (0, 0, 0, 0)), **options))
+    assert colours(picture) == (RED, WHITE)
+
+
+def test_a_palette_with_a_transparent_colour_becomes_white_there(tmp_path):
+    palette = Image.new("P", (8, 6), 1)
+    palette.putpalette([*RED, 0, 0, 255])
+    palette.paste(0, (0, 0, 4, 6))
+    assert colours(open_picture(save(tmp_path / "a.png", palette, transparency=1))) == (RED, WHITE)
+
+
+def test_grey_with_alpha_becomes_white_where_it_is_transparent(tmp_path):
+    picture = Image.new("LA", (8, 6), (0, 0))
+    picture.paste((90, 255), (0, 0, 4, 6))
+    assert colours(open_picture(save(tmp_path / "a.png", picture))) == ((90, 90, 90), WHITE)
+
+
+def test_cmyk_is_read_as_the_colours_it_prints(tmp_path):
+    picture = open_picture(save(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100))
+    assert picture.mode == "RGB" and np.abs(np.array(picture)[4, 4].astype(int) - RED).max() < 8
+
+
+def test_sixteen_bits_become_eight_and_are_not_cut_off(tmp_path):
+    levels = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    picture = open_picture(save(tmp_path / "a.png", Image.fromarray(levels)))
+    assert [picture.getpixel((column, 0))[0] for column in range(5)] == [0, 0, 1, 128, 255]
+
+
+def test_a_picture_of_two_colours_stays_black_and_white(tmp_path):
+    picture = Image.new("1", (4, 4), 1)
+    picture.putpixel((0, 0), 0)
+    opened = open_picture(save(tmp_path / "a.png", picture))
+    assert (opened.getpixel((0, 0)), opened.getpixel((1, 1))) == ((0, 0, 0), WHITE)
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    path = save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert open_picture(path).getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize(("orientation", "size", "corner"), [(1, (8, 6), RED), (3, (8, 6), WHITE), (6, (6, 8), RED)])
+def test_rotated_photographs_are_turned_upright(orientation, size, corner, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", half_red("RGB", (255, 255, 255, 255)), exif=exif)
+    picture = open_picture(path)
+    assert picture.size == size
+    assert picture.getpixel((1, 1)) == corner
+
+
+def test_large_pictures_are_made_smaller_in_proportion(tmp_path):
+    picture = open_picture(save(tmp_path / "a.png", Image.new("RGB", (2 * MAX_SIDE, MAX_SIDE))))
+    assert picture.size == (MAX_SIDE, MAX_SIDE // 2)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing: a decompression bomb."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (60_000, 60_000), (MAX_PIXELS, 2)])
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(width, height, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_header(width, height))
+    with pytest.raises(ValueError, match=f"at most {MAX_PIXELS:,} pixels"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_a_thread_of_a_picture_is_refused(tmp_path):
+    path = save(tmp_path / "a.png", Image.new("RGB", (2 * MAX_ASPECT + 1, 2)))
+    with pytest.raises(ValueError, match=f"at most {MAX_ASPECT} times as long.*got 41 x 2"):
+        open_picture(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff"])
+def test_files_that_are_cut_off_are_refused(name, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path / name, Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="damaged or cut off|none of these"):
+        open_picture(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"%PDF-1.4\n"],
+    ids=["empty", "text", "svg", "eps", "pdf"],
+)
+def test_files_that_are_no_pictures_are_refused(content, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="got a file that is none of these"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_floating_point_pictures_are_refused_rather_than_guessed_at(tmp_path):
+    path = save(tmp_path / "a.tiff", Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+    with pytest.raises(ValueError, match="got floating point"):
+        open_picture(path)
+
+
+def test_a_file_that_is_gone_is_said_to_be_gone_without_its_path(tmp_path):
+    with pytest.raises(ValueError, match="^Expected a picture; its file is no longer here"):
+        open_picture(tmp_path / "a.png")
