@@ -6,7 +6,7 @@
     python app.py --model me/x --port 7861                            any DPVR repository
     python app.py --model my-adapter --base llava-hf/llava-1.5-7b-hf  a PEFT adapter and its base
 
-A Hugging Face Space as it stands; `docs/app.md` says how to call it from Python.
+A Hugging Face Space as it stands. The README says how to call it from Python.
 """
 
 import argparse
@@ -73,14 +73,14 @@ def in_the_page() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
 
 
 def continued(turns: list[Asked], question: str, gallery: Gallery) -> list[Asked]:
     """Return the chat with another question; pictures that are new in the gallery belong to it.
 
-    Where the gallery lacks a picture that was talked about, a new chat begins. Pictures are told by what they show: the
-    page may show an upload's own file for a while before it shows the model's view of it.
+    Where the gallery lacks a picture that was talked about, a new chat begins. Pictures are told by what they show:
+    the page may show an upload's own file for a while before it shows the model's view of it.
     """
     paths = tuple(path for path, _ in gallery or ())
     if len(paths) > MAX_PICTURES:
@@ -128,7 +128,7 @@ class Page:
             try:
                 pictures.append(open_picture(path))
             except ValueError as error:
-                gr.Warning(html.escape(f"{Path(path).name} is left out. {error}"))
+                gr.Warning(html.escape(f"{Path(path).name} is left out. {error}", quote=False))
         return pictures
 
     def ask(

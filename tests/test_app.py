@@ -87,7 +87,7 @@ def test_the_api_says_what_is_wrong_and_goes_on(client, picture, tmp_path):
         ({"question": QUESTION, "pictures": [handle_file(tmp_path / "a.png")]}, "damaged or cut off"),
         ({"question": "word " * 10_000, "pictures": None}, "at most 20,000 characters"),
         ({"question": "<script>", "pictures": [handle_file(picture)] * 9}, f"at most {MAX_PICTURES} pictures; got 9"),
-        ({"question": "a <image> b", "pictures": None}, "marks; got &#x27;&lt;image&gt;&#x27;"),
+        ({"question": "a <image> b", "pictures": None}, "marks; got '&lt;image&gt;'"),
         ({"question": QUESTION, "pictures": None, "longest": 100_000}, "256"),
     ]:
         with pytest.raises(AppError, match=re.escape(message)):

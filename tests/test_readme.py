@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import transformers
 from conftest import make_llava
 
+from answering import Answerer, load
+from app import build, launch, write_examples
 from minibench.report import BLOCKS as REPORT
 from minibench.report import between_marks
 from minibench.scenes import make_scene
@@ -33,12 +36,16 @@ def shell(command: list[str], timeout: int = 300) -> str:
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory) -> dict[str, str]:
-    """What a README snippet downloads or writes, and the local folders that stand in for it."""
+def stand_ins(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """What a README snippet downloads, reads or writes, and what stands in for it here."""
     folder = tmp_path_factory.mktemp("readme")
     make_llava(depth=20).save_pretrained(folder / "llava")
-    written = {name: str(folder / name) for name in ("my-dpvr", "my-adapter")}
-    return {"llava-hf/llava-1.5-7b-hf": str(folder / "llava"), **written}
+    make_scene("test", 0, 6).draw().save(folder / "scene.png")
+    app = build(Answerer(*load(str(ROOT))), "About.", write_examples(folder))
+    launch(app, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    found = {name: str(folder / name) for name in ("my-dpvr", "my-adapter", "scene.png")}
+    yield {"llava-hf/llava-1.5-7b-hf": str(folder / "llava"), "http://127.0.0.1:7860": app.local_url, **found}
+    app.close()
 
 
 @pytest.mark.parametrize(("block", "output"), PYTHON, ids=[f"snippet {index}" for index in range(len(PYTHON))])
@@ -51,10 +58,11 @@ def test_every_snippet_runs_and_prints_what_the_readme_says(block, output, stand
 
 
 def test_the_commands_are_the_ones_that_are_tested():
-    """Here, in test_distributed.py and in test_sharing.py."""
+    """Here, in test_browser.py, in test_distributed.py and in test_sharing.py."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python train_sft.py",
         "pip install -r requirements-dev.txt && pytest",
+        "python app.py",
         "python train_sft.py --config configs/llava_1.5_7b.yaml --data llava_v1_5_mix665k.json --image_folder images",
         "accelerate launch --config_file configs/accelerate_ddp.yaml train_sft.py --config configs/llava_1.5_7b.yaml "
         "--data llava_v1_5_mix665k.json --image_folder images",
