@@ -184,11 +184,6 @@ class DpvrModel(BaseTuner):
                 f"Expected a LlavaForConditionalGeneration; got {type(self.model).__name__}. Remedy: load the LLaVA "
                 "with its class, or as AutoModelForImageTextToText."
             )
-        if self.model.config.to_dict().get("quantization_config") is not None:
-            raise ValueError(
-                "Expected a base in floating point; got a quantised one, whose split layer cannot start the side "
-                "branch. Remedy: load it with dtype='bfloat16'."
-            )
         self._check_name(next(name for name, known in self.peft_config.items() if known is config))
         full = config.for_base(base.config)
         if config.saved_shapes is not None:

@@ -6,13 +6,15 @@
 Weights are safetensors; nothing is unpickled. The paper trains, and so shares, 3% of the weights (section 3.4).
 """
 
+import copy
 import os
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
@@ -30,6 +32,8 @@ else:
     register_checkpoint_conversion_mapping("dpvr_llava", get_checkpoint_conversion_mapping("llava"), overwrite=True)
 
 WEIGHTS_NAME = "model.safetensors"
+SIDE_BRANCH = "model.side_branch"
+BITS = ("quantization_config", "_pre_quantization_dtype")  # what a config says of a quantised base
 
 
 def is_side_branch(parameter_name: str) -> bool:
@@ -54,11 +58,43 @@ def reset_side_branch(side_branch: nn.ModuleList, layers: nn.ModuleList, config:
                 _reset_parameter(name, parameter, config.text_config.initializer_range)
             continue
         source = layers[min(config.split_layer + index, len(layers) - 1)]
-        side_layer.load_state_dict(source.state_dict())
+        side_layer.load_state_dict(_weights_in_float(source))
         if config.side_branch_init == "identity":
             for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
                 for parameter in projection.parameters():
                     parameter.zero_()
+
+
+def _weights_in_float(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """A decoder layer's weights as numbers; those of a linear layer in 4 bits are what it makes of unit vectors."""
+    weights = {name: weight for name, weight in layer.named_parameters() if weight.is_floating_point()}
+    dtype = next(iter(weights.values())).dtype  # that of the norms, which are never quantised
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            units = torch.eye(module.in_features, dtype=dtype, device=module.weight.device)
+            bias = 0.0 if module.bias is None else module.bias
+            weights[f"{name}.weight"] = (module(units) - bias).T
+    return weights
+
+
+def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> BitsAndBytesConfig:
+    """Return a quantisation of the base that leaves the side branch, which is trained, as it is.
+
+    Raises:
+        ValueError: for other than bitsandbytes.
+    """
+    if isinstance(quantization, QuantizationConfigMixin):
+        quantization = quantization.to_dict()
+    method = QuantizationMethod(quantization.get("quant_method", QuantizationMethod.BITS_AND_BYTES))
+    if method != QuantizationMethod.BITS_AND_BYTES:
+        raise ValueError(
+            f"Expected a base in floating point or quantised by bitsandbytes; got {method.value!r}. Remedy: "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True), or a base in floating point."
+        )
+    quantization = BitsAndBytesConfig.from_dict(dict(quantization))
+    kept = quantization.llm_int8_skip_modules or ["lm_head"]
+    quantization.llm_int8_skip_modules = [name for name in kept if name != SIDE_BRANCH] + [SIDE_BRANCH]
+    return quantization
 
 
 class SideBranchLoading:
@@ -125,6 +161,9 @@ class SideBranchLoading:
             branch = _read_side_branch(pretrained_model_name_or_path, **where, **hub)
             kwargs = {name: value for name, value in kwargs.items() if name not in where}
         kwargs["use_safetensors"] = True
+        for owner in (vars(config), kwargs):  # a base may be stored in 4 bits, or be asked for so
+            if owner.get("quantization_config") is not None:
+                owner["quantization_config"] = with_side_branch_in_float(owner["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         model._check_loaded(base, info, branch)
@@ -209,13 +248,21 @@ class SideBranchLoading:
             kwargs.setdefault("max_shard_size", "1TB")  # it is read back as one file
             weights = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {name: tensor for name, tensor in weights.items() if is_side_branch(name)}
-        before = self.config.base_model_name_or_path
+        own, quantizer = self.config, None
+        self.config = copy.deepcopy(own)
         self.config.base_model_name_or_path = base
         self.config.auto_map = dict(AUTO_MAP)
+        if side_branch_only:  # in how many bits the base is held is for those to say who load it
+            for part in (self.config, self.config.text_config, self.config.vision_config):
+                for name in BITS:
+                    vars(part).pop(name, None)
+            quantizer = vars(self).pop("hf_quantizer", None)  # which would save the base's bits
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.config.base_model_name_or_path = before
+            self.config = own
+            if quantizer is not None:
+                self.hf_quantizer = quantizer
 
 
 def _read_side_branch(repository: str, **hub_kwargs) -> dict[str, torch.Tensor]:

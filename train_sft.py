@@ -47,6 +47,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
 from conversations import Conversations, Row, data_fingerprint, load_conversations
+from loading_dpvr import is_side_branch
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
 from minibench.processor import CHAT_TEMPLATE, load_processor
@@ -154,7 +155,7 @@ class SideBranchTrainer(CardlessTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            model = without_shards(model, state_dict or model.state_dict())
+            model = without_shards(model, side_branch_of(state_dict or model.state_dict()))
             model.save_pretrained(output_dir or self.args.output_dir, side_branch_only=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -203,12 +204,19 @@ class AlwaysAPicture:
 def without_shards(
     model: DpvrLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]
 ) -> DpvrLlavaForConditionalGeneration:
-    """A model of whole `weights`, to be saved: FSDP 2 replaces a model's class, and the code is found by its class."""
+    """A model with these whole weights, or those of a side branch alone, to be saved.
+
+    FSDP 2 replaces a model's class, and the code to save is found by its class.
+    """
     with torch.device("meta"):
         whole = DpvrLlavaForConditionalGeneration(copy.deepcopy(model.config))
-    whole.load_state_dict(weights, assign=True)
+    whole.load_state_dict(weights, assign=True, strict=not all(map(is_side_branch, weights)))
     whole.generation_config = model.generation_config
     return whole
+
+
+def side_branch_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in weights.items() if is_side_branch(name)}
 
 
 def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
@@ -229,11 +237,6 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
             f"Expected --dtype float32 with --method full, whose small steps are lost in half precision; got "
             f"{base.dtype!r}. Remedy: --dtype float32 --bf16 true, which computes in bfloat16."
         )
-    if args.method == "dpvr" and get_quantization_config(base) is not None:
-        raise ValueError(
-            "Expected a base in floating point for a side branch, which starts as a copy of a layer; got one in 4 or "
-            "8 bits. Remedy: --dtype bfloat16 without --load_in_4bit or --load_in_8bit."
-        )
     unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
     model = DpvrLlavaForConditionalGeneration.from_pretrained(
         base.model_name_or_path,
@@ -253,6 +256,7 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
         model.reset_side_branch()
         model.side_branch.float()  # small steps are lost in half precision; the base keeps its own
         model.freeze_base()
+        model.is_quantized = False  # to Trainer: what it trains is not, whatever the base is held in
     elif args.method == "full":
         model.model.vision_tower.requires_grad_(False)  # as in LLaVA's second stage
         model.side_branch.requires_grad_(False)
@@ -392,7 +396,7 @@ def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], method
     if method == "lora":
         model.save_pretrained(folder, state_dict=weights)
         return
-    whole = without_shards(model, weights)
+    whole = without_shards(model, side_branch_of(weights) if method == "dpvr" else weights)
     whole.save_pretrained(folder, side_branch_only=method == "dpvr")
     if method == "dpvr":
         (folder / "adapter").mkdir()
@@ -448,6 +452,7 @@ def describe(
             "name": without_folders(base.model_name_or_path),
             "revision": base.model_revision,
             "dtype": base.dtype,
+            "bits": 4 if base.load_in_4bit else 8 if base.load_in_8bit else None,
         },
         "dpvr": {name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
         "lora": lora if args.method == "lora" else None,
