@@ -3,15 +3,16 @@
     turns, pictures -> processor -> vision tower, projector -> prefill -> first token -> ... -> last token
                        prepare      vision                    prefill     decode                            seconds
 
-Times are taken between the moments at which the stages hand over, on the device's own clock; nothing is estimated but
-the FLOPs, which are the model's cost formula. One answer is made at a time: a routing is a property of the weights'
-owner, so whoever asks while another answer is being made waits for it.
+Times are taken between the moments at which the stages hand over, each once the device has done all it was given;
+nothing is estimated but the FLOPs, which are the model's cost formula. One answer is made at a time, since the routing
+is the model's: whoever asks while another answer is being made waits for it.
 """
 
 import queue
 import statistics
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     ProcessorMixin,
     StoppingCriteria,
@@ -32,11 +33,13 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
 from adapter_dpvr import FIELDS, DpvrConfig, find_weights
+from minibench.processor import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
 from text_to_image import TextToImage, text_to_image_attention
 
 MAX_CHARACTERS = 20_000
+COOLEST, HOTTEST = 0.05, 2.0
 MIB = 2**20
 
 
@@ -54,14 +57,14 @@ class Readout:
     """Where the time of one answer went; milliseconds unless said.
 
     Attributes:
-        prepare: template, tokenizer and picture preprocessing.
+        prepare: template, tokenizer and picture preprocessing; pictures have been opened before.
         vision: vision tower and projector, 0 without a picture.
-        prefill: from there to the first token.
+        prefill: the rest of the time to the first token, with what `generate` sets up.
         first_token: prepare, vision and prefill together: the time to first token.
         decode: from the first token to the last.
         decode_per_token: of each token after the first, None if there was none.
         tokens_per_second: after the first, None if there was none.
-        kv_mib: keys and values in the cache at the end, MiB.
+        kv_mib: keys and values in the cache at the end of the answer, MiB.
         prefill_gflops: of the language model, by the model's cost formula.
     """
 
@@ -104,30 +107,41 @@ def load(name: str, base: str | None = None, revision: str = "main") -> tuple[Pr
     Raises:
         ValueError: if it is neither, or if a base is given for a repository that names its own.
     """
+    home = name
     if _find(name, ADAPTER_CONFIG_NAME, revision) and not _find(name, "config.json", revision):
         config = DpvrConfig.from_pretrained(name, revision=revision)
-        base = base or config.base_model_name_or_path
-        llava = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True, dtype="auto")
-        config.for_base(llava.config)
-        model = DpvrLlavaForConditionalGeneration.from_llava(llava, **{field: vars(config)[field] for field in FIELDS})
-        weights = load_file(find_weights(name, revision=revision))
-        model.load_side_branch({key.removeprefix(ADAPTER_KEY_PREFIX): weight for key, weight in weights.items()})
-        home = base
+        home = base or config.base_model_name_or_path
+        model = _on_base(config, home, find_weights(name, revision=revision))
+        revision = "main"
     elif base is not None:
         raise ValueError(f"Expected a base only beside a PEFT adapter; {name!r} is none. Remedy: leave the base out.")
     else:
         model = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, trust_remote_code=True, dtype="auto"
         )
-        home = name
     if model.config.model_type != DpvrLlavaForConditionalGeneration.config_class.model_type:
         raise ValueError(
             f"Expected a DPVR repository or an adapter; got {model.config.model_type!r} in {name!r}. Remedy: train a "
             "side branch on it with train_sft.py."
         )
-    processor = AutoProcessor.from_pretrained(home, trust_remote_code=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), processor
+    return model.to(device).eval(), load_processor(home, revision)
+
+
+def _on_base(config: DpvrConfig, base: str, weights: str) -> PreTrainedModel:
+    """Put an adapter's side branch on its base; no code of a base that a mere adapter names is run."""
+    llava, info = LlavaForConditionalGeneration.from_pretrained(base, dtype="auto", output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"Expected a full LLaVA in {base!r}; got one without {len(missing)} weights, such as {missing[0]!r}. "
+            "Remedy: name the base that the adapter was trained on."
+        )
+    config.for_base(llava.config)
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, **{field: vars(config)[field] for field in FIELDS})
+    model.load_side_branch(
+        {key.removeprefix(ADAPTER_KEY_PREFIX): tensor for key, tensor in load_file(weights).items()}
+    )
+    return model
 
 
 def _find(name: str, file: str, revision: str) -> str | None:
@@ -156,7 +170,8 @@ class Answerer:
             content = [{"type": "image"}] * len(turn.pictures) + [{"type": "text", "text": turn.question}]
             messages.append({"role": "user", "content": content})
             if turn.answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+                answer = self._without_marks(turn.answer)
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         pictures = [picture for turn in turns for picture in turn.pictures]
         inputs = self.processor(images=pictures or None, text=prompt, return_tensors="pt")
@@ -167,6 +182,12 @@ class Answerer:
                 f"left for the answer; got {length}. Remedy: ask less at once, or start a new chat."
             )
         return inputs.to(self.model.device, self.model.dtype)
+
+    def _without_marks(self, answer: str) -> str:
+        """A model may spell its own marks, letter by letter; read again they would be marks."""
+        for mark in self.processor.tokenizer.all_special_tokens:
+            answer = answer.replace(mark, f"{mark[0]} {mark[1:]}")
+        return answer
 
     def _check_question(self, question: str) -> None:
         if not question.strip():
@@ -194,7 +215,6 @@ class Answerer:
         routing: str | None = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
-        stop: threading.Event | None = None,
     ) -> Iterator[Partial]:
         """Yield the answer to the last question as it grows; closing the iterator stops the model.
 
@@ -202,18 +222,22 @@ class Answerer:
             turns: the conversation; pictures stand before the questions they came with.
             routing: another than the model's own; "none" is vanilla.
             max_new_tokens: at least 1.
-            temperature: 0 takes the likeliest token each time.
-            stop: once it is set, the answer ends after the token at hand.
+            temperature: 0 takes the likeliest token each time, else from 0.05 to 2.
 
         Raises:
-            ValueError: as `inputs`.
+            ValueError: as `inputs`, and for another temperature.
         """
+        if not (temperature == 0 or COOLEST <= temperature <= HOTTEST):
+            raise ValueError(
+                f"Expected a temperature of 0 or from {COOLEST} to {HOTTEST}; got {temperature}. Remedy: 0 for the "
+                "likeliest answer."
+            )
         start = time.perf_counter()
         inputs = self.inputs(turns, max_new_tokens)
-        run = _Run(self.model, stop or threading.Event(), prepare=time.perf_counter() - start)
+        run = _Run(self.model, prepare=time.perf_counter() - start)
         with self.place, run.hooked():
             self.model.set_routing(routing or self.routing)
-            sampling = {"temperature": temperature} if temperature > 0 else {}
+            sampling = {"temperature": float(temperature)} if temperature > 0 else {}
             job = run.begin(self.worker, inputs, max_new_tokens=max_new_tokens, do_sample=temperature > 0, **sampling)
             try:
                 for tokens in run.growing():
@@ -269,11 +293,11 @@ class Answerer:
 
 
 class _Run(BaseStreamer):
-    """One call of `generate`, in a thread of its own: its tokens as they come, and the moments between its stages."""
+    """One call of `generate`, in the worker's thread: its tokens as they come, and the moments between its stages."""
 
-    def __init__(self, model: PreTrainedModel, stop: threading.Event, prepare: float) -> None:
+    def __init__(self, model: PreTrainedModel, prepare: float) -> None:
         self.model = model
-        self.stop = stop
+        self.stop = threading.Event()
         self.prepare = prepare
         self.vision = 0.0
         self.tokens: list[int] = []
@@ -328,9 +352,10 @@ class _Run(BaseStreamer):
         """Nothing: the job's own end is what counts, as it may also fail."""
 
     def growing(self) -> Iterator[list[int]]:
-        """Yield the tokens so far, each time one has come, until the job is done."""
+        """Yield the tokens so far each time one has come, or several while nobody asked, until the job is done."""
         while (count := self.arrived.get()) is not None:
-            yield self.tokens[:count]
+            if self.arrived.empty():
+                yield self.tokens[:count]
 
     def readout(self, inputs: dict[str, torch.Tensor], output: Any) -> Readout:
         total, image = (
@@ -377,4 +402,5 @@ def _median(readouts: Sequence[Readout]) -> Readout:
 
 
 def _is_control(character: str) -> bool:
-    return ord(character) < 32 and character not in "\n\t\r" or ord(character) == 127
+    """Whether it is a control character or half of a surrogate pair, and not a line break or a tab."""
+    return unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\r\t"

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import html
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +22,11 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from gradio_client.utils import is_http_url_like
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from answering import Answerer, Comparison, Partial, Turn, load
+from answering import HOTTEST, Answerer, Turn, load
 from app_views import CSS, curve, overlay, ratios, show_comparison, show_readout
 from minibench.scenes import make_scene
 from pictures import open_picture
@@ -52,8 +52,10 @@ colour is the star? Which digit is at the top left? How many squares are there? 
 options, as in the examples. **It cannot answer anything about photographs**, people or text, and will name shapes all
 the same. Of its own kind of pictures it does not know everything either: the README has its scores."""
 OTHER = "This is **{name}**. Ask about one picture or several."
+MAX_WAITING = 32
+MAX_SESSIONS = 200  # whose chats are kept while nobody looks at them
+LONGEST = 64
 PROGRESS = gr.Progress()
-SETTINGS = {"max_new_tokens": 64, "temperature": 0.0}
 
 Gallery = list[tuple[str, str | None]] | None
 
@@ -68,12 +70,13 @@ class Asked:
 
 
 @contextmanager
-def in_the_page() -> Iterator[None]:
-    """Show what is wrong with the input in the page; the server goes on."""
+def plainly(*, escape: bool) -> Iterator[None]:
+    """Say what is wrong with the input, to a page as HTML, to a program as it is; the server goes on."""
     try:
         yield
     except ValueError as error:
-        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
+        message = html.escape(str(error), quote=False) if escape else str(error)
+        raise gr.Error(message, print_exception=False) from error
 
 
 def continued(turns: list[Asked], question: str, gallery: Gallery) -> list[Asked]:
@@ -114,17 +117,25 @@ def shown(turns: list[Asked]) -> list[dict[str, Any]]:
     return messages
 
 
-class Page:
-    """What the page's controls do. Chats are kept by the page; here, only who may stop which answer."""
+class Model:
+    """An answerer's ways to answer; where a Space lends GPUs, each runs in a fork and gets copies of its input."""
 
     def __init__(self, answerer: Answerer) -> None:
-        self.answerer = answerer
-        self.stops: dict[str, threading.Event] = {}
+        self.routing = answerer.routing
+        self.stream = on_gpu(answerer.stream)
+        self.compare_both = on_gpu(answerer.compare)
+        self.inside = on_gpu(answerer.look_inside)
+
+
+class Page(Model):
+    """What the page's controls do; chats are kept by the page, nothing is kept here."""
 
     def accept(self, gallery: Gallery) -> list[Image.Image]:
         """Return the gallery as the model will see it, upright and in RGB, without files that are no good."""
+        if gallery and len(gallery) > MAX_PICTURES:
+            gr.Warning(f"Expected at most {MAX_PICTURES} pictures; got {len(gallery)}. The last ones are left out.")
         pictures = []
-        for path, _ in gallery or ():
+        for path, _ in (gallery or [])[:MAX_PICTURES]:
             try:
                 pictures.append(open_picture(path))
             except ValueError as error:
@@ -132,54 +143,54 @@ class Page:
         return pictures
 
     def ask(
+        self, question: str | None, gallery: Gallery, turns: list[Asked], longest: int, temperature: float
+    ) -> Iterator[tuple]:
+        """Answer a question; yield the chat, its turns, the readout, and once an emptied question box."""
+        emptied = ""
+        with plainly(escape=True):
+            asked = continued(turns, question or "", gallery)
+            if len(asked) <= len(turns):
+                gr.Info("A picture that the chat was about is gone, so this is a new chat.")
+            for shows in self._answer(asked, longest, temperature):
+                yield *shows, emptied
+                emptied = gr.skip()
+
+    def regenerate(self, turns: list[Asked], longest: int, temperature: float) -> Iterator[tuple]:
+        """Answer the last question again; yield the chat, its turns and the readout."""
+        with plainly(escape=True):
+            if not turns:
+                raise ValueError("Expected an answer to make again; got an empty chat. Remedy: ask something.")
+            yield from self._answer(turns, longest, temperature)
+
+    def _answer(self, turns: list[Asked], longest: int, temperature: float) -> Iterator[tuple]:
+        *before, asked = turns
+        waiting = [*before, replace(asked, answer=None)]
+        for partial in self.stream(opened(waiting), max_new_tokens=int(longest), temperature=temperature):
+            turns = [*before, replace(asked, answer=partial.text)]
+            yield shown(turns), turns, show_readout(partial.readout) if partial.readout else ""
+
+    def compare(
         self,
-        question: str,
+        question: str | None,
         gallery: Gallery,
         turns: list[Asked],
         longest: int,
-        temperature: float,
-        request: gr.Request,
-    ) -> Iterator[tuple]:
-        """Answer a question; yield the chat, its turns, the readout and an emptied question box."""
-        with in_the_page():
-            asked = continued(turns, question, gallery)
-            if len(asked) <= len(turns):
-                gr.Info("A picture that the chat was about is gone, so this is a new chat.")
-            yield from self._answer(asked, longest, temperature, request)
+        progress: gr.Progress = PROGRESS,
+    ) -> Iterator[str]:
+        """Answer the question at hand both ways; yield the comparison, and nothing at each step on the way to it."""
+        with plainly(escape=True):
+            turns = opened(question_at_hand(question, gallery, turns))
+            for share, found in self.compare_both(turns, repetitions=REPETITIONS, max_new_tokens=int(longest)):
+                progress(share, desc="Answering both ways in turn")
+                yield show_comparison(found) if found else gr.skip()
 
-    def regenerate(self, turns: list[Asked], longest: int, temperature: float, request: gr.Request) -> Iterator[tuple]:
-        with in_the_page():
-            if not turns:
-                raise ValueError("Expected an answer to make again; got an empty chat. Remedy: ask something.")
-            yield from self._answer([*turns[:-1], replace(turns[-1], answer=None)], longest, temperature, request)
-
-    def _answer(self, turns: list[Asked], longest: int, temperature: float, request: gr.Request) -> Iterator[tuple]:
-        stop = self.stops[request.session_hash] = threading.Event()
-        *before, asked = turns
-        try:
-            settings = {"max_new_tokens": int(longest), "temperature": temperature, "stop": stop}
-            for partial in answers(self.answerer, opened(turns), **settings):
-                turns = [*before, replace(asked, answer=partial.text)]
-                yield shown(turns), turns, show_readout(partial.readout) if partial.readout else gr.skip(), ""
-        finally:
-            self.stops.pop(request.session_hash, None)
-
-    def stop(self, request: gr.Request) -> None:
-        if request.session_hash in self.stops:
-            self.stops[request.session_hash].set()
-
-    def compare(
-        self, question: str, gallery: Gallery, turns: list[Asked], longest: int, progress: gr.Progress = PROGRESS
-    ) -> str:
-        with in_the_page():
-            turns = self._question_at_hand(question, gallery, turns)
-            return show_comparison(compared(self.answerer, opened(turns), int(longest), progress))
-
-    def look_inside(self, question: str, gallery: Gallery, turns: list[Asked]) -> tuple[list, pd.DataFrame]:
-        with in_the_page():
-            turns = self._question_at_hand(question, gallery, turns)
-            vanilla, own, pictures = looked_inside(self.answerer, opened(turns))
-        found = {"vanilla": vanilla, self.answerer.routing: own}
+    def look_inside(
+        self, question: str | None, gallery: Gallery, turns: list[Asked]
+    ) -> tuple[list[tuple[Image.Image, str]], pd.DataFrame]:
+        """Return the pictures with the attention to them, vanilla's first, and the curves."""
+        with plainly(escape=True):
+            vanilla, own, pictures = self.inside(opened(question_at_hand(question, gallery, turns)))
+        found = {"vanilla": vanilla, self.routing: own}
         overlays = [
             (overlay(picture, heat), f"{name}, layer {attention.layer}")
             for name, attention in found.items()
@@ -187,68 +198,48 @@ class Page:
         ]
         return overlays, pd.DataFrame(curve(found))
 
-    def _question_at_hand(self, question: str, gallery: Gallery, turns: list[Asked]) -> list[Asked]:
-        """Return the chat up to the question in the box, or to its last question if the box is empty."""
-        if question.strip() or not turns:
-            return continued(turns, question, gallery)
-        return [*turns[:-1], replace(turns[-1], answer=None)]
+
+def question_at_hand(question: str | None, gallery: Gallery, turns: list[Asked]) -> list[Asked]:
+    """Return the chat up to the question in the box, or to its last question if the box is empty."""
+    if (question or "").strip() or not turns:
+        return continued(turns, question or "", gallery)
+    return [*turns[:-1], replace(turns[-1], answer=None)]
 
 
-class Api:
+class Api(Model):
     """The same for programs: one question at a time, pictures as files, JSON as the answer."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self.answerer = answerer
-
     def ask(
-        self, question: str, pictures: list[str] | None, routing: str, longest: int, temperature: float
+        self, question: str | None, pictures: list[str] | None, routing: str, longest: int, temperature: float
     ) -> Iterator[dict[str, Any]]:
         """Answer a question about pictures, as {"answer", "readout"}; the answer grows, the readout comes last."""
-        with in_the_page():
-            settings = {"max_new_tokens": int(longest), "temperature": temperature}
-            for partial in answers(self.answerer, self._turn(question, pictures), routing=routing, **settings):
+        with plainly(escape=False):
+            settings = {"routing": routing, "max_new_tokens": int(longest), "temperature": temperature}
+            for partial in self.stream(self._turn(question, pictures), **settings):
                 yield {"answer": partial.text, "readout": partial.readout and asdict(partial.readout)}
 
-    def compare(self, question: str, pictures: list[str] | None, longest: int) -> dict[str, Any]:
+    def compare(self, question: str | None, pictures: list[str] | None, longest: int) -> dict[str, Any]:
         """Answer under vanilla and under the model's routing: answers, medians of the readouts, and their ratios."""
-        with in_the_page():
-            found = compared(self.answerer, self._turn(question, pictures), int(longest), None)
+        with plainly(escape=False):
+            turns = self._turn(question, pictures)
+            *_, (_, found) = self.compare_both(turns, repetitions=REPETITIONS, max_new_tokens=int(longest))
         vanilla, own = (
             {"answer": text, "medians": asdict(readout)}
             for text, readout in zip(found.texts, found.medians, strict=True)
         )
         return {"vanilla": vanilla, "dpvr": own, "ratios": ratios(found), "repetitions": found.repetitions}
 
-    def look_inside(self, question: str, pictures: list[str] | None) -> dict[str, Any]:
+    def look_inside(self, question: str | None, pictures: list[str] | None) -> dict[str, Any]:
         """Return the text's attention to the pictures: the share per layer, and the reading layer's map of patches."""
-        with in_the_page():
-            vanilla, own, _ = looked_inside(self.answerer, self._turn(question, pictures))
+        with plainly(escape=False):
+            vanilla, own, _ = self.inside(self._turn(question, pictures))
         return {
             name: {"mass": found.mass, "layer": found.layer, "heat": found.heat.tolist()}
             for name, found in (("vanilla", vanilla), ("dpvr", own))
         }
 
-    def _turn(self, question: str, pictures: list[str] | None) -> list[Turn]:
-        return opened(continued([], question, [(path, None) for path in pictures or ()]))
-
-
-@on_gpu
-def answers(answerer: Answerer, turns: list[Turn], **settings: Any) -> Iterator[Partial]:
-    yield from answerer.stream(turns, **settings)
-
-
-@on_gpu
-def compared(answerer: Answerer, turns: list[Turn], longest: int, progress: gr.Progress | None) -> Comparison:
-    for share, comparison in answerer.compare(turns, repetitions=REPETITIONS, max_new_tokens=longest):
-        if comparison is not None:
-            return comparison
-        if progress is not None:
-            progress(share, desc="Answering both ways in turn")
-
-
-@on_gpu
-def looked_inside(answerer: Answerer, turns: list[Turn]) -> tuple:
-    return answerer.look_inside(turns)
+    def _turn(self, question: str | None, pictures: list[str] | None) -> list[Turn]:
+        return opened(continued([], question or "", [(path, None) for path in pictures or ()]))
 
 
 def write_examples(folder: Path) -> list[list]:
@@ -275,111 +266,123 @@ def write_examples(folder: Path) -> list[list]:
 
 def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
     """Return the app: inputs on the left, answers on the right; below each other on a phone."""
-    page, api = Page(answerer), Api(answerer)
+    page = Page(answerer)
     with gr.Blocks(title="DPVR image chat", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
         gr.Markdown(f"# DPVR image chat\n{about}")
-        add_api(api)
+        add_api(Api(answerer))
         turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                gallery = gr.Gallery(
-                    label="Pictures",
-                    sources=["upload", "webcam", "clipboard"],
-                    format="png",
-                    columns=3,
-                    fit_columns=False,
-                    height=220,
-                    object_fit="contain",
-                    interactive=True,
-                    elem_id="pictures",
-                )
-                question = gr.Textbox(
-                    label="Question", placeholder="What colour is the star?", max_lines=6, elem_id="question"
-                )
-                with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", min_width=110, elem_id="ask")
-                    stop = gr.Button("Stop", min_width=110, elem_id="stop")
-                    again = gr.Button("Regenerate", min_width=110, elem_id="regenerate")
-                    clear = gr.Button("New chat", min_width=110, elem_id="clear")
-                with gr.Accordion("Settings", open=False):
-                    longest = gr.Slider(
-                        1, MAX_NEW_TOKENS, SETTINGS["max_new_tokens"], step=1, label="Longest answer, tokens"
-                    )
-                    temperature = gr.Slider(
-                        0,
-                        2,
-                        SETTINGS["temperature"],
-                        step=0.1,
-                        label="Temperature",
-                        info="0: the same answer each time",
-                    )
+                gallery, question, buttons, longest, temperature = add_inputs()
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 with gr.Tab("Chat"):
-                    chat = gr.Chatbot(
-                        label="Chat",
-                        render_markdown=False,
-                        sanitize_html=True,
-                        height=420,
-                        elem_id="chat",
-                        feedback_options=None,
-                        buttons=["copy"],
-                    )
-                    readout = gr.HTML(label="Where the time went", elem_id="readout")
+                    chat, readout = add_chat()
                 with gr.Tab("Side by side"):
-                    gr.Markdown(
-                        "The question in the box, or the chat's last one, through vanilla LLaVA and through DPVR on "
-                        "the same weights."
-                    )
-                    compare = gr.Button("Compare", variant="primary", elem_id="compare")
-                    comparison = gr.HTML(elem_id="comparison")
+                    compare, comparison = add_comparison()
                 with gr.Tab("Look inside"):
-                    gr.Markdown(
-                        "Where the prompt's last token looks in the deepest layer that reads the picture, and how "
-                        "much of the text's attention goes to the picture in every layer."
-                    )
-                    look = gr.Button("Look inside", variant="primary", elem_id="look")
-                    overlays = gr.Gallery(
-                        label="Attention over the picture",
-                        show_label=False,
-                        columns=2,
-                        height="auto",
-                        object_fit="contain",
-                        elem_id="overlays",
-                    )
-                    plot = gr.LinePlot(
-                        x="layer",
-                        y="share",
-                        color="routing",
-                        y_lim=[0, 1],
-                        x_title="layer",
-                        x_axis_format="d",
-                        y_title="share of attention on the picture",
-                        label="Text-to-image attention",
-                        elem_id="curve",
-                    )
+                    look, overlays, plot = add_look_inside()
         gr.Examples(examples, [gallery, question], label="Examples", elem_id="examples")
 
-        answer = {"outputs": [chat, turns, readout, question], "concurrency_id": "model", "api_visibility": "private"}
-        asked = [question, gallery, turns, longest, temperature]
-        gr.on([ask.click, question.submit], page.ask, asked, **answer)
-        again.click(page.regenerate, [turns, longest, temperature], **answer)
-        stop.click(page.stop, queue=False, api_visibility="private")
-        clear.click(lambda: ([], [], "", None), None, [chat, turns, question, gallery], api_visibility="private")
+        model = {"concurrency_id": "model", "api_visibility": "private"}
+        ask, stop, again, clear = buttons
+        asked, shows = [question, gallery, turns, longest, temperature], [chat, turns, readout]
+        running = [
+            gr.on([ask.click, question.submit], page.ask, asked, [*shows, question], **model),
+            again.click(page.regenerate, [turns, longest, temperature], shows, **model),
+            compare.click(page.compare, [question, gallery, turns, longest], comparison, **model),
+        ]
+        look.click(page.look_inside, [question, gallery, turns], [overlays, plot], **model)
+        stop.click(None, cancels=running, api_visibility="private")
+        everything = [*shows, question, gallery]
+        clear.click(lambda: ([], [], "", "", None), None, everything, cancels=running, api_visibility="private")
         gallery.upload(page.accept, gallery, gallery, api_visibility="private")
-        looking = {"concurrency_id": "model", "api_visibility": "private"}
-        compare.click(page.compare, [question, gallery, turns, longest], comparison, **looking)
-        look.click(page.look_inside, [question, gallery, turns], [overlays, plot], **looking)
-    return app.queue(default_concurrency_limit=1, max_size=32)
+    return app.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
+
+
+def add_inputs() -> tuple[gr.Gallery, gr.Textbox, list[gr.Button], gr.Slider, gr.Slider]:
+    """Add pictures, question, buttons and settings."""
+    gallery = gr.Gallery(
+        label="Pictures",
+        sources=["upload", "webcam", "clipboard"],
+        format="png",
+        columns=3,
+        fit_columns=False,
+        height=220,
+        object_fit="contain",
+        interactive=True,
+        elem_id="pictures",
+    )
+    question = gr.Textbox(label="Question", placeholder="What colour is the star?", max_lines=6, elem_id="question")
+    with gr.Row():
+        buttons = [
+            gr.Button(name, variant=variant, min_width=110)
+            for name, variant in (
+                ("Ask", "primary"),
+                ("Stop", "secondary"),
+                ("Regenerate", "secondary"),
+                ("New chat", "secondary"),
+            )
+        ]
+    with gr.Accordion("Settings", open=False):
+        longest = gr.Slider(1, MAX_NEW_TOKENS, LONGEST, step=1, label="Longest answer, tokens")
+        hint = "0: the same answer each time"
+        temperature = gr.Slider(0, HOTTEST, 0, step=0.1, label="Temperature", info=hint)
+    return uploads_only(gallery), question, buttons, longest, temperature
+
+
+def add_chat() -> tuple[gr.Chatbot, gr.HTML]:
+    """Add the chat and the readout of its last answer."""
+    chat = gr.Chatbot(
+        label="Chat", render_markdown=False, height=420, feedback_options=None, buttons=["copy"], elem_id="chat"
+    )
+    return chat, gr.HTML(elem_id="readout")
+
+
+def add_comparison() -> tuple[gr.Button, gr.HTML]:
+    """Add the button and the place for vanilla beside DPVR."""
+    gr.Markdown(
+        "The question in the box, or the chat's last one, through vanilla LLaVA and through DPVR on the same weights."
+    )
+    return gr.Button("Compare", variant="primary"), gr.HTML(elem_id="comparison")
+
+
+def add_look_inside() -> tuple[gr.Button, gr.Gallery, gr.LinePlot]:
+    """Add the button and the places for attention over the pictures and layer by layer."""
+    gr.Markdown(
+        "Where the prompt's last token looks in the deepest layer that reads the picture, and how much of the text's "
+        "attention goes to the picture in every layer."
+    )
+    look = gr.Button("Look inside", variant="primary")
+    overlays = gr.Gallery(
+        label="Attention over the picture",
+        show_label=False,
+        columns=2,
+        height="auto",
+        object_fit="contain",
+        elem_id="overlays",
+    )
+    plot = gr.LinePlot(
+        x="layer",
+        y="share",
+        color="routing",
+        y_lim=[0, 1],
+        x_title="layer",
+        x_axis_format="d",
+        y_title="share of attention on the picture",
+        label="Text-to-image attention",
+        elem_id="curve",
+    )
+    return look, overlays, plot
 
 
 def add_api(api: Api) -> None:
     """Add the endpoints for programs, whose inputs the page does not show."""
     with gr.Column(visible=False):
         question = gr.Textbox(label="question")
-        pictures = gr.File(label="pictures", file_count="multiple", type="filepath")
-        routing = gr.Textbox(label="routing", value=api.answerer.routing)
-        longest = gr.Slider(1, MAX_NEW_TOKENS, SETTINGS["max_new_tokens"], step=1, label="longest")
-        temperature = gr.Slider(0, 2, SETTINGS["temperature"], label="temperature")
+        pictures = uploads_only(gr.File(label="pictures", file_count="multiple", type="filepath"))
+        routing = gr.Textbox(label="routing", value=api.routing)
+        longest = gr.Slider(1, MAX_NEW_TOKENS, LONGEST, step=1, label="longest")
+        temperature = gr.Slider(0, HOTTEST, 0, label="temperature")
         result = gr.JSON()
         for name, function, inputs in (
             ("ask", api.ask, [question, pictures, routing, longest, temperature]),
@@ -387,6 +390,21 @@ def add_api(api: Api) -> None:
             ("look_inside", api.look_inside, [question, pictures]),
         ):
             gr.Button().click(function, inputs, result, api_name=name, concurrency_id="model")
+
+
+def uploads_only(component: gr.components.Component) -> gr.components.Component:
+    """Have a component refuse web addresses, which Gradio fetches whole, however large, before anyone asks for it."""
+    move = component.async_move_resource_to_block_cache
+
+    async def move_unless_address(resource: str | Path | None) -> str | None:
+        if resource is not None and is_http_url_like(str(resource)):
+            raise gr.Error(
+                "Expected an uploaded picture; got a web address. Remedy: upload it.", print_exception=False
+            )
+        return await move(resource)
+
+    component.async_move_resource_to_block_cache = move_unless_address
+    return component
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -405,6 +423,7 @@ def launch(app: gr.Blocks, host: str | None, port: int | None, **options: Any) -
         server_name=host,
         server_port=port,
         max_file_size=MAX_UPLOAD,
+        state_session_capacity=MAX_SESSIONS,
         ssr_mode=False,
         css=CSS,
         theme=gr.themes.Default(font="system-ui", font_mono="monospace"),

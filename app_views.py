@@ -4,6 +4,8 @@
     TextToImage -> the picture with what was looked at in orange, a row per layer for the curve
 
 Colours are Okabe and Ito's, told apart with any kind of colour vision; text takes the page's own colours.
+
+Axes: V image tokens of a picture.
 """
 
 import html
@@ -113,7 +115,7 @@ def ratios(comparison: Comparison) -> dict[str, float | None]:
 
 
 def overlay(picture: torch.Tensor, heat: torch.Tensor) -> Image.Image:
-    """Return a picture, float[3, H, W] from 0 to 1, in grey, with what the patches' heat, float[V], says in orange.
+    """Return a picture, float[3, height, width] from 0 to 1, in grey, with the patches' heat, float[V], in orange.
 
     The warmest patch is full orange: heat is relative to it.
     """

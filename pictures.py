@@ -17,7 +17,18 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 20
 MAX_SIDE = 1536  # larger ones are made smaller: no LLaVA looks at more of one picture
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)  # what Pillow raises for torn files
+# What Pillow's decoders raise for torn files.
+BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -44,7 +55,7 @@ def open_picture(path: str | Path) -> Image.Image:
     except BROKEN as error:
         if isinstance(error, _Refused):
             raise
-        raise ValueError(f"Expected a whole picture; got one that is damaged or cut off ({error}).") from error
+        raise ValueError("Expected a whole picture; got one that is damaged or cut off.") from error
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture
 

@@ -1,6 +1,7 @@
 """answering.py: answers are generate's own, readouts add up, and one answer never meddles with another."""
 
 import gc
+import shutil
 import threading
 from dataclasses import replace
 from functools import partial
@@ -42,7 +43,7 @@ def test_the_answer_is_what_generate_gives(answerer, routing):
     answerer.model.set_routing("late_fusion")
     expected = answerer.processor.decode(ids, skip_special_tokens=True).strip().rstrip("\ufffd")
     assert partials[-1].text == expected
-    assert len(partials) == 13 and len({partial.text for partial in partials}) > 2
+    assert 3 < len(partials) <= 13 and len({partial.text for partial in partials}) > 2
 
 
 def test_a_conversation_is_written_as_the_chat_template_writes_it(answerer):
@@ -79,23 +80,18 @@ def test_one_token_has_no_decoding_time_and_no_picture_no_vision_time(answerer):
     )
 
 
-def test_the_stop_signal_ends_an_answer_with_its_readout(answerer):
-    stop = threading.Event()
-    partials = answerer.stream(TURNS, max_new_tokens=200, stop=stop)
-    next(partials)
-    stop.set()
-    *_, last = partials
-    assert 1 <= last.readout.new_tokens < 200
-
-
 @pytest.mark.parametrize("way", ["closed", "forgotten"])
-def test_an_answer_that_nobody_reads_on_makes_room_for_the_next(answerer, way):
+def test_an_answer_that_nobody_reads_on_ends_and_makes_room_for_the_next(answerer, way, monkeypatch):
+    whole = answerer.model.generate
+    outputs = []
+    monkeypatch.setattr(answerer.model, "generate", lambda **given: outputs.append(whole(**given)) or outputs[-1])
     partials = answerer.stream(TURNS, routing="none", max_new_tokens=500)
     next(partials)
     if way == "closed":
         partials.close()
     del partials
     gc.collect()
+    assert outputs[0].sequences.shape[1] < 500
     assert not answerer.place.locked() and answerer.model.config.routing == "late_fusion"
     assert answerer.answer(TURNS, max_new_tokens=2).readout.new_tokens == 2
 
@@ -152,9 +148,23 @@ def test_the_comparison_has_both_answers_and_medians_of_the_warm_repetitions(ans
     assert own.prefill_gflops < vanilla.prefill_gflops
 
 
-def test_temperature_samples(answerer):
+@pytest.mark.parametrize("temperature", [1, 2, 1.5])
+def test_temperature_samples(answerer, temperature):
     torch.manual_seed(0)
-    assert len({answerer.answer(TURNS, max_new_tokens=8, temperature=1.5).text for _ in range(4)}) > 1
+    assert len({answerer.answer(TURNS, max_new_tokens=8, temperature=temperature).text for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize("temperature", [-1, 1e-39, 2.1, float("nan"), float("inf")])
+def test_temperatures_that_no_sampling_survives_are_refused(answerer, temperature):
+    with pytest.raises(ValueError, match="Expected a temperature of 0 or from 0.05 to 2.0"):
+        answerer.answer(TURNS, temperature=temperature)
+
+
+def test_an_earlier_answer_that_spells_a_mark_is_no_mark(answerer):
+    turns = [replace(TURNS[0], answer="an <image> and </s>"), Turn("two?")]
+    inputs = answerer.inputs(turns, 1)
+    assert (inputs["input_ids"] == answerer.model.config.image_token_id).sum() == 64
+    assert (inputs["input_ids"] == answerer.processor.tokenizer.eos_token_id).sum() == 1  # the template's own
 
 
 def test_a_look_inside_shows_both_routings_and_the_picture_that_the_tower_sees(answerer):
@@ -176,6 +186,8 @@ def test_a_look_inside_shows_both_routings_and_the_picture_that_the_tower_sees(a
         ("a b " * 1_500, "Expected at most 1984 tokens in the conversation"),
         ("a\x00b", "control characters such as '\\\\x00'"),
         ("a\x1b[31mb", "control characters"),
+        ("a\x9bb", "control characters"),
+        ("\ud800", "control characters"),
         ("what is <image> there?", "without the model's own marks; got '<image>'"),
         ("</s>USER: hi", "without the model's own marks; got '</s>'"),
     ],
@@ -213,3 +225,14 @@ def test_what_is_no_dpvr_repository_is_refused(random_mini, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "DPVR"}')
     with pytest.raises(ValueError, match=f"Expected {ADAPTER_WEIGHTS_NAME}"):
         load(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_runs_no_code_of_the_base_that_it_names(random_mini, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(random_mini, base)
+    for code in base.glob("*.py"):
+        code.write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n" + code.read_text())
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    get_peft_model(model, DpvrConfig(split_layer=1)).save_pretrained(tmp_path / "adapter")
+    load(str(tmp_path / "adapter"))
+    assert not (tmp_path / "run").exists()

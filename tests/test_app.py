@@ -1,10 +1,13 @@
 """app.py as programs meet it: the API, bad input, strangers' files, and many askers at once."""
 
 import gc
+import inspect
 import json
 import os
+import pickle
 import re
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+import app
 from answering import Answerer, Turn, load
 from app import MAX_PICTURES, Asked, build, continued, launch, parse_args, shown, write_examples
 from minibench.scenes import make_scene
@@ -30,10 +34,10 @@ def answerer(random_mini) -> Answerer:
 
 @pytest.fixture(scope="module")
 def url(answerer, tmp_path_factory) -> str:
-    app = build(answerer, "About.", write_examples(tmp_path_factory.mktemp("examples")))
-    launch(app, host="127.0.0.1", port=None, prevent_thread_lock=True, quiet=True)
-    yield app.local_url
-    app.close()
+    served = build(answerer, "About.", write_examples(tmp_path_factory.mktemp("examples")))
+    launch(served, host="127.0.0.1", port=None, prevent_thread_lock=True, quiet=True)
+    yield served.local_url
+    served.close()
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +91,9 @@ def test_the_api_says_what_is_wrong_and_goes_on(client, picture, tmp_path):
         ({"question": QUESTION, "pictures": [handle_file(tmp_path / "a.png")]}, "damaged or cut off"),
         ({"question": "word " * 10_000, "pictures": None}, "at most 20,000 characters"),
         ({"question": "<script>", "pictures": [handle_file(picture)] * 9}, f"at most {MAX_PICTURES} pictures; got 9"),
-        ({"question": "a <image> b", "pictures": None}, "marks; got '&lt;image&gt;'"),
+        ({"question": "a <image> b", "pictures": None}, "marks; got '<image>'"),
         ({"question": QUESTION, "pictures": None, "longest": 100_000}, "256"),
+        ({"question": QUESTION, "pictures": None, "temperature": 1e-39}, "temperature of 0 or from 0.05 to 2.0"),
     ]:
         with pytest.raises(AppError, match=re.escape(message)):
             client.predict(**arguments, api_name="/ask")
@@ -111,6 +116,16 @@ def test_files_of_the_server_cannot_be_read(url, tmp_path):
         stolen = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
         said = call(url, "ask", [QUESTION, stolen, "late_fusion", 4, 0])
         assert "event: error" in said and "event: complete" not in said and "root:" not in said
+
+
+def test_web_addresses_are_refused_before_anything_is_fetched(url, monkeypatch):
+    def fetch(*_, **__):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    for path in ("https://huggingface.co/a/b/resolve/main/model.safetensors", "http://127.0.0.1:1/a.png"):
+        said = call(url, "ask", [QUESTION, [{"path": path, "meta": {"_type": "gradio.FileData"}}], "none", 4, 0])
+        assert "event: error" in said and "got a web address" in said
 
 
 def test_uploads_are_bounded(url):
@@ -137,6 +152,31 @@ def test_askers_at_the_same_time_get_their_own_answers(url, answerer, tmp_path):
         assert list(pool.map(ask, questions)) == list(questions.values())
 
 
+def over_a_pipe(function: Callable) -> Callable:
+    """What a Space with shared GPUs does: the function runs in a fork, which gets and gives copies."""
+
+    def copied(what: object) -> object:
+        return pickle.loads(pickle.dumps(what))
+
+    def lent(*args: object, **settings: object) -> object:
+        return copied(function(*copied(args), **copied(settings)))
+
+    def lent_pieces(*args: object, **settings: object) -> Iterator[object]:
+        for piece in function(*copied(args), **copied(settings)):
+            yield copied(piece)
+
+    return lent_pieces if inspect.isgeneratorfunction(function) else lent
+
+
+def test_what_goes_to_a_lent_gpu_and_back_can_be_copied(answerer, picture, monkeypatch):
+    monkeypatch.setattr(app, "on_gpu", over_a_pipe)
+    api = app.Api(answerer)
+    *_, last = api.ask(QUESTION, [str(picture)], "late_fusion", 4, 0)
+    assert last["answer"] == answerer.answer([Turn(QUESTION, (Image.open(picture),))], max_new_tokens=4).text
+    assert api.compare(QUESTION, [str(picture)], 2)["repetitions"] == app.REPETITIONS
+    assert len(api.look_inside(QUESTION, [str(picture)])["dpvr"]["mass"]) == 4
+
+
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -151,6 +191,7 @@ def test_memory_returns_to_its_start_after_many_requests(answerer, client, pictu
 
     def ask(times: int) -> int:
         for _ in range(times):
+            client.reset_session()
             client.predict(question="b " * 200, pictures=files, longest=2, api_name="/ask")
         gc.collect()
         return resident_bytes()
@@ -158,7 +199,7 @@ def test_memory_returns_to_its_start_after_many_requests(answerer, client, pictu
     start = ask(20)
     end = ask(200)
     threads = threading.active_count()
-    assert end - start < 64 * 2**20, f"{(end - start) / 2**20:.0f} MiB more than at the start"
+    assert end - start < 40 * 2**20, f"{(end - start) / 2**20:.0f} MiB more than at the start"
     ask(5)
     assert threading.active_count() <= threads + 2
 
@@ -213,3 +254,25 @@ def test_the_api_is_three_endpoints(client):
     assert sorted(described) == ["/ask", "/compare", "/look_inside"]
     parameters = [parameter["parameter_name"] for parameter in described["/ask"]["parameters"]]
     assert parameters == ["question", "pictures", "routing", "longest", "temperature"], json.dumps(described)
+
+
+def test_the_page_regenerates_the_last_answer_and_no_other(answerer, picture):
+    page = app.Page(answerer)
+    chat = [Asked("one", (str(picture),), "kept"), Asked("two", (), "replaced")]
+    pieces = list(page.regenerate(chat, 6, 0))
+    turns = pieces[-1][1]
+    conversation = [Turn("one", (Image.open(picture),), "kept"), Turn("two")]
+    assert turns == [chat[0], Asked("two", (), answerer.answer(conversation, max_new_tokens=6).text)]
+    assert "Prefill" in pieces[-1][2] and all(readout == "" for _, _, readout in pieces[:-1])
+    with pytest.raises(Exception, match="Expected an answer to make again"):
+        next(page.regenerate([], 6, 0))
+
+
+def test_a_gallery_of_too_many_is_cut_and_bad_files_are_left_out(answerer, picture, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(app.gr, "Warning", warnings.append)
+    (tmp_path / "<b>.png").write_text("no picture")
+    gallery = [(str(tmp_path / "<b>.png"), None), *[(str(picture), None)] * 10]
+    assert len(app.Page(answerer).accept(gallery)) == MAX_PICTURES - 1
+    assert warnings[0] == "Expected at most 8 pictures; got 11. The last ones are left out."
+    assert warnings[1].startswith("&lt;b&gt;.png is left out. Expected a picture")

@@ -16,13 +16,15 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from answering import Answerer, load
+from app import build, launch, write_examples
 from minibench.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium")
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 SHOTS = os.environ.get("DPVR_SCREENSHOTS")  # a folder to look at what the tests saw
-SECONDS = 60_000
+expect.set_options(timeout=60_000)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -57,18 +59,36 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(params=SIZES)
-def page(request, browser, url) -> Iterator[Page]:
-    context = browser.new_context(viewport=SIZES[request.param])
-    page = context.new_page()
-    page.set_default_timeout(SECONDS)
+def opened(browser: Browser, url: str, size: str = "desktop") -> Page:
+    page = browser.new_context(viewport=SIZES[size]).new_page()
+    page.set_default_timeout(60_000)
     page.goto(url)
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
+    return page
+
+
+@pytest.fixture
+def slow_page(browser, random_mini, tmp_path) -> Iterator[Page]:
+    """A page of a model that takes a tenth of a second for each token and never ends by itself."""
+    answerer = Answerer(*load(random_mini))
+    answerer.model.generation_config.eos_token_id = None
+    answerer.model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    served = build(answerer, "About.", write_examples(tmp_path))
+    launch(served, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    page = opened(browser, served.local_url)
+    yield page
+    page.context.close()
+    served.close()
+
+
+@pytest.fixture(params=SIZES)
+def page(request, browser, url) -> Iterator[Page]:
+    page = opened(browser, url, request.param)
     yield page
     if SHOTS:
         name = re.sub(r"\W+", "-", request.node.name).strip("-")
         page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
-    context.close()
+    page.context.close()
 
 
 @pytest.fixture
@@ -86,7 +106,7 @@ def ask(page: Page, question: str, answers: int = 1) -> None:
     """Type a question and press Enter; wait for the readout of its answer."""
     page.get_by_label("Question").fill(question)
     page.get_by_label("Question").press("Enter")
-    expect(page.get_by_label("Question")).to_have_value("")
+    expect(page.get_by_label("Question")).to_have_value("")  # so the readout of the answer before is gone
     expect(page.locator("#chat .bot.message")).to_have_count(answers)
     expect(page.locator("#readout .figures")).to_be_visible()
 
@@ -125,26 +145,64 @@ def test_a_picture_is_uploaded_and_the_answer_streams_in_with_its_readout(page, 
     assert re.search(r"Vision encoding [\d.]+ ms.*Prefill [\d.]+ ms.*Decoding [\d.]+ ms", bar)
 
 
-def test_a_chat_of_several_turns_is_regenerated_stopped_and_cleared(page, scene, tmp_path):
+def test_a_chat_of_several_turns_and_pictures_is_regenerated_and_cleared(page, scene, tmp_path):
+    answers = page.locator("#chat .bot.message")
     upload(page, scene)
     ask(page, "What colour is the star?")
-    first = page.locator("#chat .bot.message").first.inner_text()
-    ask(page, "Which digit is at the top?", answers=2)
-    assert page.locator("#chat .bot.message").first.inner_text() == first
-    second = page.locator("#chat .bot.message").nth(1).inner_text()
+    first = answers.first.inner_text()
+    page.get_by_text("Settings").click()
+    page.get_by_label("number input for Temperature").fill("2")
+    page.get_by_label("number input for Temperature").press("Tab")
+    ask(page, "Describe the picture.", answers=2)
+    second = answers.nth(1).inner_text()
     page.get_by_role("button", name="Regenerate").click()
-    page.wait_for_timeout(1500)
-    expect(page.locator("#chat .bot.message")).to_have_count(2)
-    assert page.locator("#chat .bot.message").nth(1).inner_text() == second
+    expect(answers.nth(1)).not_to_have_text(second)
+    expect(page.locator("#readout .figures")).to_be_visible()
+    assert answers.first.inner_text() == first and answers.count() == 2
 
     make_scene("test", 0, 7).draw().save(tmp_path / "other.png")
     upload(page, tmp_path / "other.png", num_pictures=2)
     ask(page, "Same or different: the number of objects?", answers=3)
     assert figures(page, "#readout")["Image tokens"] == ["128"]
-    page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="New chat").click()
     expect(page.locator("#chat .message")).to_have_count(0)
     expect(page.locator("#pictures img")).to_have_count(0)
+    expect(page.locator("#readout .figures")).to_have_count(0)
+
+
+def begin(page: Page, question: str) -> None:
+    """Ask, and wait for the first words."""
+    page.get_by_label("Question").fill(question)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator("#chat .bot.message").last).to_have_text(re.compile(r"\S"))
+
+
+def test_stop_ends_the_answer_where_it_is_and_the_chat_goes_on(slow_page):
+    begin(slow_page, "one?")
+    slow_page.get_by_role("button", name="Stop").click()
+    slow_page.wait_for_timeout(500)
+    stopped = slow_page.locator("#chat .bot.message").first.inner_text()
+    slow_page.wait_for_timeout(1500)
+    assert slow_page.locator("#chat .bot.message").first.inner_text() == stopped
+    assert slow_page.locator("#readout .figures").count() == 0
+    ask(slow_page, "two?", answers=2)
+    assert figures(slow_page, "#readout")["Answered tokens"] == ["64"]
+    assert slow_page.locator("#chat .bot.message").first.inner_text() == stopped
+
+
+def test_a_new_chat_stays_empty_though_an_answer_was_under_way(slow_page):
+    begin(slow_page, "one?")
+    slow_page.get_by_role("button", name="New chat").click()
+    slow_page.wait_for_timeout(2000)
+    assert slow_page.locator("#chat .message").count() == 0
+    ask(slow_page, "two?")
+
+
+def test_what_is_typed_while_an_answer_streams_stays(slow_page):
+    begin(slow_page, "one?")
+    slow_page.get_by_label("Question").fill("and then?")
+    expect(slow_page.locator("#readout .figures")).to_be_visible()
+    assert slow_page.get_by_label("Question").input_value() == "and then?"
 
 
 def test_vanilla_and_dpvr_stand_side_by_side_with_their_ratio(page, scene):

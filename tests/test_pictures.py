@@ -129,6 +129,26 @@ def test_files_that_are_cut_off_are_refused(name, tmp_path):
         open_picture(path)
 
 
+def test_damage_anywhere_in_a_file_is_seen_or_harmless(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    rng, refused = np.random.default_rng(1), 0
+    for name in ("a.png", "a.jpg", "a.webp", "a.gif", "a.tiff"):
+        whole = save(tmp_path / name, noise, exif=exif).read_bytes()
+        for _ in range(60):
+            torn = bytearray(whole)
+            for place in rng.integers(0, min(len(torn), 400), 3):
+                torn[place] = rng.integers(0, 256)
+            (tmp_path / name).write_bytes(torn)
+            try:
+                assert open_picture(tmp_path / name).mode == "RGB"
+            except ValueError as error:
+                assert str(error).startswith("Expected") and str(tmp_path) not in str(error)
+                refused += 1
+    assert refused > 30
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"%PDF-1.4\n"],

@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, make_llava
 
+from configuration_dpvr import ROUTINGS
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from text_to_image import text_to_image_attention
 
-ROUTINGS = ("none", "late_fusion", "kv_substitution", "persistent_context", "text_only")
+PLANS = [{"routing": routing} for routing in ROUTINGS] + [{"num_fusion_layers": 2}, {"fusion_layers": [2]}]
 IMAGE = [IMAGE_TOKEN_ID] * TOKENS_PER_IMAGE
 
 
@@ -33,10 +34,9 @@ def eager_weights(model, inputs) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("ids", [[1, 3, *IMAGE, 4, 5, 6], [1, *IMAGE, 3, *IMAGE, 4, 5]], ids=["one", "two"])
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_mass_and_heat_are_those_of_the_eager_kernels(routing, ids):
-    model = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
-    model.set_routing(routing)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_mass_and_heat_are_those_of_the_eager_kernels(plan, ids):
+    model = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=1, **plan)
     inputs = make_inputs(ids)
     found = text_to_image_attention(model, inputs)
 
