@@ -294,7 +294,9 @@ def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
         look.click(page.look_inside, [question, gallery, turns], [overlays, plot], **model)
         stop.click(None, cancels=running, api_visibility="private")
         everything = [*shows, question, gallery]
-        clear.click(lambda: ([], [], "", "", None), None, everything, cancels=running, api_visibility="private")
+        clear.click(None, cancels=running, api_visibility="private").then(
+            lambda: ([], [], "", "", None), None, everything, api_visibility="private"
+        )
         gallery.upload(page.accept, gallery, gallery, api_visibility="private")
     return app.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
 

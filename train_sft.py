@@ -24,10 +24,7 @@ processes each takes its share of a step's rows; FSDP and ZeRO-3 spread the weig
 """
 
 import copy
-import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,19 +38,19 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaProcessor, PreTrainedModel
+from transformers import LlavaProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
 from conversations import Conversations, Row, data_fingerprint, load_conversations
-from loading_dpvr import is_side_branch
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
 from minibench.processor import CHAT_TEMPLATE, load_processor
 from minibench.record import run_record, without_folders
 from modeling_dpvr import IGNORED_LABEL, DpvrLlavaForConditionalGeneration
-from sharing_dpvr import make_repository, require_hub_base, save_adapter, upload
+from run_folder import save, side_branch_of, without_shards, write_record
+from sharing_dpvr import make_repository, require_hub_base, upload
 
 OLDEST_TRANSFORMERS = "5.18"
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -199,24 +196,6 @@ class AlwaysAPicture:
         batch = self.collate([*rows, {"images": [Image.new("RGB", (32, 32))], "messages": [question]}])
         batch["labels"][-1] = IGNORED_LABEL
         return batch
-
-
-def without_shards(
-    model: DpvrLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]
-) -> DpvrLlavaForConditionalGeneration:
-    """A model with these whole weights, or those of a side branch alone, to be saved.
-
-    FSDP 2 replaces a model's class, and the code to save is found by its class.
-    """
-    with torch.device("meta"):
-        whole = DpvrLlavaForConditionalGeneration(copy.deepcopy(model.config))
-    whole.load_state_dict(weights, assign=True, strict=not all(map(is_side_branch, weights)))
-    whole.generation_config = model.generation_config
-    return whole
-
-
-def side_branch_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: weight for name, weight in weights.items() if is_side_branch(name)}
 
 
 def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
@@ -372,53 +351,6 @@ def measure(
     tasks = "  ".join(f"{task} {score:.1%}" for task, score in scores["tasks"].items())
     print(f"{name:<16} mean {scores['mean']:6.1%}   {tasks}   (n = {scores['n']})", flush=True)
     return {"name": name, "routing": routing, **scores}
-
-
-def save(trainer: SFTTrainer, processor: LlavaProcessor, method: str, record: dict[str, Any], output_dir: str) -> None:
-    """Write what was trained into `output_dir`, in place of what an earlier run saved there.
-
-    To be called on all processes, which put their shards together; the main one writes, to a folder in it first. A run
-    that is killed meanwhile leaves the earlier files as they were; one that is killed in the instant in which files
-    are moved leaves no weights in place, so that nothing loads half old, and the whole new save in `.saving-*`.
-    """
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.accelerator.is_main_process:
-        os.makedirs(output_dir, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))
-        write_model(trainer.accelerator.unwrap_model(trainer.model), weights, method, folder)
-        processor.save_pretrained(folder)
-        write_record(record, folder)
-        move_into(Path(output_dir), folder)
-    trainer.accelerator.wait_for_everyone()
-
-
-def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], method: str, folder: Path) -> None:
-    if method == "lora":
-        model.save_pretrained(folder, state_dict=weights)
-        return
-    whole = without_shards(model, side_branch_of(weights) if method == "dpvr" else weights)
-    whole.save_pretrained(folder, side_branch_only=method == "dpvr")
-    if method == "dpvr":
-        (folder / "adapter").mkdir()
-        save_adapter(whole, folder / "adapter")
-
-
-def move_into(output_dir: Path, folder: Path) -> None:
-    """Put the files of `folder`, which lies in `output_dir`, in place of an earlier run's."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for pattern in ("*.safetensors", "*.index.json", "adapter_config.json", "adapter/*"):
-        for path in output_dir.glob(pattern):
-            path.unlink()
-    for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):  # weights last
-        target = output_dir / path.relative_to(folder)
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
-    for left_over in output_dir.glob(".saving-*"):
-        shutil.rmtree(left_over)
-
-
-def write_record(record: dict[str, Any], folder: str | Path) -> None:
-    (Path(folder) / "training.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def require_transformers() -> None:

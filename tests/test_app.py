@@ -184,8 +184,8 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
 def test_memory_returns_to_its_start_after_many_requests(answerer, client, picture):
-    """Every request holds a picture of 1.7 MiB while it runs; to keep them all would take 340 MiB."""
-    large = Image.open(picture).resize((768, 768))
+    """Every request holds a picture of 0.4 MiB while it runs; to keep them all would take 86 MiB."""
+    large = Image.open(picture).resize((384, 384))
     large.save(picture.with_name("large.png"))
     files = [handle_file(picture.with_name("large.png"))]
 

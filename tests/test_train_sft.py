@@ -19,6 +19,7 @@ from test_loading import SIDE_BRANCH_KEYS
 from transformers import AutoModelForImageTextToText, LlavaProcessor
 from trl import SFTTrainer
 
+import run_folder
 import train_sft
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -348,12 +349,12 @@ def test_a_failure_while_saving_leaves_the_previous_adapter_whole(random_mini, t
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_sft, "save_adapter", fail)
+        patch.setattr(run_folder, "save_adapter", fail)
         with pytest.raises(OSError, match="no space"):
             run(random_mini, out, *short, "--seed", "5")
     assert all(path.read_bytes() == content for path, content in before.items())
     with monkeypatch.context() as patch:
-        patch.setattr(train_sft.os, "replace", fail)
+        patch.setattr(run_folder.os, "replace", fail)
         with pytest.raises(OSError, match="no space"):
             run(random_mini, out, *short, "--seed", "5", "--split_layer", "1")
     assert not (out / "model.safetensors").exists()  # nothing loads half old, half new
