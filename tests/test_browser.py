@@ -23,6 +23,7 @@ from minibench.scenes import make_scene
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium")
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+PICTURES = "#pictures .thumbnail-item img, #pictures .grid-wrap img"
 SHOTS = os.environ.get("DPVR_SCREENSHOTS")  # a folder to look at what the tests saw
 expect.set_options(timeout=60_000)
 
@@ -54,7 +55,8 @@ def url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        fake_webcam = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *fake_webcam])
         yield browser
         browser.close()
 
@@ -99,7 +101,7 @@ def scene(tmp_path) -> Path:
 
 def upload(page: Page, path: Path, num_pictures: int = 1) -> None:
     page.locator("#pictures input[type=file]").first.set_input_files(path)
-    expect(page.locator("#pictures .thumbnail-item img, #pictures .grid-wrap img")).to_have_count(num_pictures)
+    expect(page.locator(PICTURES)).to_have_count(num_pictures)
 
 
 def ask(page: Page, question: str, answers: int = 1) -> None:
@@ -143,6 +145,38 @@ def test_a_picture_is_uploaded_and_the_answer_streams_in_with_its_readout(page, 
     assert float(shown["K/V cache, MiB"]) > 1 and float(shown["Prefill by formula, GFLOPs"]) > 0.1
     bar = page.locator("#readout .stages").get_attribute("aria-label")
     assert re.search(r"Vision encoding [\d.]+ ms.*Prefill [\d.]+ ms.*Decoding [\d.]+ ms", bar)
+
+
+def test_a_picture_may_be_taken_with_a_webcam(browser, url):
+    page = opened(browser, url)
+    page.context.grant_permissions(["camera"])
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#pictures video')?.videoWidth > 0")
+    page.get_by_label("capture photo").click()
+    expect(page.locator(PICTURES)).to_have_count(1)
+    ask(page, "How many objects are there?")
+    assert figures(page, "#readout")["Image tokens"] == ["64"]
+    page.context.close()
+
+
+def test_a_picture_may_be_pasted(browser, url):
+    page = opened(browser, url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(
+        """async () => {
+            const canvas = document.createElement("canvas");
+            canvas.width = canvas.height = 96;
+            canvas.getContext("2d").fillRect(10, 10, 40, 40);
+            const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+            await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }"""
+    )
+    page.get_by_label("Paste from clipboard").click()
+    expect(page.locator(PICTURES)).to_have_count(1)
+    ask(page, "How many objects are there?")
+    assert figures(page, "#readout")["Image tokens"] == ["64"]
+    page.context.close()
 
 
 def test_a_chat_of_several_turns_and_pictures_is_regenerated_and_cleared(page, scene, tmp_path):
@@ -243,7 +277,7 @@ def test_a_file_that_is_no_picture_is_named_and_left_out_and_the_chat_goes_on(pa
     page.locator("#pictures input[type=file]").first.set_input_files(tmp_path / "notes.png")
     toast = page.get_by_test_id("toast-body")
     expect(toast).to_contain_text("notes.png is left out. Expected a picture")
-    expect(page.locator("#pictures .thumbnail-item img, #pictures .grid-wrap img")).to_have_count(1)
+    expect(page.locator(PICTURES)).to_have_count(1)
     ask(page, "What colour is the star?")
 
 
@@ -261,7 +295,7 @@ def test_questions_that_cannot_be_asked_say_so_and_markup_is_shown_and_not_run(p
 def test_an_example_fills_in_the_picture_and_the_question(page):
     page.get_by_text("How many objects are there?").first.click()
     expect(page.get_by_label("Question")).to_have_value("How many objects are there?")
-    expect(page.locator("#pictures .thumbnail-item img, #pictures .grid-wrap img")).to_have_count(1)
+    expect(page.locator(PICTURES)).to_have_count(1)
 
 
 def test_controls_have_names_and_are_reached_by_keyboard_and_nothing_sticks_out(page):

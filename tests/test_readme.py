@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import make_llava
+from huggingface_hub import metadata_load
+from packaging.specifiers import SpecifierSet
 
 from answering import Answerer, load
 from app import build, launch, write_examples
@@ -75,6 +77,15 @@ def test_the_commands_are_the_ones_that_are_tested():
         "python -m minibench.assemble --side_branch outputs/side --output_dir outputs/dpvr-mini",
         "python -m minibench.depth --model_name_or_path outputs/dpvr-mini --output outputs/depth.json",
     ]
+
+
+def test_the_front_matter_makes_a_space_of_the_repository_and_every_picture_is_there():
+    card = metadata_load(ROOT / "README.md")
+    assert (card["sdk"], card["app_file"]) == ("gradio", "app.py") and (ROOT / card["app_file"]).exists()
+    needed = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("gradio"))
+    assert SpecifierSet(needed.removeprefix("gradio")).contains(card["sdk_version"])
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
 
 
 def test_the_accuracy_command_ends_in_one_json_document():
