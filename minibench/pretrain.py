@@ -263,7 +263,7 @@ def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcess
         args=training_arguments(args, "language", args.texts),
         train_dataset=MiniBench("train", args.texts, seed=args.seed + 5, drill_share=1.0, told_share=1.0),
         data_collator=RowCollator(processor, LENGTH_STEP),
-        optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
+        optimizers=(MuonWithAdamW(model, args.muon_lr / 2, args.adamw_lr / 2), None),  # at full rates it learns less
         callbacks=[JsonLog(args.output_dir / "log.jsonl", "language")],
     )
     run(trainer)
@@ -360,19 +360,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tower_pictures", type=int, default=60_000)
     parser.add_argument("--texts", type=int, default=9_600)
     parser.add_argument("--aligned_pictures", type=int, default=12_000)
-    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--pictures", type=int, default=82_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
     parser.add_argument("--captions_first", type=float, default=0.03, help="share of the run that is captions only")
     parser.add_argument("--drills_next", type=float, default=0.45, help="share of the run that is mostly drills")
     parser.add_argument(
-        "--other_share", type=float, default=0.2, help="of questions among drills, and of drills among questions"
+        "--other_share", type=float, default=0.3, help="of questions among drills, and of drills among questions"
     )
     parser.add_argument("--caption_share", type=float, default=0.05, help="share of captions among both")
     parser.add_argument("--batch_size", type=int, default=24)
-    parser.add_argument("--muon_lr", type=float, default=0.01)
-    parser.add_argument("--adamw_lr", type=float, default=1e-3)
+    parser.add_argument("--muon_lr", type=float, default=0.02)
+    parser.add_argument("--adamw_lr", type=float, default=2e-3)
     parser.add_argument("--warmup_steps", type=int, default=50)
-    parser.add_argument("--decay_share", type=float, default=0.3, help="share of the run in which lr falls to 0")
+    parser.add_argument("--decay_share", type=float, default=0.4, help="share of the run in which lr falls to 0")
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--logging_steps", type=int, default=20)
     parser.add_argument("--save_steps", type=int, default=100)

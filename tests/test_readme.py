@@ -73,7 +73,7 @@ def test_the_commands_are_the_ones_that_are_tested():
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
         "python -m minibench.pretrain --output_dir outputs/pretrain",
-        "python train_sft.py --model_name_or_path outputs/pretrain/final --split_layer 7 --output_dir outputs/side",
+        "python train_sft.py --model_name_or_path outputs/pretrain/final --split_layer 8 --output_dir outputs/side",
         "python -m minibench.assemble --side_branch outputs/side --output_dir outputs/dpvr-mini",
         "python -m minibench.depth --model_name_or_path outputs/dpvr-mini --output outputs/depth.json",
     ]
