@@ -245,7 +245,7 @@ class Api(Model):
 def write_examples(folder: Path) -> list[list]:
     """Draw MiniBench scenes, and save scikit-learn's two photographs, with a question each."""
     asked = [
-        ((6,), "Options: red A blue B green C yellow D\nWhat colour is the star?"),
+        ((0,), "Options: red A blue B green C yellow D\nWhat colour is the ring?"),
         ((2,), "How many objects are there?"),
         ((11,), "Is there a red circle?"),
         ((4,), "请描述这张图片。"),

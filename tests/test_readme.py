@@ -42,7 +42,7 @@ def stand_ins(tmp_path_factory) -> Iterator[dict[str, str]]:
     """What a README snippet downloads, reads or writes, and what stands in for it here."""
     folder = tmp_path_factory.mktemp("readme")
     make_llava(depth=20).save_pretrained(folder / "llava")
-    make_scene("test", 0, 6).draw().save(folder / "scene.png")
+    make_scene("test", 0, 0).draw().save(folder / "scene.png")
     app = build(Answerer(*load(str(ROOT))), "About.", write_examples(folder))
     launch(app, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     found = {name: str(folder / name) for name in ("my-dpvr", "my-adapter", "scene.png")}
