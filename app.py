@@ -294,7 +294,7 @@ def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
         look.click(page.look_inside, [question, gallery, turns], [overlays, plot], **model)
         stop.click(None, cancels=running, api_visibility="private")
         everything = [*shows, question, gallery]
-        clear.click(None, cancels=running, api_visibility="private").then(
+        clear.click(lambda: None, cancels=running, api_visibility="private").then(
             lambda: ([], [], "", "", None), None, everything, api_visibility="private"
         )
         gallery.upload(page.accept, gallery, gallery, api_visibility="private")
