@@ -32,7 +32,7 @@ from minibench.scenes import make_scene
 from pictures import open_picture
 
 try:
-    from spaces import GPU as on_gpu  # a Space with shared GPUs lends one for as long as such a function runs
+    from spaces import GPU as on_gpu  # a Space with shared GPUs gives one for as long as such a function runs
 except ImportError:
 
     def on_gpu(function: Any) -> Any:
@@ -118,7 +118,7 @@ def shown(turns: list[Asked]) -> list[dict[str, Any]]:
 
 
 class Model:
-    """An answerer's ways to answer; where a Space lends GPUs, each runs in a fork and gets copies of its input."""
+    """An answerer's ways to answer; where a Space shares GPUs, each runs in a fork and gets copies of its input."""
 
     def __init__(self, answerer: Answerer) -> None:
         self.routing = answerer.routing

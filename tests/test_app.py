@@ -158,17 +158,17 @@ def over_a_pipe(function: Callable) -> Callable:
     def copied(what: object) -> object:
         return pickle.loads(pickle.dumps(what))
 
-    def lent(*args: object, **settings: object) -> object:
+    def run(*args: object, **settings: object) -> object:
         return copied(function(*copied(args), **copied(settings)))
 
-    def lent_pieces(*args: object, **settings: object) -> Iterator[object]:
+    def run_pieces(*args: object, **settings: object) -> Iterator[object]:
         for piece in function(*copied(args), **copied(settings)):
             yield copied(piece)
 
-    return lent_pieces if inspect.isgeneratorfunction(function) else lent
+    return run_pieces if inspect.isgeneratorfunction(function) else run
 
 
-def test_what_goes_to_a_lent_gpu_and_back_can_be_copied(answerer, picture, monkeypatch):
+def test_what_goes_to_a_shared_gpu_and_back_can_be_copied(answerer, picture, monkeypatch):
     monkeypatch.setattr(app, "on_gpu", over_a_pipe)
     api = app.Api(answerer)
     *_, last = api.ask(QUESTION, [str(picture)], "late_fusion", 4, 0)
