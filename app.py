@@ -297,7 +297,7 @@ def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
         clear.click(lambda: None, cancels=running, api_visibility="private").then(
             lambda: ([], [], "", "", None), None, everything, api_visibility="private"
         )
-        gallery.upload(page.accept, gallery, gallery, api_visibility="private")
+        gallery.upload(page.accept, gallery, gallery, trigger_mode="multiple", api_visibility="private")
     return app.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
 
 

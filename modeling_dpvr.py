@@ -15,7 +15,7 @@ Axes: B batch, T tokens, N images, V image tokens and X text tokens of a row, D 
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -25,6 +25,7 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import can_return_tuple
 
 try:
+    from .cache_dpvr import CacheRecord
     from .configuration_dpvr import DpvrLlavaConfig
     from .costs_dpvr import CostFormulas
     from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
@@ -32,6 +33,7 @@ try:
     from .sharing_dpvr import Sharing
     from .two_stream_dpvr import check_support
 except ImportError:
+    from cache_dpvr import CacheRecord
     from configuration_dpvr import DpvrLlavaConfig
     from costs_dpvr import CostFormulas
     from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
@@ -184,11 +186,6 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
         if pixel_values is None or decoding:
             return inputs
         if chunk is not None:
-            if self.config.routing != "none" and bool((chunk[:, -1] == self.config.image_token_id).any()):
-                raise ValueError(
-                    "Expected a prompt that ends in text: past the split image tokens predict nothing; got one that "
-                    "ends in an image. Remedy: put the question after the picture, or use the chat template."
-                )
             pixel_values = self._pixels_of_chunk(pixel_values, input_ids, chunk)
         if pixel_values is not None:
             inputs["pixel_values"] = pixel_values
@@ -208,6 +205,36 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
         rows = pixel_values.split(images)
         return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self,
+        inputs_tensor: torch.Tensor,
+        model_kwargs: dict,
+        model_input_name: str | None,
+        generation_config: GenerationConfig,
+    ) -> dict:
+        """Of transformers 5: encode the new images before a prefill in chunks, which may cut through them."""
+        pixel_values = model_kwargs.get("pixel_values")
+        if generation_config.prefill_chunk_size is None or pixel_values is None or model_input_name != "input_ids":
+            return model_kwargs
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        num_tokens = generation_config._mask_length if mask is None else mask.shape[1]
+        past = 0 if cache is None or num_tokens > inputs_tensor.shape[1] else int(cache.get_seq_length())
+        pixel_values = self._pixels_of_chunk(pixel_values, inputs_tensor, inputs_tensor[:, past:])
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "pixel_values"}
+        if pixel_values is None:
+            return model_kwargs
+        return self._prepare_multimodal_encoder_kwargs_for_generation({**model_kwargs, "pixel_values": pixel_values})
+
+    def _prefill_chunking(self, input_ids: torch.Tensor, generation_config: GenerationConfig, **model_kwargs) -> dict:
+        """Of transformers 4: it would give every chunk all pixels."""
+        if model_kwargs.get("pixel_values") is not None:
+            vars(self).pop("_cache", None)  # a static cache that generate has made but not filled
+            raise ValueError(
+                "Expected prefill_chunk_size=None for a prompt with images on transformers 4; got "
+                f"{generation_config.prefill_chunk_size}. Remedy: transformers 5, or prefill in one piece."
+            )
+        return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -215,7 +242,16 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
         input_ids: torch.Tensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.Tensor, dict]:
-        """Repeat rows for beams and samples; the images of a row stay together, which stock LLaVA gets wrong."""
+        """Repeat rows for beams and samples; the images of a row stay together, which stock LLaVA gets wrong.
+
+        Called once by `generate`, with the prompt, before any work.
+        """
+        image_token_id = self.config.image_token_id
+        if self.config.routing != "none" and input_ids is not None and bool((input_ids[:, -1] == image_token_id).any()):
+            raise ValueError(
+                "Expected a prompt that ends in text: past the split image tokens predict nothing; got one that ends "
+                "in an image. Remedy: put the question after the picture, or use the chat template."
+            )
         pixel_values = model_kwargs.pop("pixel_values", None)
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             images = _images_per_row(input_ids, self.config)

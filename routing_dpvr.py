@@ -18,11 +18,13 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
 
 try:
+    from .cache_dpvr import CacheRecord, is_static
     from .configuration_dpvr import LayerPlan
-    from .two_stream_dpvr import SUPPORTED_ATTENTION, CacheRecord, two_stream_forward, unsupported_attention
+    from .two_stream_dpvr import SUPPORTED_ATTENTION, two_stream_forward, unsupported_attention
 except ImportError:
+    from cache_dpvr import CacheRecord, is_static
     from configuration_dpvr import LayerPlan
-    from two_stream_dpvr import SUPPORTED_ATTENTION, CacheRecord, two_stream_forward, unsupported_attention
+    from two_stream_dpvr import SUPPORTED_ATTENTION, two_stream_forward, unsupported_attention
 
 VISION_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
@@ -81,15 +83,18 @@ def routed_forward(
             **{**kwargs, "return_dict": True},
         )
         if image_mask is not None and output.past_key_values is not None:
-            CacheRecord.note_vanilla(plan, output.past_key_values)
+            CacheRecord(plan, len(image_mask)).put_on(output.past_key_values)  # no other plan goes on with it
         output.last_hidden_state = _with_gradient(_keep(output.last_hidden_state, logits_to_keep), side_branch)
         return output
 
     vision = {name: kwargs[name] for name in VISION_ARGUMENTS if name in kwargs}
     if encoded is None and image_mask is not None:
         encoded = llava.get_image_features(pixel_values=pixel_values, **vision)
-    inputs_embeds, features = _embed(llava, input_ids, inputs_embeds, encoded, image_mask)
+    given = mm_encoder_outputs is not None
+    inputs_embeds, features = _embed(llava, input_ids, inputs_embeds, encoded, image_mask, given)
     cache = _cache(llava, past_key_values, use_cache)
+    if is_static(cache):
+        attention_mask = _padding_alone(attention_mask, cache, inputs_embeds.shape[1], image_mask)
     _check_two_stream(llava, plan, inputs_embeds, attention_mask, cache, output_attentions)
     if output_hidden_states is None:
         output_hidden_states = bool(llava.config.output_hidden_states)
@@ -162,8 +167,12 @@ def _embed(
     inputs_embeds: torch.Tensor | None,
     encoded: ModelOutput | list[torch.Tensor] | None,
     image_mask: torch.Tensor | None,
+    given: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token embeddings (B, T, D) with the image features in place, and these features (all image tokens, D)."""
+    """Token embeddings (B, T, D) with the image features in place, and these features (all image tokens, D).
+
+    `given` features come from the caller, others were made of this chunk's pixels.
+    """
     if inputs_embeds is None:
         inputs_embeds = llava.get_input_embeddings()(input_ids)
     if image_mask is None:
@@ -172,7 +181,8 @@ def _embed(
     per_image = [len(feature) for feature in features]
     features = torch.cat(list(features)).to(inputs_embeds.device, inputs_embeds.dtype)
     counts = image_mask.sum(1).tolist()
-    uneven = len(set(per_image)) == 1 and any(count % per_image[0] for count in counts)
+    is_piece = given and len(per_image) == 1  # of a prefill in chunks, which may cut through images
+    uneven = not is_piece and len(set(per_image)) == 1 and any(count % per_image[0] for count in counts)
     if sum(counts) != len(features) or uneven:
         raise ValueError(
             f"Expected as many image tokens as image features; got tokens per row: {counts}, features: "
@@ -190,6 +200,36 @@ def _cache(llava: LlavaModel, past_key_values: Cache | None, use_cache: bool | N
     return DynamicCache() if use_cache else None
 
 
+def _past(cache: Cache | None) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _padding_alone(
+    attention_mask: torch.Tensor | None, cache: Cache, length: int, image_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The padding mask (B, past + T) for a static cache, from which `generate` makes a causal mask (B, 1, T, room).
+
+    The next token needs none: the cache's record knows the padding before it.
+    """
+    if length == 1 and image_mask is None:
+        return None
+    if attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+        return attention_mask
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        past = _past(cache)
+        seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0  # (B, T, K)
+        padding, place = seen[:, -1], torch.arange(seen.shape[2], device=seen.device)
+        causal = place <= place[past : past + length, None]
+        as_made = (seen == (causal & padding[:, None])).all(-1) | ~padding[:, past : past + length]
+        if bool(as_made.all()):
+            return padding[:, : past + length]
+    raise ValueError(
+        "Expected an attention_mask of shape (batch, cached + new tokens), or the causal one of it that generate "
+        f"makes for a static cache; got another of type {type(attention_mask).__name__}. Remedy: pass the processor's "
+        "mask."
+    )
+
+
 def _check_two_stream(
     llava: LlavaModel,
     plan: LayerPlan,
@@ -201,8 +241,8 @@ def _check_two_stream(
     implementation = llava.config.text_config._attn_implementation
     if implementation not in SUPPORTED_ATTENTION:
         raise ValueError(unsupported_attention(implementation))
-    is_old_cpu = inputs_embeds.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
-    if implementation == "flex_attention" and is_old_cpu:
+    on_cpu = inputs_embeds.device.type == "cpu"
+    if implementation == "flex_attention" and on_cpu and torch.backends.cpu.get_cpu_capability() != "AVX512":
         raise ValueError(
             "Expected a GPU or a CPU with AVX-512 for flex_attention, whose compiled kernel gives wrong and changing "
             f"results on others; got {torch.backends.cpu.get_cpu_capability()}. Remedy: attn_implementation='sdpa'."
@@ -212,14 +252,10 @@ def _check_two_stream(
             f"Expected output_attentions=False under the plan {plan}, whose layers differ in their keys; got True. "
             "Remedy: set_routing('none'), or disable_adapter()."
         )
-    if cache is not None and cache.is_compileable:
-        raise ValueError(
-            f"Expected a cache that grows, for layers of different lengths; got {type(cache).__name__}. Remedy: "
-            "DynamicCache, generate's default."
-        )
-    past = 0 if cache is None else cache.get_seq_length()
-    expected = (inputs_embeds.shape[0], past + inputs_embeds.shape[1])
-    if attention_mask is not None and tuple(attention_mask.shape) != expected:
+    if attention_mask is None:
+        return
+    expected = (inputs_embeds.shape[0], _past(cache) + inputs_embeds.shape[1])
+    if tuple(attention_mask.shape) != expected:
         raise ValueError(
             f"Expected an attention_mask of shape (batch, cached + new tokens) = {expected}; got "
             f"{tuple(attention_mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached "

@@ -29,7 +29,7 @@ the whole sequence, and the one rule for all masks is: a query at slot p sees va
 Axes: B batch, T all tokens of a chunk, X its text tokens, V its image tokens, D width, H heads, L layers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -39,10 +39,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 try:
-    from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, DpvrLlavaConfig, LayerPlan
+    from .cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from .configuration_dpvr import CONTEXT, JOINT, RESET, DpvrLlavaConfig, LayerPlan
 except ImportError:
-    from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, DpvrLlavaConfig, LayerPlan
+    from cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from configuration_dpvr import CONTEXT, JOINT, RESET, DpvrLlavaConfig, LayerPlan
 
+KEYS_OF = ("joint", "text", "image", "context")  # kinds of layers, by the tokens whose keys they hold
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2")
 SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
@@ -98,7 +101,7 @@ class Streams:
     text: torch.Tensor  # int64 (B, X), slots
     image: torch.Tensor  # int64 (B, V), slots
     merge_index: torch.Tensor  # int64 (B, T), each token's entry in cat([text, image])
-    first: int  # slot of the chunk's first token
+    first: int | torch.Tensor  # slot of the chunk's first token
 
     @classmethod
     def sort(cls, image_mask: torch.Tensor, first: int, num_text: int, num_image: int) -> "Streams":
@@ -112,9 +115,9 @@ class Streams:
         return cls(entries[:, :num_text], entries[:, num_text:], merge_index, first)
 
     @classmethod
-    def text_alone(cls, batch_size: int, length: int, first: int, device: torch.device) -> "Streams":
+    def text_alone(cls, batch_size: int, length: int, first: int | torch.Tensor, device: torch.device) -> "Streams":
         """A chunk without image tokens."""
-        slots = torch.arange(first, first + length, device=device).expand(batch_size, -1)
+        slots = consecutive(first, length, device).expand(batch_size, -1)
         return cls(slots, slots[:, :0], slots - first, first)
 
     @property
@@ -125,77 +128,22 @@ class Streams:
         """The (B, N, D) states at `slots` (B, N) of joint states (B, T, D); filler repeats the first token's."""
         if not self.has_image:
             return states[:, : slots.shape[1]]
-        index = (slots - self.first).clamp(min=0)
+        index = (slots - self.first).clamp(min=0).to(states.device)
         return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
     def merge(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Text (B, X, D) and image (B, V, D) states back in the order of the tokens, (B, T, D)."""
         if not self.has_image:
             return text
-        both = torch.cat([text, image], dim=1)
-        return both.gather(1, self.merge_index[..., None].expand(-1, -1, both.shape[-1]))
+        both = torch.cat([text, image.to(text.device)], dim=1)
+        return both.gather(1, self.merge_index[..., None].to(both.device).expand(-1, -1, both.shape[-1]))
 
 
-@dataclass
-class CacheRecord:
-    """Which slots the keys of a cache hold, per kind of layer; kept on the cache as `dpvr_record`.
-
-    Written when a chunk brings an image. Tokens that came later are plain text, one key each in joint, text and
-    context layers, so decoding writes nothing here.
-    """
-
-    plan: LayerPlan
-    length: int  # slots seen when this was written
-    last_image: int  # slots up to the end of the last image token
-    plain: bool  # nothing is padded and no row has filler
-    keys: dict[str, torch.Tensor]  # kind of layer -> int64 (B, N) slots, in the order of the keys
-
-    @staticmethod
-    def of(cache: Cache | None, plan: LayerPlan) -> "CacheRecord | None":
-        """The record of `cache`, or None if it is empty or has seen no image."""
-        past = 0 if cache is None else cache.get_seq_length()
-        record = None if past == 0 else vars(cache).get("dpvr_record")
-        if record is None:
-            return None
-        if record.plan != plan:
-            raise ValueError(
-                f"Expected a cache filled under the layer plan in use, {plan}; got one filled under {record.plan}. "
-                "Remedy: prefill again after changing the routing or its layers."
-            )
-        if past < record.last_image:
-            raise ValueError(
-                f"Expected at least the {record.last_image} cached tokens that end with the last image; got {past}. "
-                "Remedy: crop no further back than that, or prefill again."
-            )
-        record.check(cache, past)
-        return record
-
-    def check(self, cache: Cache, past: int) -> None:
-        """Refuse a cache whose layers do not hold what is noted here, as after a crop to an absolute length."""
-        kinds = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}
-        for index, mode in enumerate(self.plan.modes if self.keys else ()):
-            kind, got = kinds[mode], cache.get_seq_length(index)
-            expected = past if kind == "joint" else self.keys[kind].shape[1] + past - self.length
-            if got != expected:
-                raise ValueError(
-                    f"Expected {expected} keys in layer {index} of a cache of {past} tokens; got {got}. Remedy: "
-                    "prefill again; an absolute crop, as in transformers 4, does not fit layers of different lengths."
-                )
-
-    @classmethod
-    def note_vanilla(cls, plan: LayerPlan, cache: Cache) -> None:
-        """Note on a cache that vanilla LLaVA filled it with an image, so that no other plan goes on with it."""
-        cache.dpvr_record = cls(plan, length=0, last_image=0, plain=True, keys={})
-
-    def slots(self, kind: str, past: int) -> torch.Tensor:
-        """The slots (B, N) of the keys that layers of this kind hold, `past` tokens into the sequence."""
-        known = self.keys[kind]
-        if kind == "image":
-            return known
-        if past < self.length:  # cropped, as assisted decoding does; what lies last in a layer is text
-            return known[:, : known.shape[1] - (self.length - past)]
-        later = torch.arange(self.length, past, device=known.device).expand(len(known), -1)
-        return torch.cat([known, later], dim=1)
+def consecutive(first: int | torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+    """int64 (count,): first, first + 1, ...; a `first` on the device stays there."""
+    if isinstance(first, torch.Tensor):
+        return first + torch.arange(count, device=device)
+    return torch.arange(first, first + count, device=device)
 
 
 def visible_keys(queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -210,7 +158,7 @@ def visible_keys(queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor 
     """
     seen = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
     if valid is not None:
-        seen &= valid.gather(1, keys.clamp(min=0))[:, None, :]
+        seen &= valid.gather(1, keys.clamp(0, valid.shape[1] - 1))[:, None, :]
     return (seen | (keys[:, None, :] == queries[:, :, None]))[:, None]
 
 
@@ -232,13 +180,6 @@ def as_attention_mask(seen: torch.Tensor, implementation: str, dtype: torch.dtyp
 # The method: one forward pass over a layer plan
 
 
-class SideBranchKeys(DynamicLayer):
-    """The keys of a side layer in a cache: images only, so dropping the last text tokens leaves them alone."""
-
-    def crop(self, *_) -> None:
-        pass
-
-
 class TwoStreamPass:
     """The state of one forward pass: streams, masks, rotary tables, and the cache that the layers write to.
 
@@ -258,12 +199,18 @@ class TwoStreamPass:
     ):
         self.plan, self.cache = plan, cache
         self.batch_size, self.length = inputs_embeds.shape[:2]
-        self.record = CacheRecord.of(cache, plan)
-        self.past = 0 if cache is None else cache.get_seq_length()
+        self.record, self.static = CacheRecord.of(cache, plan), is_static(cache)
+        self.past: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
         self.valid = None if attention_mask is None else attention_mask.bool()
+        if self.static and self.length == 1 and image_mask is None:  # the next token: its slot stays on the device
+            self.past, self.valid = self.past.clone(), None
+        else:
+            self.past = int(self.past)
         self._sort(image_mask, inputs_embeds.device)
+        if cache is not None and not isinstance(self.past, torch.Tensor):
+            self._make_room(cache)
         if position_ids is None:
-            position_ids = torch.arange(self.past, self.past + self.length, device=inputs_embeds.device)[None]
+            position_ids = consecutive(self.past, self.length, inputs_embeds.device)[None]
         self.cos, self.sin = language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         self.implementation, self.dtype = language_model.config._attn_implementation, inputs_embeds.dtype
         self.masks: dict[tuple[str, int], torch.Tensor | BlockMask] = {}
@@ -287,53 +234,101 @@ class TwoStreamPass:
         self.streams = Streams.sort(image_mask, self.past, num_text=self.length - fewest, num_image=most)
         self.plain = self.plain and padding == 0 and fewest == most
 
+    def _make_room(self, cache: Cache) -> None:
+        """Give the cache its decoder layers, and those of a static one their sizes."""
+        while len(cache.layers) < len(self.plan.modes):
+            cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+        if self.static:
+            num_text, num_image = self.streams.text.shape[1], self.streams.image.shape[1]
+            new_keys = {"joint": self.length, "text": num_text, "context": num_image + num_text}
+            fit_static_layers(cache, self.plan, self.record, self.past, new_keys, self.length)
+
     def write_record(self) -> None:
         """Note on the cache where the keys of an image chunk lie, and that a text chunk brought padding."""
         if self.cache is None:
             return
         if self.streams.has_image:
-            keys = {kind: self.key_slots(kind) for kind in ("text", "image", "context")}
-            end = self.past + self.length
-            self.cache.dpvr_record = CacheRecord(self.plan, end, self.last_image, self.plain, keys)
-        elif self.record is not None and self.record.plain and not self.plain:
-            self.cache.dpvr_record = replace(self.record, plain=False)
+            tables, end = {kind: self.key_slots(kind) for kind in KEYS_OF}, self.past + self.length
+            num_keys = {kind: table.shape[1] for kind, table in tables.items()}
+            if self.static:
+                tables = {kind: self._to_the_end(kind, table) for kind, table in tables.items()}
+            notes = {"length": end, "last_image": self.last_image, "plain": self.plain}
+            CacheRecord(self.plan, self.batch_size, **notes, tables=tables, num_keys=num_keys).put_on(self.cache)
+            let_line_4_crop(self.cache, self.plan, num_keys, end)
+        elif self.record is not None and not self.plain and self.length > 1:
+            self.record.plain = False
+            if self.static:
+                self.record.tables = {kind: self._less_padding(table) for kind, table in self.record.tables.items()}
+
+    def _to_the_end(self, kind: str, table: torch.Tensor) -> torch.Tensor:
+        """The slots (B, N) of the keys in a static layer, and those of the text to come in the places left."""
+        end = self.past + self.length
+        later = consecutive(end, self._num_places(kind) - table.shape[1], table.device).expand(len(table), -1)
+        return torch.cat([self._less_padding(table), later], dim=1)
+
+    def _less_padding(self, table: torch.Tensor) -> torch.Tensor:
+        """Slots (B, N) with -1 for those that the attention mask leaves out."""
+        if self.valid is None:
+            return table
+        known = self.valid.shape[1]
+        return table.masked_fill((table < known) & ~self.valid.gather(1, table.clamp(0, known - 1)), -1)
+
+    def _num_places(self, kind: str) -> int:
+        """Keys that a layer of this kind has room for, in a static cache; as many as it holds in a growing one."""
+        if self.static and kind != "image":
+            for mode, layer in zip(self.plan.modes, self.cache.layers, strict=False):
+                if KINDS[mode] == kind:
+                    return layer.max_cache_len
+        return self.key_slots(kind).shape[1]
 
     def query_slots(self, kind: str) -> torch.Tensor:
         """Slots (B, Q) of the tokens that query in a layer of this kind."""
         if kind == "joint":
-            return self._all_slots(self.past, self.past + self.length)
+            return self._slots(self.past, self.length)
         return self.streams.image if kind == "image" else self.streams.text
 
     def key_slots(self, kind: str) -> torch.Tensor:
         """Slots (B, K) of the keys a layer of this kind sees, in the order in which they lie in its cache."""
-        if kind == "joint":
-            return self._all_slots(0, self.past + self.length)
-        streams = self.streams
-        new = {"text": [streams.text], "image": [streams.image], "context": [streams.image, streams.text]}[kind]
+        image, text = self.streams.image, self.streams.text
+        new = [self.query_slots(kind)] if kind != "context" else [image, text]
         if self.record is not None:
             new = [self.record.slots(kind, self.past), *new]
         elif kind != "image":  # a cache that has seen no image holds one key per token
-            new = [self._all_slots(0, self.past), *new]
+            new = [self._slots(0, self.past), *new]
         return torch.cat(new, dim=1)
+
+    def place_slots(self, kind: str) -> torch.Tensor:
+        """Slots (B, K) of all places of a layer of this kind; in a static cache some are still empty."""
+        if not self.static or kind == "image":
+            return self.key_slots(kind)
+        if not self.streams.has_image:
+            return self.record.tables[kind]
+        held = self.key_slots(kind)
+        return nn.functional.pad(held, (0, self._num_places(kind) - held.shape[1]), value=-1)
 
     def num_queries(self, kind: str) -> int:
         return {"joint": self.length, "image": self.streams.image.shape[1]}.get(kind, self.streams.text.shape[1])
 
-    def _all_slots(self, first: int, end: int) -> torch.Tensor:
-        return torch.arange(first, end, device=self.cos.device).expand(self.batch_size, -1)
+    def _slots(self, first: int | torch.Tensor, count: int) -> torch.Tensor:
+        return consecutive(first, count, self.cos.device).expand(self.batch_size, -1)
 
     def mask(self, kind: str, num_queries: int) -> torch.Tensor | BlockMask | None:
         """The mask (B, 1, Q, K) of the last queries, or None where the sdpa kernel's own causality is right."""
-        if self.implementation == "sdpa" and self.plain:
-            images_may_follow = kind == "context" and self.streams.has_image and num_queries == self.num_queries(kind)
-            keys_are_queries = self.past == 0 and num_queries == self.num_queries(kind) and kind != "context"
-            if keys_are_queries or (num_queries == 1 and not images_may_follow):
-                return None
+        if self.implementation == "sdpa" and self.plain and self._is_causal(kind, num_queries):
+            return None
         if (kind, num_queries) not in self.masks:
             queries = self.query_slots(kind)[:, -num_queries:]
-            seen = visible_keys(queries, self.key_slots(kind), self.valid)
+            seen = visible_keys(queries, self.place_slots(kind), self.valid)
             self.masks[kind, num_queries] = as_attention_mask(seen, self.implementation, self.dtype)
         return self.masks[kind, num_queries]
+
+    def _is_causal(self, kind: str, num_queries: int) -> bool:
+        """Whether, without padding, the n-th query sees the first n keys and nothing else, or the one query all."""
+        all_query, empty_places = num_queries == self.num_queries(kind), self.static and kind != "image"
+        if num_queries == 1:
+            images_may_follow = kind == "context" and self.streams.has_image and all_query
+            return not (images_may_follow or empty_places)
+        return not isinstance(self.past, torch.Tensor) and self.past == 0 and all_query and kind != "context"
 
     def rotary(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, (B or 1, Q, head_dim), at the positions of the tokens that query."""
@@ -367,17 +362,20 @@ class TwoStreamPass:
         shape = (*normed.shape[:-1], -1, attention.head_dim)
         keys = attention.k_proj(normed).view(shape).transpose(1, 2)  # (B, H, N, head_dim)
         values = attention.v_proj(normed).view(shape).transpose(1, 2)
-        keys, _ = apply_rotary_pos_emb(keys, keys[:, :0], *rotary)
+        keys, _ = apply_rotary_pos_emb(keys, keys[:, :0], *(table.to(keys.device) for table in rotary))
         self.scratch.update(keys, values, attention.layer_idx)
 
     def run_side_branch(self, side_branch: nn.ModuleList, image: torch.Tensor) -> torch.Tensor:
         """Algorithm 1, phase 2: the image tokens of a row among themselves, at their own positions, (B, V, D)."""
         if self.cache is not None:
-            layers, new_layer = self.cache.layers, self.cache.layer_class_to_replicate or DynamicLayer
-            while len(layers) < side_branch[0].self_attn.layer_idx:
-                layers.append(new_layer())
-            while len(layers) <= side_branch[-1].self_attn.layer_idx:
-                layers.append(SideBranchKeys())
+            layers, depth = self.cache.layers, len(self.plan.modes)
+            if self.record is None:
+                layers[depth:] = [SideBranchKeys() for _ in side_branch]
+            elif len(layers) - depth - 1 != len(side_branch):
+                raise ValueError(
+                    f"Expected a cache filled with a side branch of {len(side_branch)} layers; got one of "
+                    f"{len(layers) - depth - 1}. Remedy: prefill again after changing the side branch."
+                )
         branch = image.to(next(side_branch.parameters()).dtype)  # PEFT trains in float32 on a base of half precision
         for layer in side_branch:
             branch = self.run(layer, branch, "image")

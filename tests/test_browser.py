@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium")
 SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 PICTURES = "#pictures .thumbnail-item img, #pictures .grid-wrap img"
+OPENED = "pictures => [...document.querySelectorAll(pictures)].every(image => image.src.endsWith('/image.png'))"
 SHOTS = os.environ.get("DPVR_SCREENSHOTS")  # a folder to look at what the tests saw
 expect.set_options(timeout=60_000)
 
@@ -100,8 +101,10 @@ def scene(tmp_path) -> Path:
 
 
 def upload(page: Page, path: Path, num_pictures: int = 1) -> None:
+    """Choose a file; wait until the app shows the picture as it opened it, after which it takes the next one."""
     page.locator("#pictures input[type=file]").first.set_input_files(path)
     expect(page.locator(PICTURES)).to_have_count(num_pictures)
+    page.wait_for_function(OPENED, arg=PICTURES)
 
 
 def ask(page: Page, question: str, answers: int = 1) -> None:

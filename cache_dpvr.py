@@ -1,0 +1,240 @@
+"""The method on a transformers cache: layers of different lengths, and a record of which token each key belongs to.
+
+    cache.layers    0 ... L-1     the decoder's: T tokens of a prompt in a joint or context layer, X in a text layer
+                    L ... L+S-1   SideBranchKeys, the side branch's: V image tokens
+                    last          CacheRecord: the slots of all these keys
+
+A slot is a token's index in the whole sequence. The record is a layer, so whatever reorders, repeats, selects, copies
+or resets the rows of a cache does the same to it. A static cache is cut to size when a prompt brings an image
+(`fit_static_layers`): a text layer gets room for text alone.
+
+Axes: B batch, T tokens, X text tokens, V image tokens, L decoder layers, S side layers, N keys, H heads.
+"""
+
+import torch
+import transformers
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+try:
+    from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+except ImportError:
+    from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+
+KINDS = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}  # of a decoder layer, by its keys
+LINE_4 = transformers.__version__.startswith("4.")  # it crops to a length, and counts the tokens of all layers alike
+
+
+class ExtraLayer(DynamicLayer):
+    """A layer that decoding leaves alone: it neither hinders compilation nor is cropped with the last text tokens."""
+
+    is_compileable = True
+    supports_early_init = False
+    max_cache_len = 0
+
+    def crop(self, *_) -> None:
+        pass
+
+
+class SideBranchKeys(ExtraLayer):
+    """The keys of a side layer: images only, read when another image comes; a growing layer in any cache."""
+
+    @property
+    def max_batch_size(self) -> int:
+        return len(self.keys)
+
+
+class CacheRecord(ExtraLayer):
+    """Which slots the keys of a cache hold, per kind of layer; the last layer of the cache.
+
+    Written when a chunk brings an image. Tokens that came later are plain text, one key each in joint, text and
+    context layers, so decoding writes nothing here. In a static cache the tables reach to the layers' ends, as if text
+    followed, and padding is marked: a decoded token needs them and its own slot, nothing else.
+
+    Args:
+        plan: the layer plan that filled the cache.
+        batch_size: B.
+        length: slots seen when this is written.
+        last_image: slots up to the end of the last image token.
+        plain: nothing is padded and no row has filler.
+        tables: kind of layer -> int64 (B, N or room), slots in the order of the keys; -1 at filler.
+        num_keys: kind of layer -> N.
+    """
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        batch_size: int,
+        *,
+        length: int = 0,
+        last_image: int = 0,
+        plain: bool = True,
+        tables: dict[str, torch.Tensor] | None = None,
+        num_keys: dict[str, int] | None = None,
+    ):
+        super().__init__()
+        self.plan, self.depth, self.max_batch_size = plan, len(plan.modes), batch_size
+        self.length, self.last_image, self.plain = length, last_image, plain
+        self.tables, self.num_keys = tables or {}, num_keys or {}
+
+    @staticmethod
+    def find(cache: Cache | None) -> "CacheRecord | None":
+        """The record on `cache`, or None where no image was seen; a cache that was reset becomes as it was made."""
+        record = cache.layers[-1] if cache is not None and cache.layers else None
+        if not isinstance(record, CacheRecord):
+            return None
+        if record.plan is None:
+            room, depth = cache.layers[0].max_cache_len if is_static(cache) else 0, record.depth
+            cache.layers[depth:] = []
+            for index, layer in enumerate(cache.layers):
+                if isinstance(layer, StaticKeys):
+                    cache.layers[index] = StaticLayer(max_cache_len=room)
+            return None
+        return record
+
+    @staticmethod
+    def of(cache: Cache | None, plan: LayerPlan) -> "CacheRecord | None":
+        """The record on `cache` for going on under `plan`, or None if it is empty or has seen no image.
+
+        Raises:
+            ValueError: if another plan filled the cache, or its layers do not hold what is noted.
+        """
+        record = CacheRecord.find(cache)
+        if record is None:
+            return None
+        static = is_static(cache)
+        past = None if static else cache.get_seq_length()  # a static cache would have to ask the device
+        if past == 0:
+            return None
+        if record.plan != plan:
+            raise ValueError(
+                f"Expected a cache filled under the layer plan in use, {plan}; got one filled under {record.plan}. "
+                "Remedy: prefill again after changing the routing or its layers."
+            )
+        if not static:
+            record._check(cache, past)
+        return record
+
+    def _check(self, cache: Cache, past: int) -> None:
+        """Refuse a cache that was cropped into its last image, or layer by layer."""
+        if past < self.last_image:
+            raise ValueError(
+                f"Expected at least the {self.last_image} cached tokens that end with the last image; got {past}. "
+                "Remedy: crop no further back than that, or prefill again."
+            )
+        for index, mode in enumerate(self.plan.modes if self.tables else ()):
+            expected, got = self.num_keys[KINDS[mode]] + past - self.length, cache.get_seq_length(index)
+            if got != expected:
+                raise ValueError(
+                    f"Expected {expected} keys in layer {index} of a cache of {past} tokens; got {got}. Remedy: "
+                    "prefill again, and crop the cache as a whole."
+                )
+
+    def slots(self, kind: str, past: int) -> torch.Tensor:
+        """The slots (B, N) of the keys that layers of this kind hold, `past` tokens into the sequence."""
+        table, held = self.tables[kind], self.num_keys[kind]
+        if kind == "image":
+            return table
+        held += past - self.length  # fewer than noted after a crop: what lies last in a layer is text
+        if held <= table.shape[1]:
+            return table[:, :held]
+        later = torch.arange(self.length, past, device=table.device).expand(len(table), -1)
+        return torch.cat([table, later], dim=1)
+
+    def put_on(self, cache: Cache) -> None:
+        """Make this the record of `cache`, in the place of an older one."""
+        if isinstance(cache.layers[-1], CacheRecord):
+            cache.layers.pop()
+        cache.layers.append(self)
+
+    # -- what a cache does to its layers ------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self.plan, self.tables = None, {}
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.tables = {kind: table[indices.to(table.device)] for kind, table in self.tables.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.tables = {kind: table.repeat_interleave(repeats, dim=0) for kind, table in self.tables.items()}
+
+
+class StaticKeys(StaticLayer):
+    """A static layer that counts its own keys on the device, as transformers 5's does, on both lines."""
+
+    def __init__(self, max_cache_len: int):
+        super().__init__(max_cache_len=max_cache_len)
+        self.cumulative_length = torch.tensor(0)
+
+    @classmethod
+    def like(cls, old: StaticLayer, room: int, num_keys: int) -> "StaticKeys":
+        """A layer with room for `room` keys that holds the first `num_keys` of another."""
+        new = cls(room)
+        if num_keys:
+            new.update(old.keys[:, :, :num_keys], old.values[:, :, :num_keys])
+        return new
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__):
+        if not LINE_4:
+            return super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.cumulative_length = self.cumulative_length.to(key_states.device)
+        place = self.cumulative_length + torch.arange(key_states.shape[-2], device=key_states.device)
+        self.cumulative_length += key_states.shape[-2]
+        return super().update(key_states, value_states, {"cache_position": place})
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.cumulative_length
+
+
+class ShorterLayer(DynamicLayer):
+    """A growing layer that holds fewer keys than there are tokens, or more; transformers 4 crops it to tokens."""
+
+    surplus = 0  # keys - tokens
+
+    def crop(self, max_length: int) -> None:
+        super().crop(max(0, max_length + self.surplus) if max_length > 0 else max_length)
+
+
+def is_static(cache: Cache | None) -> bool:
+    """Whether the cache's layers have a fixed room, so that they may be compiled."""
+    return cache is not None and cache.is_compileable
+
+
+def fit_static_layers(
+    cache: Cache, plan: LayerPlan, record: CacheRecord | None, past: int, new_keys: dict[str, int], length: int
+) -> None:
+    """Give every layer of a static cache the room it can need, once it is known how many tokens are images.
+
+    Args:
+        past, length: T before this chunk, and of it.
+        new_keys: kind of layer -> keys that this chunk adds to it.
+
+    Raises:
+        ValueError: if the chunk does not fit in.
+    """
+    room = cache.layers[0].max_cache_len
+    if past + length > room:
+        raise ValueError(
+            f"Expected room for {past + length} tokens in the static cache; got max_cache_len={room}. Remedy: a larger "
+            "max_cache_len."
+        )
+    for index, mode in enumerate(plan.modes):
+        kind, layer = KINDS[mode], cache.layers[index]
+        held = past if record is None else record.num_keys[kind] + past - record.length
+        needed = held + new_keys[kind] + room - past - length
+        if not isinstance(layer, StaticKeys) or layer.max_cache_len != needed:
+            cache.layers[index] = StaticKeys.like(layer, needed, held)
+
+
+def let_line_4_crop(cache: Cache, plan: LayerPlan, num_keys: dict[str, int], length: int) -> None:
+    """Tell the growing layers of a cache how many keys more than tokens they hold; only transformers 4 has to know."""
+    for index, mode in enumerate(plan.modes if LINE_4 else ()):
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = ShorterLayer()
+            vars(cache.layers[index]).update(vars(layer))
+        if isinstance(cache.layers[index], ShorterLayer):
+            cache.layers[index].surplus = num_keys[KINDS[mode]] - length
