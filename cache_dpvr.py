@@ -13,6 +13,7 @@ Axes: B batch, T tokens, X text tokens, V image tokens, L decoder layers, S side
 
 import torch
 import transformers
+from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 try:
@@ -218,8 +219,8 @@ def fit_static_layers(
     room = cache.layers[0].max_cache_len
     if past + length > room:
         raise ValueError(
-            f"Expected room for {past + length} tokens in the static cache; got max_cache_len={room}. Remedy: a larger "
-            "max_cache_len."
+            f"Expected room for {past + length} tokens in the static cache; got max_cache_len={room}. Remedy: a "
+            "larger max_cache_len."
         )
     for index, mode in enumerate(plan.modes):
         kind, layer = KINDS[mode], cache.layers[index]
@@ -238,3 +239,31 @@ def let_line_4_crop(cache: Cache, plan: LayerPlan, num_keys: dict[str, int], len
             vars(cache.layers[index]).update(vars(layer))
         if isinstance(cache.layers[index], ShorterLayer):
             cache.layers[index].surplus = num_keys[KINDS[mode]] - length
+
+
+class DecodeStep(nn.Module):
+    """The next token's step as a module for `torch.export.export(..., strict=True)`, with the cache as its state.
+
+    Without strict=True export does not see what is written to the cache, and gives wrong logits.
+
+    Args:
+        model: a DPVR model under a routing.
+        cache: a static cache after the prefill of a prompt with an image; it is written to.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache):
+        super().__init__()
+        self.model, self.cache = model, cache
+        static = [layer for layer in cache.layers if isinstance(layer, StaticKeys)]
+        if not static:
+            raise ValueError(
+                f"Expected a static cache that a routing filled with a prompt and its image; got {cache}. Remedy: run "
+                "the prompt with past_key_values=StaticCache(config=model.config, max_cache_len=...)."
+            )
+        for index, layer in enumerate(static):
+            for name in ("keys", "values", "cumulative_length"):
+                self.register_buffer(f"{name}_{index}", getattr(layer, name), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 1, vocabulary) after one token of each row, int64 (B, 1), at its rotary position, (B, 1)."""
+        return self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache).logits

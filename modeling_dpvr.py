@@ -25,7 +25,7 @@ from transformers.models.llava.modeling_llava import (
 from transformers.utils import can_return_tuple
 
 try:
-    from .cache_dpvr import CacheRecord
+    from .cache_dpvr import DecodeStep
     from .configuration_dpvr import DpvrLlavaConfig
     from .costs_dpvr import CostFormulas
     from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
@@ -33,7 +33,7 @@ try:
     from .sharing_dpvr import Sharing
     from .two_stream_dpvr import check_support
 except ImportError:
-    from cache_dpvr import CacheRecord
+    from cache_dpvr import DecodeStep
     from configuration_dpvr import DpvrLlavaConfig
     from costs_dpvr import CostFormulas
     from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
@@ -205,6 +205,10 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
         rows = pixel_values.split(images)
         return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
 
+    def decode_step(self, cache: Cache) -> DecodeStep:
+        """The next token's step as a module to export, for a static cache that holds a prompt; see `DecodeStep`."""
+        return DecodeStep(self, cache)
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,
         inputs_tensor: torch.Tensor,
@@ -246,8 +250,8 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
 
         Called once by `generate`, with the prompt, before any work.
         """
-        image_token_id = self.config.image_token_id
-        if self.config.routing != "none" and input_ids is not None and bool((input_ids[:, -1] == image_token_id).any()):
+        ends_in_image = input_ids is not None and bool((input_ids[:, -1] == self.config.image_token_id).any())
+        if self.config.routing != "none" and ends_in_image:
             raise ValueError(
                 "Expected a prompt that ends in text: past the split image tokens predict nothing; got one that ends "
                 "in an image. Remedy: put the question after the picture, or use the chat template."

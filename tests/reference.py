@@ -167,7 +167,7 @@ def real_float64() -> Iterator[None]:
         fields = self.config.to_dict()
         theta = fields.get("rope_theta") or fields["rope_parameters"]["rope_theta"]
         width = 2 * len(self.inv_freq)
-        inverse = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+        inverse = theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
         angle = (position_ids.double()[..., None] * inverse).repeat(1, 1, 2)
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 

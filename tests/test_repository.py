@@ -3,14 +3,16 @@
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 import transformers
-from transformers import AutoProcessor
+from transformers import AutoProcessor, BatchFeature, TextIteratorStreamer, pipeline
 
 from minibench.data import to_messages
 from minibench.evaluate import evaluate, make_items
+from minibench.scenes import make_scene
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
@@ -101,3 +103,55 @@ def test_a_batch_of_real_prompts_gets_the_answers_of_one_by_one_with_and_without
     for use_cache in (True, False):
         replies = model.generate(**inputs, **options, use_cache=use_cache)[:, inputs["input_ids"].shape[1] :]
         assert processor.batch_decode(replies, skip_special_tokens=True) == single
+
+
+# -- the ways people generate -----------------------------------------------------------------------------------------
+
+QUESTION, ANSWER = "Options: red A blue B green C yellow D\nWhat colour is the ring?", " blue B"  # of scene 0
+
+
+@pytest.fixture(scope="module")
+def asked(processor) -> BatchFeature:
+    prompt = processor.apply_chat_template(to_messages([(QUESTION, None)], 1), add_generation_prompt=True)
+    return processor(images=make_scene("test", 0, 0).draw(), text=prompt, return_tensors="pt")
+
+
+def reply(processor, asked: BatchFeature, sequences: torch.Tensor) -> str:
+    return processor.decode(sequences[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_pipeline_answers(batch_size):
+    content = [{"type": "image", "image": make_scene("test", 0, 0).draw()}, {"type": "text", "text": QUESTION}]
+    pipe = pipeline("image-text-to-text", model=str(ROOT), trust_remote_code=True)
+    chats = [[{"role": "user", "content": content}]] * batch_size
+    replies = pipe(text=chats, max_new_tokens=8, return_full_text=False, batch_size=batch_size)
+    assert [text["generated_text"] for chat in replies for text in (chat if isinstance(chat, list) else [chat])] == [
+        ANSWER
+    ] * batch_size
+
+
+def test_an_answer_streams_in_pieces_as_it_is_made(model, processor, asked):
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    options = {"max_new_tokens": 8, "do_sample": False, "streamer": streamer}
+    thread = Thread(target=model.generate, kwargs={**asked, **options})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert "".join(pieces) == ANSWER and len([piece for piece in pieces if piece]) > 1
+
+
+def test_a_stop_string_ends_the_answer(model, processor, asked):
+    options = {"max_new_tokens": 8, "do_sample": False, "tokenizer": processor.tokenizer}
+    assert reply(processor, asked, model.generate(**asked, **options, stop_strings=["blue"])) == " blue"
+
+
+@torch.no_grad()
+def test_layers_that_do_not_fit_are_offloaded_to_the_disk(model, processor, asked, tmp_path):
+    auto_class = getattr(transformers, AUTO_CLASS)
+    room = {"device_map": "auto", "max_memory": {"cpu": "16MB"}, "offload_folder": str(tmp_path)}
+    offloaded = auto_class.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32, **room)
+    devices = offloaded.hf_device_map
+    assert set(devices.values()) == {"cpu", "disk"} and devices["model.side_branch"] == "disk", devices
+    assert reply(processor, asked, offloaded.generate(**asked, max_new_tokens=8, do_sample=False)) == ANSWER
+    assert torch.equal(offloaded(**asked).logits, model(**asked).logits)

@@ -1,0 +1,390 @@
+"""Every kind of cache and every way to decode give the answers of the growing cache of test_generation.py."""
+
+import copy
+from collections.abc import Iterator
+from itertools import takewhile
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo
+from conftest import TOKENS_PER_IMAGE, make_llava
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import Prompts, examples, make_dpvr, naive_logits, plans, prompts, real_float64
+from test_generation import (
+    RAGGED,
+    TOLERANCE,
+    VARIANTS,
+    answer,
+    assert_cached_logits_are_naive,
+    assert_dialogue_needs_no_cache,
+    assert_same_answers,
+    forward_in_pieces,
+    pieces_of_prompts,
+)
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, QuantoQuantizedLayer
+from transformers.generation import CompileConfig
+
+from cache_dpvr import LINE_4, CacheRecord
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+needs_5 = pytest.mark.skipif(LINE_4, reason="transformers 4 gives every chunk of a prefill all pixels, and is refused")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact() -> Iterator[None]:
+    with real_float64():
+        yield
+
+
+# -- static caches ----------------------------------------------------------------------------------------------------
+
+
+@examples(40)
+@given(plan=plans(), batch=prompts(ends_with_text=True), attention=st.sampled_from(["sdpa", "eager"]))
+def test_a_static_cache_gives_the_answers_of_a_growing_one(plan: dict, batch: Prompts, attention: str) -> None:
+    model, inputs = make_dpvr(attention=attention, **plan), Prompts(batch.layout, "left", batch.seed).inputs
+    want = answer(model, inputs)
+    for _ in range(2):  # transformers 4 uses the cache of the first call again
+        assert_same_answers(answer(model, inputs, cache_implementation="static"), want)
+
+
+@examples(60)
+@given(plan=plans(), pieces=pieces_of_prompts(), attention=st.sampled_from(["sdpa", "eager"]))
+@torch.no_grad()
+def test_a_prompt_in_pieces_on_a_static_cache_is_the_naive_algorithm(
+    plan: dict, pieces: list[Prompts], attention: str
+) -> None:
+    texts = list(takewhile(lambda piece: "pixel_values" not in piece.inputs, pieces))
+    # until an image comes this is stock LLaVA, which on transformers 4 counts the first row's keys that are not zero
+    assume(not LINE_4 or all(piece.inputs["attention_mask"][0].all() for piece in texts))
+    model = make_dpvr(attention=attention, **plan)
+    cache = StaticCache(config=model.config, max_cache_len=120)
+    assert_cached_logits_are_naive(model, pieces, forward_in_pieces(model, pieces, cache))
+
+
+@variants
+@torch.no_grad()
+def test_a_static_cache_holds_as_many_bytes_as_promised(variant: dict) -> None:
+    model, batch, room = make_dpvr(**variant), Prompts([[3, 0, 2]] * 2), 20
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    forward_in_pieces(model, [batch], cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    image = 2 * TOKENS_PER_IMAGE
+    assert model.kv_cache_bytes(image, room - image, batch_size=2) == held
+
+
+@torch.no_grad()
+def test_a_static_cache_that_is_too_short_is_refused_before_anything_is_written() -> None:
+    model, batch = make_dpvr(), Prompts([[3, 2]])
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with pytest.raises(ValueError, match="Expected room for 9 tokens in the static cache; got max_cache_len=8"):
+        forward_in_pieces(model, [batch], cache)
+    assert not any(layer.is_initialized for layer in cache.layers)
+
+
+@variants
+@torch.no_grad()
+def test_a_static_cache_that_was_reset_takes_any_prompt(variant: dict) -> None:
+    """First one with two images, then a long one without any, which needs all the room in the text layers."""
+    model = make_dpvr(**variant)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    for layout in ([[1, 1, 2]], [[12]], [[3, 2]]):
+        batch = Prompts(layout)
+        assert_cached_logits_are_naive(model, [batch], forward_in_pieces(model, [batch], cache))
+        cache.reset()
+
+
+@torch.no_grad()
+def test_a_mask_that_is_not_of_padding_is_refused() -> None:
+    model, batch = make_dpvr(), Prompts([[1, 2], [1, 2]])
+    length = batch.inputs["input_ids"].shape[1]
+    both_ways = torch.ones(2, 1, length, 12, dtype=torch.bool)
+    for mask in (both_ways, SimpleNamespace(shape=(2, 1, length, 12))):
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        with pytest.raises(ValueError, match="Expected an attention_mask of shape"):
+            model(**{**batch.inputs, "attention_mask": mask}, past_key_values=cache)
+
+
+# -- compiled and exported --------------------------------------------------------------------------------------------
+
+
+def float32(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("layout", [[[1, 2]], RAGGED], ids=["one row", "padded rows"])
+@variants
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_the_decode_step_compiles_whole_and_once(variant: dict, layout: list) -> None:
+    """One graph without a break for all tokens of two answers, by `generate`'s own compilation."""
+    model, inputs = make_dpvr(dtype=torch.float32, **variant), float32(Prompts(layout, "left").inputs)
+    compiled = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    compiled._compile_all_devices = True  # on a CPU generate compiles for tests alone
+    want = answer(model, inputs, max_new_tokens=6).sequences
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(2):
+        got = answer(model, inputs, max_new_tokens=6, cache_implementation="static", compile_config=compiled)
+        assert torch.equal(got.sequences, want)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@variants
+def test_a_compiled_forward_is_not_compiled_anew_for_every_token(variant: dict) -> None:
+    """`torch.compile` of the model with a growing cache: the prefill breaks where images are counted."""
+    model, inputs = make_dpvr(dtype=torch.float32, **variant), float32(Prompts([[1, 2]]).inputs)
+    want, graphs = answer(model, inputs, max_new_tokens=12).sequences, []
+    forward = model.forward
+    for num_tokens in (6, 12):
+        torch._dynamo.reset()
+        counters.clear()
+        model.forward = torch.compile(forward, backend="eager")
+        got = answer(model, inputs, max_new_tokens=num_tokens).sequences
+        assert torch.equal(got, want[:, : got.shape[1]])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+
+
+@variants
+@torch.no_grad()
+def test_the_decode_step_may_be_exported(variant: dict) -> None:
+    model, inputs = make_dpvr(dtype=torch.float32, **variant), float32(Prompts([[1, 2], [2, 1]]).inputs)
+    cache, length = StaticCache(config=model.config, max_cache_len=16), inputs["input_ids"].shape[1]
+    if variant.get("routing") == "none":
+        options = {"cache_position": torch.arange(length)} if LINE_4 else {}
+        model(**inputs, past_key_values=cache, **options)
+        with pytest.raises(ValueError, match="Expected a static cache that a routing filled"):
+            model.decode_step(cache)
+        return
+    model(**inputs, past_key_values=cache)
+    step = model.decode_step(copy.deepcopy(cache))
+    tokens = [(torch.tensor([[9 + i], [10 + i]]), torch.full((2, 1), length + i)) for i in range(3)]
+    want = [model(input_ids=ids, position_ids=place, past_key_values=cache).logits for ids, place in tokens]
+    exported = torch.export.export(step, tokens[0], strict=True).module()
+    for (ids, place), logits in zip(tokens, want, strict=True):
+        assert (exported(ids, place) - logits).abs().max() < 1e-4
+
+
+# -- what decoding asks of the device ---------------------------------------------------------------------------------
+
+
+def on_meta(cache: Cache) -> Cache:
+    """The cache without its data: whatever asks for a value of it fails."""
+    for layer in cache.layers:
+        for name in ("keys", "values", "cumulative_length"):
+            if isinstance(value := getattr(layer, name, None), torch.Tensor):
+                setattr(layer, name, value.to("meta"))
+        layer.device = torch.device("meta")
+        if isinstance(layer, CacheRecord):
+            layer.tables = {kind: table.to("meta") for kind, table in layer.tables.items()}
+    return cache
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("layout", [[[1, 2]], RAGGED], ids=["one row", "padded rows"])
+@variants
+@torch.no_grad()
+def test_a_decoded_token_reads_nothing_from_the_device(variant: dict, layout: list, kind: str) -> None:
+    """On tensors without data every synchronisation and every operation that depends on data raises."""
+    model, batch = make_dpvr(**variant), Prompts(layout, "left")
+    cache = StaticCache(config=model.config, max_cache_len=40) if kind == "static" else DynamicCache()
+    mask, length = batch.inputs["attention_mask"], batch.inputs["input_ids"].shape[1]
+    model(**batch.inputs, past_key_values=cache)
+    if LINE_4 and kind == "static" and variant.get("routing") == "none":
+        pytest.skip("stock LLaVA of transformers 4 looks for its place in a static cache")
+    model, cache, rows = model.to("meta"), on_meta(cache), len(layout)
+    mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1).to("meta") if kind == "growing" else None
+    token = torch.zeros(rows, 1, dtype=torch.long, device="meta")
+    options = {"attention_mask": mask, "position_ids": token + length, "past_key_values": cache}
+    if variant.get("routing") == "none" and kind == "growing":
+        options["attention_mask"] = None  # stock LLaVA looks for padding
+    assert model(input_ids=token, **options).logits.shape[:2] == (rows, 1)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # a prefill counts its images
+        model(**{name: value.to("meta") for name, value in batch.inputs.items()})
+
+
+# -- what is done to caches -------------------------------------------------------------------------------------------
+
+
+def cached(model: DpvrLlavaForConditionalGeneration, batch: Prompts, kind: str) -> Cache:
+    cache = StaticCache(config=model.config, max_cache_len=40) if kind == "static" else DynamicCache()
+    forward_in_pieces(model, [batch], cache)
+    return cache
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@variants
+@torch.no_grad()
+def test_a_prefix_may_be_copied_and_asked_different_questions(variant: dict, kind: str) -> None:
+    model, prefix = make_dpvr(**variant), Prompts([[2, 1], [1, 3]])
+    cache = cached(model, prefix, kind)
+    for question in (Prompts([[3], [2]], seed=1), Prompts([[1, 2], [2, 0, 1]], seed=2)):
+        logits = forward_after(model, prefix, question, copy.deepcopy(cache))
+        assert_cached_logits_are_naive(model, [prefix, question], [prefix_logits(model, prefix), logits])
+
+
+def prefix_logits(model: DpvrLlavaForConditionalGeneration, prefix: Prompts) -> torch.Tensor:
+    return model(**prefix.inputs).logits
+
+
+def forward_after(
+    model: DpvrLlavaForConditionalGeneration, prefix: Prompts, piece: Prompts, cache: Cache
+) -> torch.Tensor:
+    """Logits (B, T, vocabulary) of a piece on the cache of a prefix."""
+    past = prefix.inputs["input_ids"].shape[1]
+    mask = torch.cat([prefix.inputs["attention_mask"], piece.inputs["attention_mask"]], dim=1)
+    inputs = {**piece.inputs, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, past:]}
+    if LINE_4:
+        inputs["cache_position"] = torch.arange(past, mask.shape[1])
+    return model(**inputs, past_key_values=cache).logits
+
+
+@variants
+@torch.no_grad()
+def test_the_rows_of_a_cache_may_be_picked_and_repeated(variant: dict) -> None:
+    """Rows of unlike images and lengths, permuted, then each of them twice."""
+    model, batch = make_dpvr(**variant), Prompts(RAGGED)
+    cache, order = cached(model, batch, "growing"), [4, 0, 3, 1]
+    cache.batch_select_indices(torch.tensor(order))
+    cache.batch_repeat_interleave(2)
+    chosen = [row for row in order for _ in range(2)]
+    mask = torch.cat([batch.inputs["attention_mask"][chosen], torch.ones(8, 1, dtype=torch.long)], dim=1)
+    token = torch.tensor([[9]])
+    logits = model(
+        input_ids=token.expand(8, 1),
+        attention_mask=mask,
+        position_ids=mask.sum(1, keepdim=True) - 1,
+        past_key_values=cache,
+    ).logits
+    for got, row in zip(logits, chosen, strict=True):
+        _, want = naive_logits(model, torch.cat([batch.rows[row], token[0]]), batch.images[row])
+        assert (got[0] - want[-1]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@torch.no_grad()
+def test_a_cache_does_not_go_on_with_another_number_of_side_layers(kind: str) -> None:
+    batch = Prompts([[1, 2]])
+    cache = cached(make_dpvr(num_side_layers=2), batch, kind)
+    with pytest.raises(ValueError, match="Expected a cache filled with a side branch of 1 layers; got one of 2"):
+        forward_after(make_dpvr(), batch, batch, cache)
+
+
+@pytest.mark.parametrize("new_pixels_only", [False, True], ids=["all images", "new images"])
+@variants
+def test_a_dialogue_may_go_on_with_a_cache_of_ones_own(variant: dict, new_pixels_only: bool) -> None:
+    turns = [Prompts([[1, 2], [2, 1]], "left"), Prompts([[2], [2]], "left"), Prompts([[0, 1], [1, 1]], "left", 1)]
+    assert_dialogue_needs_no_cache(make_dpvr(**variant), turns, new_pixels_only, own_cache=DynamicCache())
+
+
+# -- other ways to decode ---------------------------------------------------------------------------------------------
+
+
+@variants
+def test_prompt_lookup_finds_the_greedy_answer(variant: dict) -> None:
+    model, inputs = make_dpvr(**variant), Prompts([[1, 6]]).inputs
+    options = {"max_new_tokens": 8, "eos_token_id": 39}  # transformers 4 asks for one
+    greedy = answer(model, inputs, **options).sequences
+    assert torch.equal(answer(model, inputs, **options, prompt_lookup_num_tokens=3).sequences, greedy)
+
+
+@pytest.mark.parametrize("assistant", ["DPVR", "LLaVA"])
+@variants
+def test_speculative_decoding_finds_the_greedy_answer(variant: dict, assistant: str) -> None:
+    """The assistants are right at times, so that some of their tokens are kept and others dropped."""
+    model, inputs = make_dpvr(**variant), Prompts([[1, 6]]).inputs
+    other = make_dpvr(routing="text_only") if assistant == "DPVR" else make_llava()
+    greedy = answer(model, inputs, max_new_tokens=8).sequences
+    assert torch.equal(answer(model, inputs, max_new_tokens=8, assistant_model=other).sequences, greedy)
+
+
+@needs_5
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
+@pytest.mark.parametrize("size", [1, 3, 5])
+@variants
+def test_a_prefill_in_chunks_may_cut_through_images(variant: dict, size: int, cache: dict) -> None:
+    model, inputs = make_dpvr(**variant), Prompts(RAGGED, "left").inputs
+    assert_same_answers(answer(model, inputs, prefill_chunk_size=size, **cache), answer(model, inputs))
+
+
+@needs_5
+@pytest.mark.parametrize("new_pixels_only", [False, True], ids=["all images", "new images"])
+def test_a_second_turn_may_be_prefilled_in_chunks(new_pixels_only: bool) -> None:
+    turns = [Prompts([[1, 2], [2, 1]], "left"), Prompts([[2, 0, 1], [1, 1, 3]], "left", 1)]
+    assert_dialogue_needs_no_cache(make_dpvr(), turns, new_pixels_only, prefill_chunk_size=3)
+
+
+@pytest.mark.skipif(not LINE_4, reason="transformers 5 prefills in chunks: the tests above")
+def test_transformers_4_refuses_a_prefill_in_chunks_and_goes_on() -> None:
+    model, inputs = make_dpvr(), Prompts([[1, 2]]).inputs
+    with pytest.raises(ValueError, match="Expected prefill_chunk_size=None .* Remedy: transformers 5"):
+        answer(model, inputs, prefill_chunk_size=3, cache_implementation="static")
+    assert_same_answers(answer(model, inputs, cache_implementation="static"), answer(model, inputs))
+
+
+# -- quantized and offloaded ------------------------------------------------------------------------------------------
+
+QUANTIZED = {
+    "cache_implementation": "quantized",
+    "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4},
+}
+
+
+@variants
+def test_a_quantizer_that_loses_nothing_changes_nothing(variant: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QuantoQuantizedLayer, "_quantize", lambda self, tensor, axis: tensor)
+    monkeypatch.setattr(QuantoQuantizedLayer, "_dequantize", lambda self, tensor: tensor)
+    model = make_dpvr(**variant)
+    for inputs in (Prompts(RAGGED, "left").inputs, Prompts([[1, 2]]).inputs):
+        got, want = answer(model, inputs, max_new_tokens=8, **QUANTIZED), answer(model, inputs, max_new_tokens=8)
+        assert_same_answers(got, want)
+        quantized = [type(layer) for layer in got.past_key_values.layers].count(QuantoQuantizedLayer)
+        assert quantized == len(model.model.language_model.layers)
+
+
+@pytest.mark.parametrize("backend", ["quanto", pytest.param("fp8", marks=needs_5)])
+def test_keys_in_few_bits_cost_no_more_exactness_than_they_cost_llava(backend: str) -> None:
+    """Distance of the logits from exact ones, over the same forced answers."""
+    settings = QUANTIZED if backend == "quanto" else {**QUANTIZED, "cache_config": {"backend": "fp8"}}
+    distance = {}
+    for routing in ("none", "late_fusion"):
+        model, inputs = make_dpvr(dtype=torch.float32, routing=routing), float32(Prompts([[3, 5]]).inputs)
+        forced = {"prefix_allowed_tokens_fn": lambda _, ids: [9 + len(ids) % 5], "max_new_tokens": 8}
+        exact, got = answer(model, inputs, **forced), answer(model, inputs, **forced, **settings)
+        distance[routing] = (torch.stack(got.logits) - torch.stack(exact.logits)).std().item()
+    assert 0 < distance["late_fusion"] < 1.5 * distance["none"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading is from a GPU to the CPU")
+@variants
+def test_an_offloaded_cache_gives_the_same_answers(variant: dict) -> None:
+    model, inputs = make_dpvr(**variant).cuda(), {k: v.cuda() for k, v in Prompts(RAGGED, "left").inputs.items()}
+    assert_same_answers(answer(model, inputs, cache_implementation="offloaded"), answer(model, inputs))
+
+
+# -- at serving size --------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_at_serving_size_answers_as_its_rows_do_one_by_one() -> None:
+    """16 rows of 5 to 900 text tokens and 0 to 4 images each."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.arange(16) % 5
+    lengths = [5, 900, *torch.randint(5, 900, (14,), generator=generator).tolist()]
+    layout = []
+    for length, count in zip(lengths, images.tolist(), strict=True):
+        cuts = torch.randperm(length - 1, generator=generator)[:count].sort().values.tolist()
+        layout.append([end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)])
+    model, batch = make_dpvr(), Prompts(layout, "left")
+    assert sorted({len(row) - 1 for row in layout}) == [0, 1, 2, 3, 4]
+    together = answer(model, batch.inputs)
+    for index, (row, pixels) in enumerate(zip(batch.rows, batch.images, strict=True)):
+        inputs = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
+        alone = answer(model, inputs | ({"pixel_values": pixels} if len(pixels) else {}))
+        assert torch.equal(together.sequences[index, -4:], alone.sequences[0, -4:])
+        assert (torch.stack(together.logits)[:, index] - torch.stack(alone.logits)[:, 0]).abs().max() < TOLERANCE
