@@ -27,6 +27,13 @@ from typing import NamedTuple
 
 from transformers import LlavaConfig
 
+try:  # `transformers serve` takes a model to see pictures if this table has its name, whatever the Auto classes say
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+except ImportError:  # transformers 4 has no such table
+    pass
+else:
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["dpvr_llava"] = "DpvrLlavaForConditionalGeneration"
+
 JOINT, TEXT, CONTEXT, RESET = "joint", "text", "context", "reset"
 LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}
 ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "none")
@@ -45,6 +52,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_dpvr.DpvrLlavaForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_dpvr.DpvrLlavaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_dpvr.DpvrLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_dpvr.DpvrLlavaForConditionalGeneration",
 }
 
 

@@ -78,7 +78,8 @@ class CostFormulas:
     ) -> int:
         """Bytes of keys and values cached for prompts of V image and X text tokens (answers count as text).
 
-        A joint or context layer holds V + X entries, a text layer X, a side layer V. `dtype`: default the model's.
+        A joint or context layer holds V + X entries, a text layer X, a side layer V. A static cache has room for its
+        `max_cache_len` tokens: that is X + V. `dtype`: default the model's.
         """
         plan, total = self.config.layer_plan(routing), num_image_tokens + num_text_tokens
         entries = sum(num_text_tokens if mode == TEXT else total for mode in plan.modes)

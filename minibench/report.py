@@ -5,6 +5,7 @@ dpvr_mini/depth.json          minibench.depth                            by the 
 dpvr_mini/pretraining.jsonl   minibench.pretrain                         the curve on the validation split
 dpvr_mini/training.json       train_sft.py                               what training the side branch took
 training_cpu.json             benchmark_training.py                      a step of late fusion, LoRA and all weights
+latency_cpu.json              benchmark_latency.py                       prefill, decoding and cache by routing
     |
 README.md, between marks such as <!-- accuracy --> and <!-- /accuracy -->
 
@@ -18,6 +19,12 @@ from typing import Any
 RESULTS = Path("results")
 MINI = "dpvr_mini"
 METHODS = {"late_fusion": "late fusion", "lora_r16": "LoRA, r = 16", "lora_r64": "LoRA, r = 64", "full": "all weights"}
+ROUTING_NAMES = {
+    "vanilla": "vanilla LLaVA",
+    "late_fusion": "late fusion",
+    "kv_substitution": "DPVR-KV",
+    "text_only": "text only",
+}
 NAMES = {
     "vanilla": "vanilla LLaVA",
     "untrained": "late fusion, untrained side branch",
@@ -148,9 +155,44 @@ def render_training(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_latency(results: Path) -> str:
+    """One row per routing and kind of cache: the prefill, a decoded token, the cache."""
+    latency = _read(results / "latency_cpu.json")
+
+    def with_ratio(row: dict[str, Any], name: str) -> str:
+        low, high = row["ratio_to_vanilla"][f"{name}_spread"]
+        return f"{row[name]:.2f} ms, {row['ratio_to_vanilla'][name]:.3f} ({low:.3f} to {high:.3f})"
+
+    lines = _table(
+        ["", "cache", "prefill, ratio to vanilla", "its FLOPs", "a token, ratio to vanilla", "keys and values"],
+        [
+            [
+                ROUTING_NAMES[row["method"]],
+                row["cache"],
+                with_ratio(row, "prefill_ms"),
+                f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
+                with_ratio(row, "decode_ms_per_token"),
+                f"{row['kv_bytes'] / 1e6:.1f} MB, {row['ratio_to_vanilla']['kv_bytes']:.3f}",
+            ]
+            for row in latency["rows"]
+        ],
+    )
+    lines += [
+        "",
+        f"Shape {latency['shape']}, batch {latency['batch_size']}, {latency['image_tokens']} image and "
+        f"{latency['text_tokens']} text tokens, then {latency['new_tokens']} tokens one by one, {latency['dtype']}; "
+        f"medians of {latency['rounds']} interleaved rounds, ratios within a round with their 10th and 90th "
+        f"percentiles. The prefill includes the vision tower, {latency['rows'][0]['tower_ms']:.1f} ms. Made by "
+        f"`{latency['command']}`",
+        *_machine(latency),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS = {
     "accuracy": render_accuracy,
     "depth": render_depth,
+    "latency": render_latency,
     "pretraining": render_pretraining,
     "training": render_training,
 }

@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from adapter_dpvr import DpvrConfig, DpvrLayer
+from cache_dpvr import LINE_4
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from sharing_dpvr import save_adapter
 
@@ -88,6 +89,28 @@ def test_it_generates_with_a_cache_what_dpvr_does_and_what_it_does_without(saved
     assert answers == generate(dpvr, prompts)
     with model.disable_adapter():
         assert answers != generate(model, prompts) == generate(make_llava(), prompts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 2},
+        pytest.param(
+            {"prefill_chunk_size": 3}, marks=pytest.mark.skipif(LINE_4, reason="transformers 4 splits no pictures")
+        ),
+        {"prompt_lookup_num_tokens": 2, "eos_token_id": 39},
+    ],
+    ids=str,
+)
+def test_on_stock_llava_too_every_way_to_decode_gives_the_same_answers(saved, prompts, options):
+    model = PeftModel.from_pretrained(make_llava(), saved)
+    if "prompt_lookup_num_tokens" in options:  # for one row alone
+        prompts = Prompts([[1, 6]]).inputs
+    plain = {name: value for name, value in options.items() if name in ("num_beams", "eos_token_id")}
+    answers = generate(model, prompts, **plain)
+    assert generate(model, prompts, **options) == answers
+    assert generate(model, prompts, **options) == answers  # transformers 4 uses a static cache again
 
 
 def without_prefix(folder: Path) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from cache_dpvr import LINE_4, CacheRecord
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+few_variants = pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4], VARIANTS[5]], ids=str)  # where it is slow
 needs_5 = pytest.mark.skipif(LINE_4, reason="transformers 4 gives every chunk of a prefill all pixels, and is refused")
 
 
@@ -65,6 +66,14 @@ def test_a_prompt_in_pieces_on_a_static_cache_is_the_naive_algorithm(
     model = make_dpvr(attention=attention, **plan)
     cache = StaticCache(config=model.config, max_cache_len=120)
     assert_cached_logits_are_naive(model, pieces, forward_in_pieces(model, pieces, cache))
+
+
+@variants
+def test_beams_may_use_a_static_cache(variant: dict) -> None:
+    model, inputs = make_dpvr(**variant), Prompts(RAGGED, "left").inputs
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    static = answer(model, inputs, **beams, cache_implementation="static").sequences
+    assert torch.equal(static, answer(model, inputs, **beams).sequences)
 
 
 @variants
@@ -135,7 +144,7 @@ def test_the_decode_step_compiles_whole_and_once(variant: dict, layout: list) ->
     assert not counters["graph_break"]
 
 
-@variants
+@few_variants
 def test_a_compiled_forward_is_not_compiled_anew_for_every_token(variant: dict) -> None:
     """`torch.compile` of the model with a growing cache: the prefill breaks where images are counted."""
     model, inputs = make_dpvr(dtype=torch.float32, **variant), float32(Prompts([[1, 2]]).inputs)
@@ -151,7 +160,7 @@ def test_a_compiled_forward_is_not_compiled_anew_for_every_token(variant: dict) 
     assert graphs[0] == graphs[1] > 0
 
 
-@variants
+@few_variants
 @torch.no_grad()
 def test_the_decode_step_may_be_exported(variant: dict) -> None:
     model, inputs = make_dpvr(dtype=torch.float32, **variant), float32(Prompts([[1, 2], [2, 1]]).inputs)
@@ -357,6 +366,11 @@ def test_keys_in_few_bits_cost_no_more_exactness_than_they_cost_llava(backend: s
         model, inputs = make_dpvr(dtype=torch.float32, routing=routing), float32(Prompts([[3, 5]]).inputs)
         forced = {"prefix_allowed_tokens_fn": lambda _, ids: [9 + len(ids) % 5], "max_new_tokens": 8}
         exact, got = answer(model, inputs, **forced), answer(model, inputs, **forced, **settings)
+        if backend == "fp8":
+            layers = got.past_key_values.layers
+            held = sum(layer._quantized_keys[0].nbytes * 2 for layer in layers[:4])
+            side = 0 if routing == "none" else 2 * layers[4].keys.numel()  # in as many values, not in 8 bits
+            assert held + side == model.kv_cache_bytes(TOKENS_PER_IMAGE, 8 + 7, dtype=torch.float8_e4m3fn)
         distance[routing] = (torch.stack(got.logits) - torch.stack(exact.logits)).std().item()
     assert 0 < distance["late_fusion"] < 1.5 * distance["none"]
 

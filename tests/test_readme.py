@@ -151,3 +151,10 @@ def test_the_rebuild_commands_make_a_repository_that_loads(tmp_path):
 @pytest.mark.parametrize("name", REPORT)
 def test_the_tables_are_made_from_the_results(name):
     assert between_marks(README, name) == REPORT[name](ROOT / "results")
+
+
+def test_the_table_of_modes_names_tests_that_exist():
+    named = re.findall(r"^\|.*\| `(test_\w+\.py)(?:::(test_\w+))?` \|$", README, flags=re.MULTILINE)
+    assert len(named) > 10
+    for file, name in named:
+        assert f"def {name or 'test_'}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
