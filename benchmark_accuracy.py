@@ -14,14 +14,13 @@ The last line of standard output is one JSON document: {"rows": [{"name", "routi
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from configuration_dpvr import DPVR_FIELDS
 from minibench.evaluate import evaluate, make_items
 from minibench.processor import load_processor
-from minibench.record import run_record
+from minibench.record import publish, run_record
 from minibench.scoring import constant_replies
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -90,10 +89,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     rows = measure(model, processor, batch_size=args.batch_size, **options)
     document = {"rows": rows, "constant_reply": constant, **record}
     print(format_table([*rows, {"name": "constant reply", **constant}]))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    publish(document, args.output)
     return document
 
 

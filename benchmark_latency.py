@@ -15,7 +15,6 @@ The prefill includes the vision tower, which is small here and timed apart as we
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from benchmark_training import IMAGE_TOKENS, SHAPES, make_batch, make_llava, synchronize
-from minibench.record import run_record
+from minibench.record import publish, run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 METHODS = {"vanilla": "none"} | {name: name for name in ("late_fusion", "kv_substitution", "text_only")}
@@ -139,10 +138,7 @@ def main(args: argparse.Namespace) -> None:
     print_table(rows)
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "methods", "caches")}
     document = {**run_record("benchmark_latency.py"), **settings, "image_tokens": IMAGE_TOKENS, "rows": rows}
-    if args.output is not None:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2)
-    print(json.dumps(document))
+    publish(document, args.output)
 
 
 if __name__ == "__main__":

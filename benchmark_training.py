@@ -16,7 +16,6 @@ Paper sections 3.4 and 4.2. Below the side branch and in the text-only layers no
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from minibench.record import run_record
+from minibench.record import publish, run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from train_sft import LORA_TARGETS
 
@@ -247,10 +246,7 @@ def main(args: argparse.Namespace) -> None:
     names = ("shape", "batch_size", "text_tokens", "steps", "warmup", "device", "dtype", "seed")
     settings = {name: vars(args)[name] for name in names}
     document = {**run_record("benchmark_training.py"), **settings, "image_tokens": IMAGE_TOKENS, "rows": rows}
-    if args.output is not None:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2)
-    print(json.dumps(document))
+    publish(document, args.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What every file in `results/` says about its making: the command, the hardware and the versions."""
+"""The files in `results/`: how they are written, and what each says of its command, hardware and versions."""
 
+import json
 import os
 import platform
 import re
@@ -22,6 +23,14 @@ def run_record(script: str) -> dict[str, Any]:
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def publish(document: dict[str, Any], path: str | Path | None) -> None:
+    """Write what a benchmark found to a file, if one is named, and print it as the last line of standard output."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))
 
 
 def without_folders(text: str) -> str:
