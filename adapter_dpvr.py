@@ -28,7 +28,7 @@ from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import cached_file, can_return_tuple
 
-from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
+from configuration_dpvr import DPVR_FIELDS, JOINT, DpvrLlavaConfig, LayerPlan
 from loading_dpvr import make_side_branch, reset_side_branch
 from routing_dpvr import routed_forward
 from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
@@ -158,8 +158,12 @@ class DpvrLayer(nn.Module, BaseTunerLayer):
         """As `LlavaModel.forward`, under the active adapter's plan."""
         active = [name for name in self.active_adapters if name in self.plans]
         if self.disable_adapters or not active:
-            return self.base_layer(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-        branch, plan = self.side_branch[active[0]], self.plans[active[0]]
+            if hasattr(self.base_layer, "side_branch"):  # a DPVR model, which has a routing of its own
+                return self.base_layer(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
+            depth = len(self.base_layer.language_model.layers)
+            branch, plan = nn.ModuleList(), LayerPlan(depth, (JOINT,) * depth)
+        else:
+            branch, plan = self.side_branch[active[0]], self.plans[active[0]]
         return routed_forward(self.base_layer, branch, plan, input_ids=input_ids, pixel_values=pixel_values, **kwargs)
 
 

@@ -26,14 +26,25 @@ LINE_4 = transformers.__version__.startswith("4.")  # it crops to a length, and 
 
 
 class ExtraLayer(DynamicLayer):
-    """A layer that decoding leaves alone: it neither hinders compilation nor is cropped with the last text tokens."""
+    """A layer that decoding leaves alone: it neither hinders compilation nor is cropped with the last text tokens.
+
+    An offloaded cache fetches the layer after the one in use, and after the decoder's last its first.
+    """
 
     is_compileable = True
     supports_early_init = False
-    max_cache_len = 0
+    max_cache_len = 0  # transformers 4 compares the layers' rooms and batch sizes
 
-    def crop(self, *_) -> None:
+    def __init__(self, layers: list):
+        super().__init__()
+        self.layers = layers
+
+    def crop(self, max_length: int) -> None:
         pass
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self.layers[0].prefetch()
 
 
 class SideBranchKeys(ExtraLayer):
@@ -41,7 +52,7 @@ class SideBranchKeys(ExtraLayer):
 
     @property
     def max_batch_size(self) -> int:
-        return len(self.keys)
+        return 0 if self.keys is None else len(self.keys)
 
 
 class CacheRecord(ExtraLayer):
@@ -72,25 +83,16 @@ class CacheRecord(ExtraLayer):
         tables: dict[str, torch.Tensor] | None = None,
         num_keys: dict[str, int] | None = None,
     ):
-        super().__init__()
+        super().__init__([])
         self.plan, self.depth, self.max_batch_size = plan, len(plan.modes), batch_size
         self.length, self.last_image, self.plain = length, last_image, plain
         self.tables, self.num_keys = tables or {}, num_keys or {}
 
     @staticmethod
     def find(cache: Cache | None) -> "CacheRecord | None":
-        """The record on `cache`, or None where no image was seen; a cache that was reset becomes as it was made."""
+        """The record on `cache`, or None where no image was seen."""
         record = cache.layers[-1] if cache is not None and cache.layers else None
-        if not isinstance(record, CacheRecord):
-            return None
-        if record.plan is None:
-            room, depth = cache.layers[0].max_cache_len if is_static(cache) else 0, record.depth
-            cache.layers[depth:] = []
-            for index, layer in enumerate(cache.layers):
-                if isinstance(layer, StaticKeys):
-                    cache.layers[index] = StaticLayer(max_cache_len=room)
-            return None
-        return record
+        return record if isinstance(record, CacheRecord) and record.plan is not None else None
 
     @staticmethod
     def of(cache: Cache | None, plan: LayerPlan) -> "CacheRecord | None":
@@ -99,12 +101,16 @@ class CacheRecord(ExtraLayer):
         Raises:
             ValueError: if another plan filled the cache, or its layers do not hold what is noted.
         """
-        record = CacheRecord.find(cache)
-        if record is None:
+        if cache is None or not cache.layers:
             return None
-        static = is_static(cache)
+        record, static = CacheRecord.find(cache), is_static(cache)
+        if record is None:
+            if isinstance(cache.layers[-1], CacheRecord) or isinstance(cache.layers[0], StaticKeys):
+                as_it_was_made(cache, len(plan.modes))  # it was reset, or its prefill was broken off
+            return None
         past = None if static else cache.get_seq_length()  # a static cache would have to ask the device
         if past == 0:
+            as_it_was_made(cache, len(plan.modes))
             return None
         if record.plan != plan:
             raise ValueError(
@@ -145,6 +151,7 @@ class CacheRecord(ExtraLayer):
         """Make this the record of `cache`, in the place of an older one."""
         if isinstance(cache.layers[-1], CacheRecord):
             cache.layers.pop()
+        self.layers = cache.layers
         cache.layers.append(self)
 
     # -- what a cache does to its layers ------------------------------------------------------------------------------
@@ -189,6 +196,12 @@ class StaticKeys(StaticLayer):
     def get_seq_length(self) -> torch.Tensor:
         return self.cumulative_length
 
+    def reset(self) -> None:
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+        self.cumulative_length.zero_()
+
 
 class ShorterLayer(DynamicLayer):
     """A growing layer that holds fewer keys than there are tokens, or more; transformers 4 crops it to tokens."""
@@ -196,7 +209,19 @@ class ShorterLayer(DynamicLayer):
     surplus = 0  # keys - tokens
 
     def crop(self, max_length: int) -> None:
-        super().crop(max(0, max_length + self.surplus) if max_length > 0 else max_length)
+        held = self.get_seq_length() if max_length < 0 else self.surplus if max_length > 0 else 0
+        super().crop(max(0, max_length + held))
+
+
+def as_it_was_made(cache: Cache, depth: int) -> None:
+    """Take off an empty cache what was put on it for an earlier prompt."""
+    room = cache.layers[0].max_cache_len if is_static(cache) else 0
+    cache.layers[depth:] = []
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticKeys):
+            cache.layers[index] = StaticLayer(max_cache_len=room)
+        elif isinstance(layer, ShorterLayer):
+            layer.surplus = 0
 
 
 def is_static(cache: Cache | None) -> bool:
@@ -254,15 +279,17 @@ class DecodeStep(nn.Module):
     def __init__(self, model: nn.Module, cache: Cache):
         super().__init__()
         self.model, self.cache = model, cache
-        static = [layer for layer in cache.layers if isinstance(layer, StaticKeys)]
+        record = CacheRecord.find(cache)
+        static = [layer for layer in cache.layers if isinstance(layer, StaticKeys)] if record is not None else []
         if not static:
             raise ValueError(
                 f"Expected a static cache that a routing filled with a prompt and its image; got {cache}. Remedy: run "
                 "the prompt with past_key_values=StaticCache(config=model.config, max_cache_len=...)."
             )
         for index, layer in enumerate(static):
-            for name in ("keys", "values", "cumulative_length"):
-                self.register_buffer(f"{name}_{index}", getattr(layer, name), persistent=False)
+            self.register_buffer(f"keys_{index}", layer.keys, persistent=False)
+            self.register_buffer(f"values_{index}", layer.values, persistent=False)
+            self.register_buffer(f"length_{index}", layer.cumulative_length, persistent=False)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Logits (B, 1, vocabulary) after one token of each row, int64 (B, 1), at its rotary position, (B, 1)."""

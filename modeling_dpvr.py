@@ -124,10 +124,10 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
         Args:
             input_ids: int64 (B, T), `config.image_token_id` once per image feature.
             pixel_values: float (N, 3, height, width), the images of all rows in order of their marks.
-            attention_mask: (B, past + T), 0 at padding on either side. After an unpadded prompt it is not read for a
-                single new token.
+            attention_mask: (B, past + T), 0 at padding on either side. After an unpadded prompt, and on a static
+                cache, it is not read for a single new token.
             position_ids: int64 (B or 1, T).
-            past_key_values: a growing cache such as `DynamicCache`, read and extended.
+            past_key_values: any cache of transformers, read and extended.
             inputs_embeds: float (B, T, D) in place of input_ids, with the image token's embedding at image places;
                 without pixel_values all of it is taken for text.
             labels: int64 (B, T), -100 where there is no loss. Image tokens predict nothing under a routing, so a label
@@ -176,10 +176,16 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
     ) -> dict:
         """Stock inputs, with the pixels of the images whose tokens are in this chunk: a later turn may bring more."""
-        inputs = super().prepare_inputs_for_generation(input_ids, pixel_values=pixel_values, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
+        )
         inputs.pop("pixel_values", None)
         chunk, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         decoding = cache is not None and cache.get_seq_length() > 0 and chunk is not None and chunk.shape[1] == 1
@@ -217,8 +223,13 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
         generation_config: GenerationConfig,
     ) -> dict:
         """Of transformers 5: encode the new images before a prefill in chunks, which may cut through them."""
-        pixel_values = model_kwargs.get("pixel_values")
-        if generation_config.prefill_chunk_size is None or pixel_values is None or model_input_name != "input_ids":
+        size, pixel_values = generation_config.prefill_chunk_size, model_kwargs.get("pixel_values")
+        if size == 1 and self.config.routing != "none" and model_kwargs.get("attention_mask") is not None:
+            raise ValueError(
+                "Expected prefill_chunk_size of at least 2 for a padded batch, as a single token is taken for a "
+                "decoded one; got 1. Remedy: 2 or more."
+            )
+        if size is None or pixel_values is None or model_input_name != "input_ids":
             return model_kwargs
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         num_tokens = generation_config._mask_length if mask is None else mask.shape[1]
@@ -232,7 +243,6 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
     def _prefill_chunking(self, input_ids: torch.Tensor, generation_config: GenerationConfig, **model_kwargs) -> dict:
         """Of transformers 4: it would give every chunk all pixels."""
         if model_kwargs.get("pixel_values") is not None:
-            vars(self).pop("_cache", None)  # a static cache that generate has made but not filled
             raise ValueError(
                 "Expected prefill_chunk_size=None for a prompt with images on transformers 4; got "
                 f"{generation_config.prefill_chunk_size}. Remedy: transformers 5, or prefill in one piece."
@@ -250,12 +260,17 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
 
         Called once by `generate`, with the prompt, before any work.
         """
-        ends_in_image = input_ids is not None and bool((input_ids[:, -1] == self.config.image_token_id).any())
+        ends_in_image = input_ids is not None and bool((input_ids[:, -1:] == self.config.image_token_id).any())
         if self.config.routing != "none" and ends_in_image:
             raise ValueError(
                 "Expected a prompt that ends in text: past the split image tokens predict nothing; got one that ends "
                 "in an image. Remedy: put the question after the picture, or use the chat template."
             )
+        kept = getattr(self, "_cache", None)  # transformers 4 keeps a static cache, which a failed call left empty
+        if kept is not None and not all(
+            layer.is_initialized for layer in kept.layers[: self.config.text_config.num_hidden_layers]
+        ):
+            del self._cache
         pixel_values = model_kwargs.pop("pixel_values", None)
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             images = _images_per_row(input_ids, self.config)

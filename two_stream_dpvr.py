@@ -364,13 +364,15 @@ class TwoStreamPass:
         values = attention.v_proj(normed).view(shape).transpose(1, 2)
         keys, _ = apply_rotary_pos_emb(keys, keys[:, :0], *(table.to(keys.device) for table in rotary))
         self.scratch.update(keys, values, attention.layer_idx)
+        if self.scratch.offloading:  # more keys of this layer follow
+            self.scratch.layers[attention.layer_idx].prefetch()
 
     def run_side_branch(self, side_branch: nn.ModuleList, image: torch.Tensor) -> torch.Tensor:
         """Algorithm 1, phase 2: the image tokens of a row among themselves, at their own positions, (B, V, D)."""
         if self.cache is not None:
             layers, depth = self.cache.layers, len(self.plan.modes)
             if self.record is None:
-                layers[depth:] = [SideBranchKeys() for _ in side_branch]
+                layers[depth:] = [SideBranchKeys(layers) for _ in side_branch]
             elif len(layers) - depth - 1 != len(side_branch):
                 raise ValueError(
                     f"Expected a cache filled with a side branch of {len(side_branch)} layers; got one of "

@@ -113,6 +113,18 @@ def test_on_stock_llava_too_every_way_to_decode_gives_the_same_answers(saved, pr
     assert generate(model, prompts, **options) == answers  # transformers 4 uses a static cache again
 
 
+@torch.no_grad()
+def test_a_cache_does_not_go_on_when_the_adapter_is_disabled_or_enabled(saved, prompts):
+    model, token = PeftModel.from_pretrained(make_llava(), saved), torch.full((3, 1), 9)
+    cache = model(**prompts, use_cache=True).past_key_values
+    with model.disable_adapter():
+        with pytest.raises(ValueError, match="Expected a cache filled under the layer plan in use"):
+            model(input_ids=token, past_key_values=cache)
+        cache = model(**prompts, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="Expected a cache filled under the layer plan in use"):
+        model(input_ids=token, past_key_values=cache)
+
+
 def without_prefix(folder: Path) -> dict[str, torch.Tensor]:
     weights = load_file(folder / "adapter_model.safetensors")
     return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import takewhile
 from types import SimpleNamespace
 
@@ -24,8 +25,8 @@ from test_generation import (
     pieces_of_prompts,
 )
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, QuantoQuantizedLayer
+from transformers import DynamicCache, StaticCache, cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, QuantoQuantizedLayer
 from transformers.generation import CompileConfig
 
 from cache_dpvr import LINE_4, CacheRecord
@@ -292,6 +293,48 @@ def test_a_dialogue_may_go_on_with_a_cache_of_ones_own(variant: dict, new_pixels
     assert_dialogue_needs_no_cache(make_dpvr(**variant), turns, new_pixels_only, own_cache=DynamicCache())
 
 
+@variants
+@torch.no_grad()
+def test_a_growing_cache_cropped_to_nothing_is_an_empty_one(variant: dict) -> None:
+    """A text prompt then runs through stock LLaVA, and a picture after that is the first one again."""
+    model, pieces = make_dpvr(**variant), [Prompts([[12]]), Prompts([[1, 2]], seed=1)]
+    for nothing in [0, -10] if LINE_4 else [-10]:
+        for after in (pieces, pieces[1:]):
+            cache = cached(model, Prompts([[2, 4]]), "growing")
+            cache.crop(nothing)
+            assert_cached_logits_are_naive(model, after, forward_in_pieces(model, after, cache))
+
+
+@torch.no_grad()
+def test_a_static_cache_serves_on_after_a_prefill_that_was_broken_off() -> None:
+    model, inputs = make_dpvr(), Prompts([[1, 2]]).inputs
+    want = answer(model, inputs)
+    for layer in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            hook = model.model.language_model.layers[layer].register_forward_pre_hook(interrupt)
+            answer(model, inputs, cache_implementation="static")
+        hook.remove()
+        assert_same_answers(answer(model, inputs, cache_implementation="static"), want)
+        text = Prompts([[7]]).inputs  # as long a prompt as the cache has room for
+        assert_same_answers(answer(model, text, cache_implementation="static"), answer(model, text))
+    with pytest.raises(ValueError, match="Expected as many image tokens"):
+        answer(
+            model, {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}, cache_implementation="static"
+        )
+    assert_same_answers(answer(model, inputs, cache_implementation="static"), want)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_generate_takes_embeddings() -> None:
+    model, inputs = make_dpvr(), Prompts([[6]]).inputs
+    embeddings = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    got = answer(model, {**embeddings, "attention_mask": inputs["attention_mask"]}).sequences
+    assert torch.equal(got, answer(model, inputs).sequences[:, 6:])
+
+
 # -- other ways to decode ---------------------------------------------------------------------------------------------
 
 
@@ -315,10 +358,10 @@ def test_speculative_decoding_finds_the_greedy_answer(variant: dict, assistant: 
 
 @needs_5
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
-@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("size", [1, 2, 5])
 @variants
 def test_a_prefill_in_chunks_may_cut_through_images(variant: dict, size: int, cache: dict) -> None:
-    model, inputs = make_dpvr(**variant), Prompts(RAGGED, "left").inputs
+    model, inputs = make_dpvr(**variant), Prompts([[2, 0, 1]] if size == 1 else [*RAGGED, [0, 8]], "left").inputs
     assert_same_answers(answer(model, inputs, prefill_chunk_size=size, **cache), answer(model, inputs))
 
 
@@ -327,6 +370,13 @@ def test_a_prefill_in_chunks_may_cut_through_images(variant: dict, size: int, ca
 def test_a_second_turn_may_be_prefilled_in_chunks(new_pixels_only: bool) -> None:
     turns = [Prompts([[1, 2], [2, 1]], "left"), Prompts([[2, 0, 1], [1, 1, 3]], "left", 1)]
     assert_dialogue_needs_no_cache(make_dpvr(), turns, new_pixels_only, prefill_chunk_size=3)
+
+
+@needs_5
+def test_chunks_of_one_token_are_refused_for_a_padded_batch() -> None:
+    inputs = Prompts([[0, 8], [2]], "left").inputs
+    with pytest.raises(ValueError, match="Expected prefill_chunk_size of at least 2 for a padded batch"):
+        answer(make_dpvr(), inputs, prefill_chunk_size=1)
 
 
 @pytest.mark.skipif(not LINE_4, reason="transformers 5 prefills in chunks: the tests above")
@@ -380,6 +430,33 @@ def test_keys_in_few_bits_cost_no_more_exactness_than_they_cost_llava(backend: s
 def test_an_offloaded_cache_gives_the_same_answers(variant: dict) -> None:
     model, inputs = make_dpvr(**variant).cuda(), {k: v.cuda() for k, v in Prompts(RAGGED, "left").inputs.items()}
     assert_same_answers(answer(model, inputs, cache_implementation="offloaded"), answer(model, inputs))
+
+
+class NoStream(nullcontext):
+    def wait_stream(self, other: "NoStream") -> None:
+        pass
+
+
+@variants
+def test_keys_are_fetched_before_a_layer_of_an_offloaded_cache_is_used(
+    variant: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of moves to and from a GPU, a note on the layer; using a layer that is away fails."""
+    update, away = DynamicLayer.update, set()
+
+    def checked(layer: DynamicLayer, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        assert id(layer) not in away, f"{type(layer).__name__} is used while its keys are away"
+        return update(layer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+    monkeypatch.setattr(cache_utils, "_is_torch_greater_or_equal_than_2_7", True)
+    monkeypatch.setattr(DynamicLayer, "update", checked)
+    monkeypatch.setattr(CacheLayerMixin, "offload", lambda layer: away.add(id(layer)))
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", lambda layer: away.discard(id(layer)))
+    model, inputs, cache = make_dpvr(**variant), Prompts([[1, 2]]).inputs, DynamicCache()
+    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, False, NoStream()
+    assert_same_answers(answer(model, inputs, past_key_values=cache), answer(model, inputs))
+    assert len(away) > 1
 
 
 # -- at serving size --------------------------------------------------------------------------------------------------

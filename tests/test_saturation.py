@@ -1,0 +1,118 @@
+"""saturation.py against hidden states, attention maps and whole forward passes that transformers itself gives."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN_ID, make_llava
+from reference import Prompts, randomise_vectors, real_float64
+from torch.nn import functional
+
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from saturation import GRAPHS, Sample, measure
+
+DEPTH = 5
+LAYOUT = [[2, 5], [1, 2, 4], [6, 4]]  # one image, two, one
+ANSWERS = [3, 1, 1]  # how many of a row's last tokens are the answer
+TOLERANCE = 1e-9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact() -> Iterator[None]:
+    with real_float64():
+        yield
+
+
+def make_model():
+    return randomise_vectors(make_llava(DEPTH))
+
+
+def labels_of(batch: Prompts) -> torch.Tensor:
+    labels = torch.full_like(batch.inputs["input_ids"], -100)
+    for row, ids, count in zip(batch.unpad(labels), batch.rows, ANSWERS, strict=False):
+        row[-count:] = ids[-count:]
+    return labels
+
+
+def one_row(batch: Prompts, row: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids = batch.rows[row][None]
+    return ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": batch.images[row]}
+
+
+def kl(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """KL(expected || got) of logits (..., vocabulary)."""
+    return functional.kl_div(got.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+
+@torch.no_grad()
+def naive(batch: Prompts, row: int) -> Sample:
+    """The same of one row alone, from what the model returns of itself."""
+    ids, inputs = one_row(batch, row)
+    model, found = make_model(), Sample()
+    model.set_attn_implementation("eager")
+    output = model(**inputs, output_hidden_states=True, output_attentions=True)
+    image = ids[0] == IMAGE_TOKEN_ID
+    after = ~image & (torch.arange(len(image)) > image.nonzero()[0])
+    states = [*output.hidden_states[:-1], None]  # the last one that it returns is normed
+    last = model.model.language_model.layers[-1].register_forward_hook(
+        lambda _, args, result: states.__setitem__(-1, result if isinstance(result, torch.Tensor) else result[0])
+    )
+    model(**inputs)
+    last.remove()
+    for before, state, attention in zip(states[:-1], states[1:], output.attentions, strict=True):
+        found.attention_mass.append(attention[0][:, after][..., image].sum(-1).mean(-1).tolist())
+        cosine = (before * state).sum(-1) / (before.norm(dim=-1) * state.norm(dim=-1))
+        lens = kl(output.logits, model.lm_head(model.model.language_model.norm(state)))
+        for kind, tokens in (("image", image), ("text", ~image)):
+            found.cosine[kind].append(cosine[0][tokens].mean().item())
+            found.logit_lens_kl[kind].append(lens[0][tokens].mean().item())
+    answer = slice(-ANSWERS[row] - 1, -1)
+    vanilla = output.logits[0, answer]
+    for split in range(1, DEPTH):
+        for graph in GRAPHS:
+            fields = {"split_layer": split, "side_branch_init": "identity", "routing": graph}
+            dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_model(), **fields)
+            logits = dpvr(**inputs).logits[0, answer]
+            found.withdrawal_kl[graph].append(kl(vanilla, logits).mean().item())
+            found.withdrawal_changed[graph].append(bool((vanilla.argmax(-1) != logits.argmax(-1)).any()))
+    return found
+
+
+@pytest.mark.parametrize("chunk", [2, 128])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_has_the_statistics_of_its_rows_computed_one_by_one(side: str, chunk: int) -> None:
+    batch = Prompts(LAYOUT, side)
+    found = measure(make_model(), batch.inputs, labels_of(batch), chunk=chunk)
+    for row, sample in enumerate(found):
+        want = naive(batch, row)
+        for name, value in vars(want).items():
+            got = vars(sample)[name]
+            if name == "withdrawal_changed":
+                assert got == value
+            else:
+                for mine, theirs in zip(flat(got), flat(value), strict=True):
+                    assert abs(mine - theirs) < TOLERANCE, name
+        assert sample.logit_lens_kl["text"][-1] == 0
+    changed = [change for sample in found for graph in GRAPHS for change in sample.withdrawal_changed[graph]]
+    assert any(changed) and not all(changed)
+
+
+def flat(value: object) -> list[float]:
+    if isinstance(value, float):
+        return [value]
+    return [number for part in (value.values() if isinstance(value, dict) else value) for number in flat(part)]
+
+
+def test_a_dpvr_model_has_the_statistics_of_its_base() -> None:
+    batch = Prompts(LAYOUT)
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_model(), split_layer=2)
+    assert measure(dpvr, batch.inputs, labels_of(batch)) == measure(make_model(), batch.inputs, labels_of(batch))
+
+
+def test_rows_without_a_picture_or_an_answer_are_refused() -> None:
+    batch = Prompts([[2, 5], [9]])
+    with pytest.raises(ValueError, match=r"Expected a picture in every row; got none in rows \[1\]"):
+        measure(make_model(), batch.inputs, labels_of(batch))
+    batch = Prompts([[2, 5]])
+    with pytest.raises(ValueError, match=r"Expected an answer in every row; got none in rows \[0\]"):
+        measure(make_model(), batch.inputs, torch.full_like(batch.inputs["input_ids"], -100))
