@@ -78,7 +78,6 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
     config_class = DpvrLlavaConfig
     supports_gradient_checkpointing = False
     _supports_flash_attn = False
-    _can_compile_fullgraph = False
 
     def __init__(self, config: DpvrLlavaConfig):
         check_support(config)

@@ -159,3 +159,16 @@ def test_the_table_of_modes_names_tests_that_exist():
     assert len(named) > 10
     for file, name in named:
         assert f"def {name or 'test_'}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
+def test_what_is_said_of_saturation_is_what_was_measured():
+    found = json.loads((ROOT / "results" / "saturation" / "saturation.json").read_text(encoding="utf-8"))
+    mass, papers = found["attention_mass"]["median"], found["papers_split"]
+    changed = found["withdrawal"]["text_only"]["changed"]
+    for said in (
+        f"rises from {mass[0]:.2f} to {max(mass):.2f} and is still at {mass[-1]:.2f} in the last layer",
+        f"after layer {found['transition']['image']} of 12 and after layer {found['transition']['text']}.",
+        f"would split at {papers}, where withdrawing the image changes {changed[papers - 1]:.0%} of the answers",
+        f"the causal one, at most {found['tolerance']:.0%}, at {found['recommended_split']}.",
+    ):
+        assert said in " ".join(README.split()), said
