@@ -84,7 +84,7 @@ class CacheRecord(ExtraLayer):
         num_keys: dict[str, int] | None = None,
     ):
         super().__init__([])
-        self.plan, self.depth, self.max_batch_size = plan, len(plan.modes), batch_size
+        self.plan, self.max_batch_size = plan, batch_size
         self.length, self.last_image, self.plain = length, last_image, plain
         self.tables, self.num_keys = tables or {}, num_keys or {}
 
