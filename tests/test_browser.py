@@ -84,7 +84,7 @@ def slow_page(browser, random_mini, tmp_path) -> Iterator[Page]:
     served.close()
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture(params=["desktop"])
 def page(request, browser, url) -> Iterator[Page]:
     page = opened(browser, url, request.param)
     yield page
@@ -98,6 +98,9 @@ def page(request, browser, url) -> Iterator[Page]:
 def scene(tmp_path) -> Path:
     make_scene("test", 0, 6).draw().save(tmp_path / "scene.png")
     return tmp_path / "scene.png"
+
+
+both_sizes = pytest.mark.parametrize("page", SIZES, indirect=True)
 
 
 def upload(page: Page, path: Path, num_pictures: int = 1) -> None:
@@ -122,6 +125,7 @@ def figures(page: Page, table: str) -> dict[str, list[str]]:
     return {label: values for label, *values in cells}
 
 
+@both_sizes
 def test_a_picture_is_uploaded_and_the_answer_streams_in_with_its_readout(page, scene):
     page.evaluate(
         """() => {
@@ -242,6 +246,7 @@ def test_what_is_typed_while_an_answer_streams_stays(slow_page):
     assert slow_page.get_by_label("Question").input_value() == "and then?"
 
 
+@both_sizes
 def test_vanilla_and_dpvr_stand_side_by_side_with_their_ratio(page, scene):
     upload(page, scene)
     page.get_by_label("Question").fill("What colour is the star?")
@@ -257,6 +262,7 @@ def test_vanilla_and_dpvr_stand_side_by_side_with_their_ratio(page, scene):
     assert float(figures(page, "#comparison")["Prefill by formula, GFLOPs"][2]) < 0.8
 
 
+@both_sizes
 def test_a_look_inside_shows_the_attention_over_the_picture_and_its_curve(page, scene, tmp_path):
     upload(page, scene)
     page.get_by_label("Question").fill("What colour is the star?")
@@ -301,6 +307,7 @@ def test_an_example_fills_in_the_picture_and_the_question(page):
     expect(page.locator(PICTURES)).to_have_count(1)
 
 
+@both_sizes
 def test_controls_have_names_and_are_reached_by_keyboard_and_nothing_sticks_out(page):
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("button, input:not([type=file]), textarea, [role=tab]")]

@@ -33,7 +33,7 @@ from cache_dpvr import LINE_4, CacheRecord
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-few_variants = pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4], VARIANTS[5]], ids=str)  # where it is slow
+few_variants = pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[4], VARIANTS[5]], ids=str)  # for slow ones
 needs_5 = pytest.mark.skipif(LINE_4, reason="transformers 4 gives every chunk of a prefill all pixels, and is refused")
 
 
@@ -128,7 +128,7 @@ def float32(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", [[[1, 2]], RAGGED], ids=["one row", "padded rows"])
-@variants
+@few_variants
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_the_decode_step_compiles_whole_and_once(variant: dict, layout: list) -> None:
     """One graph without a break for all tokens of two answers, by `generate`'s own compilation."""
