@@ -78,8 +78,7 @@ def naive(batch: Prompts, row: int) -> Sample:
     return found
 
 
-@pytest.mark.parametrize("chunk", [2, 128])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("side", "chunk"), [("left", 2), ("right", 128)])
 def test_a_padded_batch_has_the_statistics_of_its_rows_computed_one_by_one(side: str, chunk: int) -> None:
     batch = Prompts(LAYOUT, side)
     found = measure(make_model(), batch.inputs, labels_of(batch), chunk=chunk)
