@@ -210,6 +210,23 @@ class DpvrLlavaForConditionalGeneration(Sharing, SideBranchLoading, CostFormulas
         rows = pixel_values.split(images)
         return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
 
+    def _prepare_static_cache(self, *args, **kwargs) -> Cache:
+        """Of transformers 5."""
+        self._refuse_flex_attention()
+        return super()._prepare_static_cache(*args, **kwargs)
+
+    def _get_cache(self, *args, **kwargs) -> Cache:
+        """Of transformers 4, the same."""
+        self._refuse_flex_attention()
+        return super()._get_cache(*args, **kwargs)
+
+    def _refuse_flex_attention(self) -> None:
+        if self.config.text_config._attn_implementation == "flex_attention":
+            raise ValueError(
+                "Expected sdpa or eager attention for a static cache, whose masks generate makes as tensors; got "
+                "flex_attention. Remedy: set_attn_implementation('sdpa'), or a growing cache."
+            )
+
     def decode_step(self, cache: Cache) -> DecodeStep:
         """The next token's step as a module to export, for a static cache that holds a prompt; see `DecodeStep`."""
         return DecodeStep(self, cache)

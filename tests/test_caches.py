@@ -97,6 +97,11 @@ def test_a_static_cache_that_is_too_short_is_refused_before_anything_is_written(
     assert not any(layer.is_initialized for layer in cache.layers)
 
 
+def test_flex_attention_with_a_static_cache_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match="Expected sdpa or eager attention for a static cache"):
+        answer(make_dpvr(attention="flex_attention"), Prompts([[1, 2]]).inputs, cache_implementation="static")
+
+
 @variants
 @torch.no_grad()
 def test_a_static_cache_that_was_reset_takes_any_prompt(variant: dict) -> None:
