@@ -5,16 +5,23 @@ rows of pictures and conversations      the first question of each and its answe
 OUTPUT_DIR/samples.jsonl                a line per sample; a run that was stopped goes on behind the last one
     |
 OUTPUT_DIR/saturation.json, .png, .svg  medians and quartiles by layer, transitions, two recommended splits
+    |
+OUTPUT_DIR/plans.json, plan_0.45.yaml   with --find_plan 0.45: the layers that must read the image, within that share
+plan_frontier.png, .svg                 of vanilla's prefill FLOPs (plan_search.py)
+
+A DPVR model is measured as the vanilla LLaVA that it is made of, and then its own graph beside it.
 
 python probe_saturation.py                                           # dpvr-mini on MiniBench
+python probe_saturation.py --find_plan 0.45 0.35                     # and which layers must read
 python probe_saturation.py --model llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json --image_folder images
 """
 
 import argparse
 import json
-import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,122 +29,95 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaProcessor
 
-from adapter_dpvr import DpvrConfig
-from conversations import load_conversations
+from answered_prompts import AnsweredPrompts, Batch, in_batches
+from conversations import Row, load_conversations
 from minibench.data import to_hf_dataset
 from minibench.processor import load_processor
 from minibench.record import publish, run_record
-from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from saturation import GRAPHS, IGNORED_LABEL, measure
+from plan_report import Prefill, draw_frontier, find_plans, table, write_plans
+from plan_search import Plan
+from saturation import measure, measure_routed
+from saturation_curves import PAPERS_MARGIN, draw, summarise, summarise_routed
+from tuned_lens import TunedLens
 
 MINIBENCH = "minibench"
-PAPERS_MARGIN = 4  # layers from the split to the transition of image tokens: 18 and 22 of 32
-TITLES = ("Cosine of a layer's input and output", "Text-to-image attention", "Logit lens", "Withdrawal of the image")
 
 
-def load_rows(args: argparse.Namespace) -> Any:
+def load_rows(args: argparse.Namespace, split: str = "validation") -> Iterable[Row]:
     if args.data == MINIBENCH:
-        return to_hf_dataset("validation", args.num_samples, questions_per_row=1, seed=args.seed)
+        count = args.num_samples if split == "validation" else args.tuned_lens
+        return to_hf_dataset(split, count, questions_per_row=1, seed=args.seed)
     return load_conversations(args.data, split=args.data_split, image_folder=args.image_folder).rows
 
 
-def encode(processor: LlavaProcessor, row: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
-    """The processor's inputs of a row's first question with its answer, and its labels (1, T); None without pictures.
+def load_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    dtype = getattr(torch, args.dtype)
+    options = {"trust_remote_code": True, "dtype": dtype, "attn_implementation": "sdpa"}
+    return AutoModelForImageTextToText.from_pretrained(args.model, **options).eval().to(args.device)
 
-    Raises:
-        ValueError: if the chat template writes a prompt anew once it is answered.
-    """
-    end = next(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
-    marks = sum(part["type"] == "image" for message in row["messages"][:end] for part in message["content"])
-    if marks == 0:
+
+def load_lens(
+    args: argparse.Namespace, model: LlavaForConditionalGeneration, processor: LlavaProcessor, rows: Iterable[Row]
+) -> TunedLens | None:
+    """The tuned lens in `output_dir`, or one trained on rows that are not measured; None if it is not asked for."""
+    if not args.tuned_lens:
         return None
-    pictures = [picture.convert("RGB") for picture in row["images"][:marks]]
-    texts = [
-        processor.apply_chat_template(row["messages"][:end], add_generation_prompt=True),
-        processor.apply_chat_template(row["messages"][: end + 1]),
-    ]
-    prompt, whole = (processor(images=pictures, text=text, return_tensors="pt") for text in texts)
-    length = prompt["input_ids"].shape[1]
-    if not torch.equal(whole["input_ids"][:, :length], prompt["input_ids"]):
-        raise ValueError(
-            f"Expected a chat template that leaves an answered prompt as it was; got {texts[1]!r} after {texts[0]!r}. "
-            "Remedy: another processor, such as dpvr-mini's template."
-        )
-    labels = whole["input_ids"].clone()
-    labels[:, :length] = IGNORED_LABEL
-    return dict(whole), labels
+    path = args.output_dir / "tuned_lens.safetensors"
+    if path.exists():
+        return TunedLens.load(path, args.device)
+    if args.data == MINIBENCH:
+        prompts = AnsweredPrompts(processor, load_rows(args, "train"), args.tuned_lens)
+    else:
+        prompts = islice(AnsweredPrompts(processor, rows, args.num_samples + args.tuned_lens), args.num_samples, None)
+    lens = TunedLens.fit(model, in_batches(prompts, args.batch_size, args.device), args.tuned_lens // args.batch_size)
+    lens.save(path)
+    return lens
 
 
-def batches(
-    encoded: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]], batch_size: int, pad: int
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Batches of single rows, padded on the right."""
-    rows: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
-
-    def joined() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        def stack(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([tensor[0] for tensor in tensors], True, value)
-
-        inputs = {
-            "input_ids": stack([row["input_ids"] for row, _ in rows], pad),
-            "attention_mask": stack([row["attention_mask"] for row, _ in rows], 0),
-            "pixel_values": torch.cat([row["pixel_values"] for row, _ in rows]),
-        }
-        return inputs, stack([labels for _, labels in rows], IGNORED_LABEL)
-
-    for row in encoded:
-        rows.append(row)
-        if len(rows) == batch_size:
-            yield joined()
-            rows = []
-    if rows:
-        yield joined()
+def is_routed(model: LlavaForConditionalGeneration) -> bool:
+    """Whether this is a DPVR model whose routing splits the graph."""
+    return model.config.model_type == "dpvr_llava" and not model.config.layer_plan().is_vanilla
 
 
-def run(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, list[dict[str, Any]], int]:
-    """Measure what is not yet in samples.jsonl; return the model, all samples, and the rows without pictures."""
+def measure_batch(
+    model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], labels: torch.Tensor, lens: TunedLens | None
+) -> Iterator[dict[str, Any]]:
+    """What is kept of each sample."""
+    image = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+    pictures = iter(inputs["pixel_values"])
+    per_picture = int(image.sum()) // len(inputs["pixel_values"])
+    for row, sample in enumerate(measure(model, inputs, labels, lens=lens)):
+        whole = inputs["attention_mask"][row].bool()
+        own = torch.stack(list(islice(pictures, int(image[row]) // per_picture)))
+        found = {"image_tokens": int(image[row]), "text_tokens": int(whole.sum() - image[row]), **asdict(sample)}
+        if is_routed(model):
+            ids = inputs["input_ids"][row, whole][None]
+            prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": own}
+            found["routed"] = asdict(measure_routed(model, prompt))
+        yield found
+
+
+def collect(
+    args: argparse.Namespace, model: LlavaForConditionalGeneration, lens: TunedLens | None, prompts: AnsweredPrompts
+) -> list[dict[str, Any]]:
+    """Measure what is not yet in samples.jsonl; all samples."""
     path = args.output_dir / "samples.jsonl"
-    settings = {name: str(vars(args)[name]) for name in ("model", "data", "data_split", "seed", "dtype")}
+    settings = {name: str(vars(args)[name]) for name in ("model", "data", "data_split", "seed", "dtype", "tuned_lens")}
     samples = read_samples(path, settings)
-    model = AutoModelForImageTextToText.from_pretrained(
-        args.model, trust_remote_code=True, dtype=getattr(torch, args.dtype), attn_implementation="sdpa"
-    )
-    model = model.eval().to(args.device)
-    processor = load_processor(args.model)
-    skipped = 0
-
-    def encoded() -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        nonlocal skipped
-        taken = 0
-        for row in load_rows(args):
-            if taken == args.num_samples:
-                return
-            found = encode(processor, row)
-            if found is None:
-                skipped += 1
-                continue
-            taken += 1
-            if taken > len(samples):
-                yield found
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pad = processor.tokenizer.pad_token_id or 0
     with path.open("a", encoding="utf-8") as file, tqdm(total=args.num_samples, initial=len(samples)) as progress:
         if not samples:
             file.truncate(0)
             file.write(json.dumps(settings) + "\n")
-        for inputs, labels in batches(encoded(), args.batch_size, pad):
-            inputs = {name: value.to(args.device) for name, value in inputs.items()}
-            image = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            for sample, tokens, length in zip(
-                measure(model, inputs, labels.to(args.device)), image, lengths, strict=True
-            ):
-                samples.append({"image_tokens": tokens, "text_tokens": length - tokens, **asdict(sample)})
-                file.write(json.dumps(samples[-1]) + "\n")
+        rest = islice(prompts, len(samples), None)
+        for inputs, labels in in_batches(rest, args.batch_size, args.device):
+            found = list(measure_batch(model, inputs, labels, lens))
+            file.writelines(json.dumps(sample) + "\n" for sample in found)
             file.flush()
-            progress.update(len(lengths))
-    return model, samples[: args.num_samples], skipped
+            samples += found
+            progress.update(len(found))
+    if not samples:
+        raise ValueError(f"Expected rows with pictures in {args.data!r}; got none. Remedy: other --data.")
+    return samples[: args.num_samples]
 
 
 def read_samples(path: Path, settings: dict[str, str]) -> list[dict[str, Any]]:
@@ -154,68 +134,18 @@ def read_samples(path: Path, settings: dict[str, str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole[1:]]
 
 
-def band(rows: list[list[float]]) -> dict[str, list[float]]:
-    """The median and the quartiles over samples, per layer."""
-    quartiles = torch.tensor(rows, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
-    return dict(zip(("q25", "median", "q75"), quartiles.tolist(), strict=True))
-
-
-def summarise(samples: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
-    """The curves, the transitions and the recommended splits."""
-    depth = len(samples[0]["attention_mass"])
-    curves = {
-        name: {kind: band([sample[name][kind] for sample in samples]) for kind in ("image", "text")}
-        for name in ("cosine", "logit_lens_kl")
-    }
-    mass = torch.tensor([sample["attention_mass"] for sample in samples], dtype=torch.float64)  # (samples, L, H)
-    curves["attention_mass"] = band(mass.mean(-1).tolist()) | {"median_by_head": mass.quantile(0.5, dim=0).tolist()}
-    curves["withdrawal"] = {
-        graph: band([sample["withdrawal_kl"][graph] for sample in samples])
-        | {
-            "changed": torch.tensor([sample["withdrawal_changed"][graph] for sample in samples])
-            .double()
-            .mean(0)
-            .tolist()
-        }
-        for graph in GRAPHS
-    }
-    transition = {kind: _transition(curves["logit_lens_kl"][kind]["median"]) for kind in ("image", "text")}
-    changed = curves["withdrawal"]["text_only"]["changed"]
-    causal = next((split for split, share in enumerate(changed, start=1) if share <= tolerance), None)
-    papers = min(max(1, transition["image"] - PAPERS_MARGIN), depth - 1)
-    return {
-        **curves,
-        "transition": transition,
-        "tolerance": tolerance,
-        "papers_split": papers,
-        "recommended_split": causal,
-        "image_tokens": statistics.median(sample["image_tokens"] for sample in samples),
-        "text_tokens": statistics.median(sample["text_tokens"] for sample in samples),
-    }
-
-
-def _transition(median: list[float]) -> int:
-    """The first layer after which the lens is less than half as far from the final distribution as at its farthest."""
-    farthest = median.index(max(median))
-    return next(layer for layer in range(farthest, len(median)) if median[layer] < max(median) / 2)
-
-
-def flops_ratio(model: LlavaForConditionalGeneration, split: int, image: int, text: int) -> float:
-    """Prefill FLOPs of late fusion at a split, as a share of vanilla's."""
-    config = DpvrConfig(split_layer=split).for_base(model.config)
-    with torch.device("meta"):
-        dpvr = DpvrLlavaForConditionalGeneration(config)
-    return dpvr.prefill_flops(image, text) / dpvr.prefill_flops(image, text, routing="none")
-
-
-def advice(model: LlavaForConditionalGeneration, found: dict[str, Any]) -> list[str]:
+def advice(prefill: Prefill, found: dict[str, Any]) -> list[str]:
     """What to split at, by which rule, and what it costs."""
-    tokens = round(found["image_tokens"]), round(found["text_tokens"])
+    depth = len(found["attention_mass"]["median"])
+
+    def flops(split: int) -> str:
+        return f"{prefill.share(Plan(split, (depth - 1,))):.3f} of vanilla's prefill FLOPs"
+
     lines = [
         f"Image tokens reach the prediction space after layer {found['transition']['image']}, text tokens after layer "
         f"{found['transition']['text']} (logit lens, half of the farthest KL).",
         f"The paper's rule, {PAPERS_MARGIN} layers before: --split_layer {found['papers_split']}, "
-        f"{flops_ratio(model, found['papers_split'], *tokens):.3f} of vanilla's prefill FLOPs.",
+        f"{flops(found['papers_split'])}.",
     ]
     if found["recommended_split"] is None:
         lines.append(
@@ -227,47 +157,40 @@ def advice(model: LlavaForConditionalGeneration, found: dict[str, Any]) -> list[
         changed = found["withdrawal"]["text_only"]["changed"][split - 1]
         lines.append(
             f"The causal rule, at most {found['tolerance']:.0%} of the answers changed: --split_layer {split}, which "
-            f"changes {changed:.1%}; {flops_ratio(model, split, *tokens):.3f} of vanilla's prefill FLOPs."
+            f"changes {changed:.1%}; {flops(split)}."
         )
     return lines
 
 
-def draw(found: dict[str, Any], folder: Path) -> None:
-    """The paper's three panels and the withdrawal curve, as saturation.png and .svg."""
-    from matplotlib.figure import Figure  # not at the top: a figure is wanted here alone
-
-    figure = Figure(figsize=(10, 7), facecolor="white", layout="constrained")
-    axes = figure.subplots(2, 2).flatten()
-    colours = {"image": "#D55E00", "text": "#0072B2", "text_only": "#D55E00", "late_fusion": "#009E73"}  # Okabe, Ito
-    depth = len(found["cosine"]["image"]["median"])
-    lines = [
-        [("image", found["cosine"]["image"], "image tokens"), ("text", found["cosine"]["text"], "text tokens")],
-        [("image", found["attention_mass"], "mean over heads")],
-        [
-            ("image", found["logit_lens_kl"]["image"], "image tokens"),
-            ("text", found["logit_lens_kl"]["text"], "text tokens"),
-        ],
-        [
-            ("text_only", found["withdrawal"]["text_only"], "text alone above"),
-            ("late_fusion", found["withdrawal"]["late_fusion"], "read again in the last layer"),
-        ],
+def advice_routed(found: dict[str, Any]) -> list[str]:
+    """Whether the shared layers are the base's, and how much the last layer reads."""
+    smallest = {kind: min(cosine) for kind, cosine in found["shared_cosine"].items()}
+    sameness = "to the bit" if found["identical"] else "not to the bit"
+    ratio = found["last_layer_ratio"]
+    return [
+        f"Shared layers against vanilla: the same {sameness}; smallest cosine {smallest['image']:.6f} of an image "
+        f"token, {smallest['text']:.6f} of a text token.",
+        f"Text-to-image attention in the last layer: {found['attention_mass']['median'][-1]:.3f} under "
+        f"{found['routing']}, {found['vanilla_mass']['median'][-1]:.3f} in vanilla, {ratio['median']:.2f} times "
+        f"({ratio['q25']:.2f} to {ratio['q75']:.2f}).",
     ]
-    labels = ("cosine", "share of attention", "KL to the final layer, nats", "KL of the answer to vanilla's, nats")
-    for axis, title, label, curves in zip(axes, TITLES, labels, lines, strict=True):
-        for kind, curve, name in curves:
-            first = 1 if "changed" in curve else 0
-            x = range(first, first + len(curve["median"]))
-            style = "--" if kind in ("text", "late_fusion") else "-"
-            axis.plot(x, curve["median"], style, color=colours[kind], label=name, marker="o", markersize=3)
-            axis.fill_between(x, curve["q25"], curve["q75"], color=colours[kind], alpha=0.2, linewidth=0)
-        axis.set(title=title, xlabel="layer", ylabel=label, xlim=(-0.5, depth - 0.5))
-        axis.grid(alpha=0.3)
-        if found["recommended_split"] is not None:
-            axis.axvline(found["recommended_split"], color="0.3", linestyle=":", label="recommended split")
-        axis.legend(fontsize="small")
-    axes[3].set_xlabel("layers with the image")
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"saturation.{kind}", dpi=150)
+
+
+def search_plans(
+    args: argparse.Namespace, model: LlavaForConditionalGeneration, prompts: AnsweredPrompts, prefill: Prefill
+) -> None:
+    """Write what --find_plan asks for: every other prompt is searched, the rest tell what the plans are worth."""
+
+    def batches(first: int) -> Iterator[Batch]:
+        return in_batches(islice(prompts, first, args.plan_samples, 2), args.batch_size, args.device)
+
+    found = find_plans(model, partial(batches, 0), partial(batches, 1), args.find_plan, prefill)
+    print(table(found))
+    document = {**run_record("probe_saturation.py"), "model": args.model, "plan_samples": args.plan_samples, **found}
+    (args.output_dir / "plans.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draw_frontier(document, args.output_dir)
+    for path in write_plans(document, args.output_dir):
+        print(f"python train_sft.py --plan {path}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -279,6 +202,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--tolerance", type=float, default=0.05, help="share of answers that may change")
+    parser.add_argument("--tuned_lens", type=int, default=0, help="other prompts to train a tuned lens on; 0: none")
+    parser.add_argument(
+        "--find_plan", type=float, nargs="+", metavar="BUDGET", help="shares of vanilla's prefill FLOPs"
+    )
+    parser.add_argument("--plan_samples", type=int, default=128, help="prompts for --find_plan, half of them searched")
     parser.add_argument("--output_dir", type=Path, default=Path("results/saturation"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -287,15 +215,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    model, samples, skipped = run(args)
-    if not samples:
-        raise ValueError(f"Expected rows with pictures in {args.data!r}; got none. Remedy: other --data.")
-    found = summarise(samples, args.tolerance)
-    for line in (advised := advice(model, found)):
-        print(line)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("output_dir", "tolerance")}
-    document = {**run_record("probe_saturation.py"), **settings, "num_samples": len(samples)}
-    document |= {"rows_without_pictures": skipped, "advice": advised, **found}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    model, processor, rows = load_model(args), load_processor(args.model), load_rows(args)
+    prompts = AnsweredPrompts(processor, rows, args.num_samples)
+    samples = collect(args, model, load_lens(args, model, processor, rows), prompts)
+    found = {"num_samples": len(samples), **summarise(samples, args.tolerance)}
+    prefill = Prefill(model, round(found["image_tokens"]), round(found["text_tokens"]))
+    advised = advice(prefill, found)
+    if is_routed(model):
+        fields = {"routing": model.config.routing, "split_layer": model.config.split_layer}
+        found["routed"] = {**fields, **summarise_routed([sample["routed"] for sample in samples])}
+        advised += advice_routed(found["routed"])
+    print("\n".join(advised))
+    if args.find_plan:
+        search_plans(args, model, prompts, prefill)
+    unsaid = ("output_dir", "tolerance", "num_samples", "find_plan", "plan_samples")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in unsaid}
+    document = {**run_record("probe_saturation.py"), **settings}
+    document |= {"rows_without_pictures": prompts.without_picture, "advice": advised, **found}
     draw(found, args.output_dir)
     publish(document, args.output_dir / "saturation.json")
     return document

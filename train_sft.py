@@ -16,6 +16,8 @@ processes each takes its share of a step's rows; FSDP and ZeRO-3 spread the weig
 
     python train_sft.py                                          # dpvr-mini on MiniBench, on a CPU
     python train_sft.py --split_layer 4 --fusion_layers 5 6 7    # another layer plan
+    python train_sft.py --split_layer auto                       # where the probe would split
+    python train_sft.py --plan results/saturation/plan_0.45.yaml # what probe_saturation.py --find_plan has found
     python train_sft.py --routing kv_substitution --learning_rate 5e-4 --max_steps 100 --seed 1
     python train_sft.py --method lora --lora_r 16 --learning_rate 2e-4
     python train_sft.py --model_name_or_path me/dpvr-mini --push_to_hub --hub_model_id me/x
@@ -27,7 +29,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +44,7 @@ from transformers import LlavaProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from answered_prompts import AnsweredPrompts, in_batches
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
 from conversations import Conversations, Row, data_fingerprint, load_conversations
 from minibench.data import to_hf_dataset
@@ -49,12 +52,14 @@ from minibench.evaluate import evaluate
 from minibench.processor import CHAT_TEMPLATE, load_processor
 from minibench.record import run_record, without_folders
 from modeling_dpvr import IGNORED_LABEL, DpvrLlavaForConditionalGeneration
+from plan_search import causal_split, read_plan
 from run_folder import save, side_branch_of, without_shards, write_record
 from sharing_dpvr import make_repository, require_hub_base, upload
 
 OLDEST_TRANSFORMERS = "5.18"
 HERE = os.path.dirname(os.path.abspath(__file__))
 MINIBENCH = "minibench"
+AUTO, AUTO_PROMPTS, AUTO_BATCH, AUTO_TOLERANCE = "auto", 128, 8, 0.05
 WEIGHTS_NAME, TRAINER_STATE_NAME = "model.safetensors", "trainer_state.json"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -81,7 +86,11 @@ class DpvrArguments:
         default="dpvr", metadata={"help": "The side branch, or a baseline on the vanilla model."}
     )
     routing: str | None = field(default=None, metadata={"help": "late_fusion, persistent_context or kv_substitution."})
-    split_layer: int | None = field(default=None, metadata={"help": "Layers that image and text share."})
+    plan: str | None = field(default=None, metadata={"help": "YAML of the DPVR fields, by probe_saturation.py."})
+    split_layer: str | None = field(
+        default=None,
+        metadata={"help": "Layers that image and text share; auto: as many as the answers need, by measurement."},
+    )
     num_side_layers: int | None = field(default=None, metadata={"help": "Decoder layers in the side branch."})
     num_fusion_layers: int | None = field(default=None, metadata={"help": "Last layers that fuse the streams again."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Deep layers that read the image."})
@@ -196,6 +205,34 @@ class AlwaysAPicture:
         batch = self.collate([*rows, {"images": [Image.new("RGB", (32, 32))], "messages": [question]}])
         batch["labels"][-1] = IGNORED_LABEL
         return batch
+
+
+def with_plan(args: DpvrArguments) -> DpvrArguments:
+    """The arguments with the fields of --plan, and numbers for layers; a flag and a plan may not both name a field."""
+    plan = read_plan(args.plan) if args.plan else {}
+    if twice := [name for name in plan if vars(args)[name] is not None]:
+        raise ValueError(
+            f"Expected each DPVR field in the plan or as a flag; got {twice} in both. Remedy: leave the flags out, or "
+            f"edit {args.plan!r}."
+        )
+    args = replace(args, **plan)
+    if args.split_layer not in (None, AUTO):
+        if not str(args.split_layer).isdecimal():
+            raise ValueError(f"Expected --split_layer to be a number or {AUTO}; got {args.split_layer!r}. Remedy: 18.")
+        args.split_layer = int(args.split_layer)
+    return args
+
+
+def find_split(base: BaseArguments, processor: LlavaProcessor, rows: Dataset | IterableDataset) -> int:
+    """The split for --split_layer auto: what probe_saturation.py recommends, on the first rows with a picture."""
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(
+        base.model_name_or_path, revision=base.model_revision, dtype=base.dtype, routing="none"
+    )
+    device = PartialState().device
+    prompts = AnsweredPrompts(processor, rows, AUTO_PROMPTS)
+    split = causal_split(model.eval().to(device), in_batches(prompts, AUTO_BATCH, device), AUTO_TOLERANCE)
+    print(f"--split_layer {split}: withdrawing the image there changes at most {AUTO_TOLERANCE:.0%} of the answers.")
+    return split
 
 
 def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
@@ -364,7 +401,8 @@ def require_transformers() -> None:
 
 def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, SideBranchSFTConfig, BaseArguments]:
     require_transformers()
-    return TrlParser((DpvrArguments, SideBranchSFTConfig, BaseArguments)).parse_args_and_config(args=argv)
+    args, training, base = TrlParser((DpvrArguments, SideBranchSFTConfig, BaseArguments)).parse_args_and_config(argv)
+    return with_plan(args), training, base
 
 
 def describe(
@@ -429,12 +467,14 @@ def main(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArguments
     transformers.set_seed(training.seed)
     checkpoint = find_checkpoint(training)
     processor = load_marked_processor(base.model_name_or_path, base.model_revision)
+    rows = load_rows(args, training.seed)
+    if args.split_layer == AUTO:
+        args.split_layer = find_split(base, processor, rows.rows)
     model = load_model(args, base)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
     is_main, routing, scores = PartialState().is_main_process, model.config.routing, []
     repo_id = claim_repository(model, args, training) if training.push_to_hub and is_main else None
     training.push_to_hub = False  # Trainer's own would push checkpoints and a card that knows nothing of the run
-    rows = load_rows(args, training.seed)
     measured = args.eval_questions if is_main and args.data == MINIBENCH else 0
     if measured:
         scores.append(measure(model, processor, "vanilla", "none", measured))

@@ -8,7 +8,10 @@ from PIL import Image
 
 import probe_saturation
 from cache_dpvr import LINE_4
-from probe_saturation import main, parse_args, summarise
+from probe_saturation import main, parse_args
+from saturation_curves import summarise
+from train_sft import main as train
+from train_sft import parse_args as parse_train_args
 
 pytestmark = pytest.mark.skipif(LINE_4, reason="what it measures is tested on both lines, the script with 5 alone")
 
@@ -30,6 +33,11 @@ def test_it_writes_curves_and_figures_and_goes_on_where_it_was_stopped(random_mi
             assert all(low <= high for low, high in zip(curve["q25"], curve["q75"], strict=True))
     assert len(whole["attention_mass"]["median"]) == 4
     assert all(len(curve["changed"]) == 3 for curve in whole["withdrawal"].values())
+    routed = whole["routed"]
+    assert (routed["routing"], routed["split_layer"], routed["identical"]) == ("late_fusion", 2, True)
+    assert [len(routed["shared_cosine"][kind]) for kind in ("image", "text")] == [2, 2]
+    assert min(min(cosine) for cosine in routed["shared_cosine"].values()) > 0.9998
+    assert routed["attention_mass"]["median"][2] == 0 < routed["attention_mass"]["median"][3]
 
     measure, batches = probe_saturation.measure, []
 
@@ -55,6 +63,40 @@ def test_it_writes_curves_and_figures_and_goes_on_where_it_was_stopped(random_mi
         run(random_mini, tmp_path / "whole", "--num_samples", "5", "--seed", "1")
 
 
+def test_it_finds_a_plan_that_training_takes(random_mini, tmp_path, capsys):
+    options = ["--num_samples", "8", "--plan_samples", "8", "--find_plan", "0.9", "0.8", "--tuned_lens", "4"]
+    found = run(random_mini, tmp_path, *options)
+    assert len(found["tuned_lens_kl"]["image"]["median"]) == 4
+    plans = json.loads((tmp_path / "plans.json").read_text())
+    assert [plan["prefill_flops_ratio"] < float(budget) for budget, plan in plans["plans"].items()] == [True, True]
+    assert (tmp_path / "plan_frontier.svg").read_text().startswith("<?xml")
+    assert f"python train_sft.py --plan {tmp_path / 'plan_0.8.yaml'}" in capsys.readouterr().out
+    options = ["--model_name_or_path", random_mini, "--max_steps", "1", "--num_rows", "2", "--eval_questions", "0"]
+    options += [
+        "--plan",
+        str(tmp_path / "plan_0.8.yaml"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--report_to",
+        "none",
+    ]
+    plan, record = plans["plans"]["0.8"], train(*parse_train_args(options))
+    assert {name: record["dpvr"][name] for name in ("split_layer", "fusion_layers")} == {
+        name: plan[name] for name in ("split_layer", "fusion_layers")
+    }
+    with pytest.raises(ValueError, match=r"got \['split_layer'\] in both"):
+        parse_train_args([*options, "--split_layer", "2"])
+    with pytest.raises(ValueError, match="Expected --split_layer to be a number or auto; got 'two'"):
+        parse_train_args(["--split_layer", "two"])
+
+
+def test_training_finds_its_split_by_itself(random_mini, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_sft.AUTO_TOLERANCE", 1.0)  # with random weights the answers change anyhow
+    options = ["--model_name_or_path", random_mini, "--max_steps", "1", "--num_rows", "2", "--eval_questions", "0"]
+    options += ["--split_layer", "auto", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    assert train(*parse_train_args(options))["dpvr"]["split_layer"] == 1
+
+
 def test_rows_without_pictures_are_counted_and_never_measured(random_mini, tmp_path):
     Image.new("RGB", (96, 96)).save(tmp_path / "black.png")
     said = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a star"}]
@@ -77,6 +119,7 @@ def sample(lens: list[float], changed: list[bool]) -> dict:
         "cosine": {kind: [1.0] * len(lens) for kind in ("image", "text")},
         "attention_mass": [[0.5, 0.1]] * len(lens),
         "logit_lens_kl": {"image": lens, "text": lens},
+        "tuned_lens_kl": {"image": [], "text": []},
         "withdrawal_kl": withdrawal,
         "withdrawal_changed": {graph: changed for graph in withdrawal},
     }

@@ -1,5 +1,7 @@
 """saturation.py against hidden states, attention maps and whole forward passes that transformers itself gives."""
 
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -7,9 +9,12 @@ import torch
 from conftest import IMAGE_TOKEN_ID, make_llava
 from reference import Prompts, randomise_vectors, real_float64
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from saturation import GRAPHS, Sample, measure
+from saturation import GRAPHS, Sample, measure, measure_routed
+from tuned_lens import TunedLens
 
 DEPTH = 5
 LAYOUT = [[2, 5], [1, 2, 4], [6, 4]]  # one image, two, one
@@ -115,3 +120,96 @@ def test_rows_without_a_picture_or_an_answer_are_refused() -> None:
     batch = Prompts([[2, 5]])
     with pytest.raises(ValueError, match=r"Expected an answer in every row; got none in rows \[0\]"):
         measure(make_model(), batch.inputs, torch.full_like(batch.inputs["input_ids"], -100))
+
+
+def test_a_routed_models_shared_layers_are_its_bases_and_a_difference_shows() -> None:
+    batch = Prompts([[2, 5]])
+    _, inputs = one_row(batch, 0)
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_model(), split_layer=3, fusion_layers=[3])
+    found = measure_routed(dpvr, inputs)
+    assert found.identical and dpvr.config.routing == "late_fusion"
+    assert [len(found.shared_cosine[kind]) for kind in ("image", "text")] == [3, 3]
+    assert min(min(cosine) for cosine in found.shared_cosine.values()) == pytest.approx(1, abs=1e-12)
+    vanilla = measure(make_model(), batch.inputs, labels_of(batch))[0].attention_mass
+    assert found.vanilla_mass == pytest.approx([sum(heads) / len(heads) for heads in vanilla])
+    assert found.attention_mass[:3] == pytest.approx(found.vanilla_mass[:3])
+    assert found.attention_mass[3] > 0 and found.attention_mass[4] == 0
+
+    second = dpvr.model.language_model.layers[1]
+    noise = iter([0.0, 0.0, 1.0, 0.0])  # two passes under the routing, two under "none", their states and attention
+    second.register_forward_pre_hook(lambda _, args: (args[0] + torch.linspace(0, next(noise), args[0].shape[-1]),))
+    found = measure_routed(dpvr, inputs)
+    assert not found.identical
+    for cosine in found.shared_cosine.values():
+        assert cosine[0] == pytest.approx(1, abs=1e-12) and max(cosine[1:]) < 0.9998
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, Counter] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor)
+        return result
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        holders = self.tensors.setdefault(place, Counter())
+        if not holders:
+            self.now += size
+            self.most = max(self.most, self.now)
+        holders[size] += 1
+        weakref.finalize(tensor, self._release, place, size)
+
+    def _release(self, place: int, size: int) -> None:
+        holders = self.tensors[place]
+        holders[size] -= 1
+        if not +holders:
+            self.now -= size
+            del self.tensors[place]
+
+
+def held_by_measuring(depth: int, times: int) -> int:
+    model, batch = make_llava(depth), Prompts([[6, 30, 4]] * 2)
+    labels = torch.full_like(batch.inputs["input_ids"], -100)
+    labels[:, -1] = 5
+    with Held() as held:
+        samples = [sample for _ in range(times) for sample in measure(model, batch.inputs, labels, chunk=4)]
+    assert len(samples) == 2 * times
+    return held.most
+
+
+def test_what_measuring_holds_grows_neither_with_depth_nor_with_samples() -> None:
+    once = held_by_measuring(depth=3, times=1)
+    assert held_by_measuring(depth=9, times=1) == once
+    assert held_by_measuring(depth=3, times=4) == once
+    states = 2 * 44 * 32 * 8  # rows x tokens x width x bytes, with two images of four tokens
+    assert once < 40 * states
+
+
+def test_a_tuned_lens_starts_as_the_logit_lens_and_training_brings_it_nearer(tmp_path) -> None:
+    batch, model = Prompts(LAYOUT), make_model()
+    batches = [(batch.inputs, labels_of(batch))]
+    untrained = measure(model, *batches[0], lens=TunedLens(DEPTH, 32))
+    for sample in untrained:
+        for kind, curve in sample.logit_lens_kl.items():
+            assert sample.tuned_lens_kl[kind] == pytest.approx(curve, rel=1e-5)  # the lens is in float32
+    lens = TunedLens.fit(model, batches * 30, 30)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    lens.save(tmp_path / "lens.safetensors")
+    loaded = TunedLens.load(tmp_path / "lens.safetensors", "cpu")
+    for before, after, again in zip(
+        untrained, *(measure(model, *batches[0], lens=lens) for lens in (lens, loaded)), strict=True
+    ):
+        assert after == again and after.logit_lens_kl == before.logit_lens_kl
+        for kind in ("image", "text"):
+            pairs = list(zip(before.tuned_lens_kl[kind], after.tuned_lens_kl[kind], strict=True))
+            assert all(trained < start for start, trained in pairs[:-1]) and pairs[-1] == (0, 0)
