@@ -93,11 +93,14 @@ def find_plans(
 
 
 def readings_within(prefill: Prefill, depth: int, budget: float) -> dict[int, int]:
-    """Per split, how many deep layers may read the image within a budget; splits without any are left out."""
+    """Per split, how many deep layers may read the image within a budget; splits without any are left out.
+
+    The last layer reads at the least cost: there the last token alone asks.
+    """
     most = {}
     for split in range(1, depth):
-        counts = range(1, depth - split + 1)
-        fitting = [n for n in counts if prefill.share(Plan(split, tuple(range(split, split + n)))) <= budget]
+        cheapest = [Plan(split, (*range(split, split + n), depth - 1)) for n in range(depth - split)]
+        fitting = [len(plan.fusion_layers) for plan in cheapest if prefill.share(plan) <= budget]
         if fitting:
             most[split] = max(fitting)
     return most
