@@ -98,39 +98,41 @@ class Comparison(NamedTuple):
     repetitions: int
 
 
-def load(name: str, base: str | None = None, revision: str = "main") -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a DPVR repository, or an adapter and its base, with its processor, onto the GPU if there is one.
+def load(
+    name: str, base: str | None = None, revision: str = "main", device: str | None = None, **loading: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a DPVR repository, or an adapter and its base, with its processor.
 
     Args:
         base: for an adapter, where its base lies, if not where its config says.
+        device: where to put it; the GPU if there is one, unless said.
+        **loading: as `from_pretrained` takes it: dtype (that of the weights, unless said), attn_implementation, ...
 
     Raises:
         ValueError: if it is neither, or if a base is given for a repository that names its own.
     """
-    home = name
+    home, loading = name, {"dtype": "auto", **loading}
     if _find(name, ADAPTER_CONFIG_NAME, revision) and not _find(name, "config.json", revision):
         config = DpvrConfig.from_pretrained(name, revision=revision)
         home = base or config.base_model_name_or_path
-        model = _on_base(config, home, find_weights(name, revision=revision))
+        model = _on_base(config, home, find_weights(name, revision=revision), **loading)
         revision = "main"
     elif base is not None:
         raise ValueError(f"Expected a base only beside a PEFT adapter; {name!r} is none. Remedy: leave the base out.")
     else:
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, trust_remote_code=True, dtype="auto"
-        )
+        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True, **loading)
     if model.config.model_type != DpvrLlavaForConditionalGeneration.config_class.model_type:
         raise ValueError(
             f"Expected a DPVR repository or an adapter; got {model.config.model_type!r} in {name!r}. Remedy: train a "
             "side branch on it with train_sft.py."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), load_processor(home, revision)
 
 
-def _on_base(config: DpvrConfig, base: str, weights: str) -> PreTrainedModel:
+def _on_base(config: DpvrConfig, base: str, weights: str, **loading: Any) -> PreTrainedModel:
     """Put an adapter's side branch on its base; no code of a base that a mere adapter names is run."""
-    llava, info = LlavaForConditionalGeneration.from_pretrained(base, dtype="auto", output_loading_info=True)
+    llava, info = LlavaForConditionalGeneration.from_pretrained(base, output_loading_info=True, **loading)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"Expected a full LLaVA in {base!r}; got one without {len(missing)} weights, such as {missing[0]!r}. "
