@@ -10,7 +10,7 @@
 The first two hold the rows of `MiniBench(split, size, questions_per_row, seed)`. In LLaVA's JSON a row of two pictures
 has a list of names as its "image", and one "<image>" per picture at the start of its first question. "questions" are
 the `size` questions of each task that `benchmark_accuracy.py --limit size --seed seed` asks, if the split is test;
-lmms_tasks/minibench.yaml makes lmms-eval ask them. A row is the "turn"-th of "turns" questions of the "item"-th item.
+the files in lmms_tasks make lmms-eval ask them. A row is the "turn"-th of "turns" questions of the "item"-th item.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""MiniBench in lmms-eval: what lmms_tasks/minibench.yaml calls, and one command that measures a model so.
+"""MiniBench in lmms-eval: what the files in lmms_tasks/minibench call, and one command that measures a model so.
 
     export --format questions --> lmms-eval, model "dpvr_llava", group "minibench" --> rows as in benchmark_accuracy.py
 
@@ -9,6 +9,7 @@ item it is, and `scoring.score_task` puts them together, so that a pair, or four
 """
 
 import argparse
+import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,6 @@ from .scoring import score_task
 from .tasks import TASKS, Item
 
 ROOT = Path(__file__).parent.parent
-GROUP = ROOT / "lmms_tasks" / "minibench.yaml"
 
 
 def to_pictures(row: dict[str, Any]) -> list[Image.Image]:
@@ -79,19 +79,23 @@ def to_items(results: list[dict[str, Any]]) -> tuple[list[Item], list[list[str]]
     return items, [[turn["reply"] for turn in item] for item in turns]
 
 
-def measure(name_or_path: str, routing: str, questions: Path, batch_size: int) -> dict[str, Any]:
-    """Return a routing's row, by lmms-eval's own evaluator, over the files in `questions`."""
+def write_tasks(folder: Path, limit: int, seed: int) -> Path:
+    """Write the questions and the task files that ask them to a folder, and return where the task files are."""
+    questions = ["--output_dir", str(folder / "outputs" / "questions"), "--size", str(limit), "--seed", str(seed)]
+    export.main(export.parse_args(["--format", "questions", "--split", "test", *questions]))
+    return Path(shutil.copytree(ROOT / "lmms_tasks", folder / "lmms_tasks"))
+
+
+def measure(name_or_path: str, routing: str, task_files: Path, batch_size: int) -> dict[str, Any]:
+    """Return a routing's row, by lmms-eval's own evaluator."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
-    from lmms_eval.utils import load_yaml_config
 
-    group = load_yaml_config(str(GROUP))
-    group["dataset_kwargs"] = {"data_files": {task: str(questions / f"{task}.parquet") for task in TASKS}}
     found = simple_evaluate(
         "dpvr_llava",
         model_args=f"pretrained={name_or_path},routing={routing}",
-        tasks=[group],
-        task_manager=TaskManager(model_name="dpvr_llava", include_defaults=False),
+        tasks=["minibench"],
+        task_manager=TaskManager(include_path=str(task_files), include_defaults=False),
         batch_size=batch_size,
         bootstrap_iters=0,
         log_samples=False,
@@ -125,9 +129,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     }
     record["versions"]["lmms_eval"] = version("lmms_eval")
     with tempfile.TemporaryDirectory() as folder:
-        wanted = f"--format questions --split test --size {args.limit} --seed {args.seed}".split()
-        export.main(export.parse_args([*wanted, "--output_dir", folder]))
-        rows = [measure(args.model_name_or_path, each, Path(folder), args.batch_size) for each in ("none", routing)]
+        task_files = write_tasks(Path(folder), args.limit, args.seed)
+        rows = [measure(args.model_name_or_path, each, task_files, args.batch_size) for each in ("none", routing)]
     document = {"rows": rows, **record}
     publish(document, args.output)
     return document
