@@ -13,12 +13,9 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.models.registry_v2 import ModelManifest
 
 from answering import load
 from replies import Conversation, Request, reply_to_all, to_settings
-
-MANIFEST = ModelManifest(model_id="dpvr_llava", chat_class_path="lmms_dpvr.DpvrLlava")
 
 
 class DpvrLlava(lmms):

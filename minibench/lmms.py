@@ -1,6 +1,6 @@
 """MiniBench in lmms-eval: what the files in lmms_tasks/minibench call, and one command that measures a model so.
 
-    export --format questions --> lmms-eval, model "dpvr_llava", group "minibench" --> rows as in benchmark_accuracy.py
+    export --format questions --> lmms-eval: model "dpvr_llava", group "minibench_all" --> benchmark_accuracy.py's rows
 
     python -m minibench.lmms --limit 100 --output results/lmms_eval/minibench.json
 
@@ -94,7 +94,7 @@ def measure(name_or_path: str, routing: str, task_files: Path, batch_size: int) 
     found = simple_evaluate(
         "dpvr_llava",
         model_args=f"pretrained={name_or_path},routing={routing}",
-        tasks=["minibench"],
+        tasks=["minibench_all"],
         task_manager=TaskManager(include_path=str(task_files), include_defaults=False),
         batch_size=batch_size,
         bootstrap_iters=0,
@@ -105,7 +105,7 @@ def measure(name_or_path: str, routing: str, task_files: Path, batch_size: int) 
         "name": "vanilla" if routing == "none" else routing,
         "routing": routing,
         "tasks": {task: result["score,none"] for task, result in tasks.items()},
-        "mean": found["results"]["minibench"]["score,none"],
+        "mean": found["results"]["minibench_all"]["score,none"],
         "accuracy": {task: result["accuracy,none"] for task, result in tasks.items()},
         "questions": {task: found["n-samples"][f"minibench_{task}"]["effective"] for task in TASKS},
     }

@@ -60,7 +60,7 @@ def test_every_snippet_runs_and_prints_what_the_readme_says(block, output, stand
 
 
 def test_the_commands_are_the_ones_that_are_tested():
-    """Here, in test_browser.py, test_distributed.py, test_probe_saturation.py and test_sharing.py."""
+    """Here, in test_browser.py, test_distributed.py, test_lmms.py, test_probe_saturation.py and test_sharing.py."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python train_sft.py",
         "pip install -r requirements-dev.txt && pytest",
@@ -73,6 +73,7 @@ def test_the_commands_are_the_ones_that_are_tested():
         "python probe_saturation.py",
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
+        "lmms-eval --config configs/lmms_eval.yaml --model_args pretrained=me/x,routing=late_fusion,dtype=bfloat16",
         "python -m minibench.pretrain --output_dir outputs/pretrain",
         "python train_sft.py --model_name_or_path outputs/pretrain/final --split_layer 8 --output_dir outputs/side",
         "python -m minibench.assemble --side_branch outputs/side --output_dir outputs/dpvr-mini",
