@@ -5,9 +5,11 @@ takes from there, and what needs lmms-eval itself is skipped.
 """
 
 import ast
+import inspect
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import types
@@ -258,6 +260,16 @@ def test_the_config_names_the_papers_benchmarks_and_lets_errors_end_the_run():
     assert CONFIG["batch_size"] > 1 and CONFIG["verbosity"] == "DEBUG"
 
 
+def test_the_documents_commands_give_the_model_what_it_takes(lmms_dpvr):
+    known = inspect.signature(lmms_dpvr.DpvrLlava).parameters.keys() - {"device", "batch_size", "max_batch_size"}
+    document = (ROOT / "docs" / "lmms_eval.md").read_text(encoding="utf-8")
+    given = re.findall(r"--model_args (\S+)", document)
+    assert len(given) == 4 and {pair.split("=")[0] for pairs in given for pair in pairs.split(",")} < known
+    table = document.split("| `--model_args` | |\n")[1].split("\n\n")[0]
+    first_column = "".join(line.split("|")[1] for line in table.splitlines())
+    assert set(re.findall(r"`(\w+)`", first_column)) == known
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
 def test_what_is_installed_is_what_the_model_imports():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -300,6 +312,24 @@ def test_lmms_eval_knows_the_model_and_the_benchmarks_and_their_wishes_are_under
         config = load_yaml_config(path)
         assert config["output_type"] == "generate_until"
         assert to_settings(config["generation_kwargs"], 128)["do_sample"] is False
+
+
+@needs_lmms_eval
+def test_blinks_questions_keep_all_their_pictures(lmms_dpvr):
+    from lmms_eval.tasks.blink.utils import blink_doc_to_messages
+
+    first, second = (scene for item in make_items("test", 2, tasks=["scene"]) for scene in item.scenes)
+    row = {
+        "prompt": "Which?",
+        "choices": ["a", "b"],
+        "image_1": first.draw(),
+        "image_2": second.draw(),
+        "image_3": None,
+    }
+    found = lmms_dpvr.to_conversation(blink_doc_to_messages(row, {"pre_prompt": "Say {}. "}))
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Say A, B. Which?"}]
+    assert found.messages == [{"role": "user", "content": parts}]
+    assert [picture.tobytes() for picture in found.pictures] == [s.draw().tobytes() for s in (first, second)]
 
 
 def lmms_eval(questions: Path, model: str, output: Path, code: str = "") -> subprocess.CompletedProcess:
