@@ -73,6 +73,7 @@ def find_plans(
             )
     readings = alone(model, searched, most)
     path = build_up(model, searched, most, readings)
+    path |= {Plan(split, (layer,)): found.on for split in readings for layer, found in readings[split].items()}
     plain = [Plan(split, layers) for split in range(1, depth) for layers in ((), (depth - 1,))]
     found = effects(model, held_out(), list(dict.fromkeys([*path, *plain])), "Frontier")
     points = [Point(plan, prefill.share(plan), effect) for plan, effect in found.items()]
