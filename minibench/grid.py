@@ -80,15 +80,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_questions(processor: ProcessorMixin, limit: int, seed: int) -> Questions:
     """The items of both splits, and the lengths of the median test prompt."""
     items = {split: make_items(split, limit, seed) for split in ("test", "validation")}
+    picture = processor(images=items["test"][0].scenes[0].draw(), text=processor.image_token)
+    per_picture = picture["input_ids"][0].count(processor.image_token_id)
     images, texts = [], []
     for item in items["test"]:
         for text, _ in item.questions:
-            prompt = processor.apply_chat_template(
-                to_messages([(text, None)], len(item.scenes)), add_generation_prompt=True
-            )
-            tokens = processor(images=[scene.draw() for scene in item.scenes], text=prompt)["input_ids"][0]
-            images.append(tokens.count(processor.image_token_id))
-            texts.append(len(tokens) - images[-1])
+            messages = to_messages([(text, None)], len(item.scenes))
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            images.append(per_picture * len(item.scenes))
+            texts.append(len(processor.tokenizer(prompt)["input_ids"]) - len(item.scenes))
     return Questions(items, round(statistics.median(images)), round(statistics.median(texts)))
 
 
@@ -234,13 +234,17 @@ def write(path: Path, content: bytes) -> None:
 
 
 def describe(tables: dict[str, list[Row]], args: argparse.Namespace, questions: Questions) -> bytes:
-    """grid.json: all tables with the names of their cells, measured or not."""
-    named = {
-        table: [{"name": row.name, "cells": [cell.name for cell in row.cells]} for row in rows]
-        for table, rows in tables.items()
+    """grid.json: all cells, and the tables with their names, measured or not."""
+    cells = unique_cells([row for rows in tables.values() for row in rows])
+    document = {
+        "settings": settings(args),
+        "prompt": {"image_tokens": questions.image_tokens, "text_tokens": questions.text_tokens},
+        "tables": {
+            table: [{"name": row.name, "cells": [cell.name for cell in row.cells]} for row in rows]
+            for table, rows in tables.items()
+        },
+        "cells": {cell.name: asdict(cell) for cell in cells},
     }
-    prompt = {"image_tokens": questions.image_tokens, "text_tokens": questions.text_tokens}
-    document = {"settings": {**settings(args), "num_rows": args.num_rows}, "prompt": prompt, "tables": named}
     return (json.dumps(document, indent=1) + "\n").encode()
 
 
