@@ -22,6 +22,7 @@ from .scenes import Split
 Fields = dict[str, Any]
 
 SEEDS = (1, 2, 3)  # of data, data order and random weights
+DEPTH = 12
 SPLIT = 8  # dpvr-mini's own; 18/32 and 24/32 of its 12 layers are 7 and 9
 SWEPT_SPLITS = (4, 7, 9, 2, 11)
 BUDGETS = (0.70, 0.55, 0.45, 0.35, 0.28)  # of vanilla's prefill FLOPs
@@ -147,9 +148,19 @@ class Grid:
         costs: of the model and the median prompt.
         num_rows: training pictures of a trained cell.
         plans: {budget: DPVR fields} of the frontier; a budget left out has a provisional plan.
+
+    Raises:
+        ValueError: for a model of another depth than the splits are for, and plans for budgets that the grid has not.
     """
 
     def __init__(self, costs: Costs, num_rows: int, plans: dict[float, Fields] | None = None) -> None:
+        if costs.depth != DEPTH:
+            raise ValueError(
+                f"Expected a decoder of {DEPTH} layers, which the grid's splits are for; got {costs.depth}. Remedy: "
+                "dpvr-mini, or benchmark_accuracy.py for one model of any depth."
+            )
+        if unknown := sorted(set(plans or {}) - set(BUDGETS)):
+            raise ValueError(f"Expected plans for the budgets {BUDGETS}; got {unknown}. Remedy: one of these.")
         self.costs, self.num_rows = costs, num_rows
         self.plans = {budget: costs.provisional_plan(budget) for budget in BUDGETS} | (plans or {})
 
