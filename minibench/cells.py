@@ -230,12 +230,12 @@ class Grid:
         rows = []
         for budget in BUDGETS:
             plan = self.plans[budget]
+            share = max(budget, self.costs.ratio(plan)) if plan else budget  # a plan was found for its own prompts
             late_fusion, kv, vtw = (
-                self.costs.deepest_split(routing, budget)
-                for routing in ("late_fusion", "kv_substitution", "text_only")
+                self.costs.deepest_split(routing, share) for routing in ("late_fusion", "kv_substitution", "text_only")
             )
             seeds = SEEDS if budget in SEEDED_BUDGETS else SEEDS[:1]
-            prunings = {name: self.costs.most_kept(rank, budget) for name, rank in RANKS.items()}
+            prunings = {name: self.costs.most_kept(rank, share) for name, rank in RANKS.items()}
             rows += [
                 Row(f"{budget:.2f} plan", self.trained(plan, seeds) if plan else []),
                 Row(f"{budget:.2f} plan, untrained", [untrained(plan)] if plan else []),

@@ -16,7 +16,7 @@ the work, each with its own cells. `--cells` takes names of tables and cells, wi
 
     python -m minibench.grid
     python -m minibench.grid --cells table2 'late_fusion_split4_*'
-    python -m minibench.grid --plans plans.yaml --cells frontier
+    python probe_saturation.py --find_plan 0.7 0.55 0.45 && python -m minibench.grid --cells frontier
 """
 
 import argparse
@@ -35,15 +35,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from baselines import prune
 from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration
+from plan_search import read_plan
 
-from .cells import Cell, Costs, Grid, Row, unique_cells
+from .cells import BUDGETS, Cell, Costs, Fields, Grid, Row, unique_cells
 from .data import to_messages
 from .evaluate import Reply, ask, make_items, score
 from .processor import load_processor
@@ -67,11 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("results/minibench"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/grid"), help="what is trained goes here")
     parser.add_argument("--model_name_or_path", default=".", help="a DPVR repository (id or path)")
-    parser.add_argument("--num_rows", type=int, default=1000, help="training pictures of a cell")
+    parser.add_argument("--num_rows", type=int, default=800, help="training pictures of a cell")
     parser.add_argument("--limit", type=int, default=100, help="questions of each task")
     parser.add_argument("--seed", type=int, default=0, help="of the questions; the cells have seeds of their own")
     parser.add_argument("--batch_size", type=int, default=64, help="questions answered at once")
-    parser.add_argument("--plans", type=Path, help="YAML: DPVR fields by budget of prefill FLOPs, for the frontier")
+    parser.add_argument(
+        "--plans", type=Path, default=Path("results/saturation"), help="where probe_saturation.py --find_plan wrote"
+    )
     parser.add_argument("--cells", nargs="+", default=["*"], help="names of tables or cells, with * for anything")
     parser.add_argument("--keep", action="store_true", help="keep what was trained")
     return parser.parse_args(argv)
@@ -95,9 +97,14 @@ def make_questions(processor: ProcessorMixin, limit: int, seed: int) -> Question
 def make_grid(args: argparse.Namespace, questions: Questions) -> dict[str, list[Row]]:
     with torch.device("meta"):
         model = DpvrLlavaForConditionalGeneration(DpvrLlavaConfig.from_pretrained(args.model_name_or_path))
-    plans = yaml.safe_load(args.plans.read_text(encoding="utf-8")) if args.plans else {}
     costs = Costs(model, questions.image_tokens, questions.text_tokens)
-    return Grid(costs, args.num_rows, {float(budget): fields for budget, fields in plans.items()}).tables()
+    return Grid(costs, args.num_rows, read_plans(args.plans)).tables()
+
+
+def read_plans(folder: Path) -> dict[float, Fields]:
+    """{budget: DPVR fields} of the budgets that the plan finder has searched; the others get provisional plans."""
+    files = {budget: folder / f"plan_{budget}.yaml" for budget in BUDGETS}
+    return {budget: read_plan(file) for budget, file in files.items() if file.exists()}
 
 
 def select(tables: dict[str, list[Row]], patterns: list[str]) -> list[Cell]:
@@ -239,6 +246,7 @@ def describe(tables: dict[str, list[Row]], args: argparse.Namespace, questions: 
     document = {
         "settings": settings(args),
         "prompt": {"image_tokens": questions.image_tokens, "text_tokens": questions.text_tokens},
+        "found_plans": sorted(read_plans(args.plans)),
         "tables": {
             table: [{"name": row.name, "cells": [cell.name for cell in row.cells]} for row in rows]
             for table, rows in tables.items()

@@ -16,11 +16,11 @@ Interval = tuple[float, float, float]  # estimate, low, high
 
 
 class Measured(NamedTuple):
-    """A row of a table: one cell per seed that was measured; all other seeds are still to come."""
+    """A row of a table: one cell per seed that was measured, of those planned."""
 
     name: str
     cells: list[dict[str, Any]]
-    planned: int
+    planned: list[str]
 
     @property
     def tasks(self) -> dict[str, float]:
@@ -93,18 +93,18 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         grid = _read(folder / "grid.json")
-        self.settings, self.prompt = grid["settings"], grid["prompt"]
+        self.settings, self.prompt, self.found_plans = grid["settings"], grid["prompt"], grid["found_plans"]
+        self.definitions: dict[str, dict[str, Any]] = grid["cells"]
         self.measured: dict[str, dict[str, Any]] = {}
-        for name, definition in grid["cells"].items():
+        for name, definition in self.definitions.items():
             path = folder / "cells" / f"{name}.json"
             cell = _read(path) if path.exists() else None
             if cell and (cell["cell"], cell["settings"]) == (definition, self.settings):
                 self.measured[name] = cell
         self.tables = {
-            table: [Measured(row["name"], self._cells(row["cells"]), len(row["cells"])) for row in rows]
+            table: [Measured(row["name"], self._cells(row["cells"]), row["cells"]) for row in rows]
             for table, rows in grid["tables"].items()
         }
-        self.planned = len(grid["cells"])
 
     def _cells(self, names: list[str]) -> list[dict[str, Any]]:
         return [self.measured[name] for name in names if name in self.measured]

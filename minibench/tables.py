@@ -81,7 +81,7 @@ def _cells(row: Measured, results: Results, tasks: tuple[str, ...]) -> list[str]
     if not row.cells:
         missing = NOT_MEASURED if row.planned else "none is so cheap"
         return [name, missing, *[""] * (len(tasks) + 5)]
-    seeds = f", {len(row.cells)} of {row.planned} seeds" if row.planned > 1 else ""
+    seeds = f", {len(row.cells)} of {len(row.planned)} seeds" if len(row.planned) > 1 else ""
     spread = f" ± {100 * row.std:.1f}" if row.std is not None else ""
     same_questions = results.vanilla and row.cells[0]["cell"]["split"] == "test" and row.name != "vanilla"
     return [
@@ -121,8 +121,8 @@ def render_run(results: Results) -> str:
     """What was measured with which settings, and on what."""
     cells, settings = list(results.measured.values()), results.settings
     lines = [
-        f"{len(cells)} of {results.planned} cells were measured, each on the same {settings['limit']} questions of "
-        f"each task, seed {settings['seed']}. Prefill FLOPs are those of the median prompt, "
+        f"{len(cells)} of {len(results.definitions)} cells were measured, each on the same {settings['limit']} "
+        f"questions of each task, seed {settings['seed']}. Prefill FLOPs are those of the median prompt, "
         f"{results.prompt['image_tokens']} image and {results.prompt['text_tokens']} text tokens, as a share of "
         "vanilla's.",
     ]
@@ -135,6 +135,18 @@ def render_run(results: Results) -> str:
     lines += [f"{machine}: torch {torch}, transformers {version}." for machine, torch, version in sorted(machines)]
     commands = dict.fromkeys(cell["command"] for cell in cells)
     return "\n".join([*lines, "", "Made by", "", *(f"- `{command}`" for command in commands)]) + "\n"
+
+
+def render_plans(results: Results) -> str:
+    """The plan of each budget, and whether it was found or is a provisional one."""
+    rows = []
+    for row in results.tables["frontier"]:
+        if row.name.endswith(" plan") and row.planned:
+            fields, budget = results.definitions[row.planned[0]]["fields"], row.name.split()[0]
+            source = "probe_saturation.py --find_plan" if float(budget) in results.found_plans else "provisional"
+            layers = " ".join(map(str, fields["fusion_layers"]))
+            rows.append([budget, str(fields["split_layer"]), layers, source])
+    return "\n".join(markdown(["budget", "split", "layers that read the image", "plan"], rows)) + "\n"
 
 
 def render_summary(results: Results) -> str:
@@ -161,6 +173,7 @@ def blocks(results: Results) -> dict[str, dict[str, str]]:
         "docs/accuracy.md": {
             "grid_run": render_run(results),
             "grid_findings": render_findings(results),
+            "grid_plans": render_plans(results),
             **tables,
         },
     }

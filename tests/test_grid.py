@@ -19,6 +19,7 @@ from minibench.pretrain import parse_args as parse_pretrain_args
 from minibench.processor import save_processor
 from minibench.results import Results
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from plan_search import Plan, write_plan
 
 TRAINED = "late_fusion_split4_layers6.7_seed1"
 CELLS = ["vanilla", TRAINED, "fastv_layer3_keep0.5"]
@@ -86,9 +87,10 @@ def pruned_ratio(costs: Costs, keep: float) -> float:
     return (flops + 2 * 192 * 768) / costs.vanilla
 
 
-def test_plans_replace_the_provisional_ones(costs):
+def test_plans_replace_the_provisional_ones(costs, tmp_path):
+    write_plan(Plan(3, (5, 7)), tmp_path / "plan_0.55.yaml", "found")
     plan = {"routing": "late_fusion", "split_layer": 3, "fusion_layers": [5, 7]}
-    rows = {row.name: row for row in Grid(costs, 10, {0.55: plan}).frontier()}
+    rows = {row.name: row for row in Grid(costs, 10, grid.read_plans(tmp_path)).frontier()}
     assert [cell.fields for cell in rows["0.55 plan"].cells] == [plan] * 3
     assert rows["0.45 plan"].cells[0].fields != plan
     with pytest.raises(ValueError, match=r"Expected plans for the budgets .*; got \[0.5\]"):

@@ -57,16 +57,18 @@ def folder(tmp_path) -> Path:
         make_cell("late2", {"multi_image": [0]}, seed=2),
     ]
     rows = [("vanilla", ["vanilla"]), ("late_fusion", ["late1", "late2", "late3"]), ("full", ["full"])]
+    plan = {"routing": "late_fusion", "split_layer": 3, "fusion_layers": [5, 7]}
     grid = {
         "settings": SETTINGS,
         "prompt": {"image_tokens": 64, "text_tokens": 25},
+        "found_plans": [0.7],
         "tables": {
             "table2": [{"name": name, "cells": names} for name, names in rows],
             "frontier": [{"name": "0.45 plan", "cells": []}, {"name": "0.70 plan", "cells": ["plan"]}],
             "splits": [{"name": "8, trained", "cells": ["late1", "late2", "late3"]}],
             **{table: [] for table in ("fusion", "side_branch", "learning_rates")},
         },
-        "cells": {**{cell["name"]: cell["cell"] for cell in cells}, "late3": {}, "full": {}, "plan": {}},
+        "cells": {**{cell["name"]: cell["cell"] for cell in cells}, "late3": {}, "full": {}, "plan": {"fields": plan}},
     }
     (tmp_path / "grid.json").write_text(json.dumps(grid))
     (tmp_path / "cells").mkdir()
@@ -110,6 +112,7 @@ def test_what_is_missing_reads_not_measured(folder):
     assert table[3].startswith("| all weights | not measured |") and len({line.count("|") for line in table}) == 1
     frontier = tables.render_table(results, "frontier")
     assert "| 0.45 plan | none is so cheap |" in frontier and "| 0.70 plan | not measured |" in frontier
+    assert tables.render_plans(results).splitlines()[2:] == ["| 0.70 | 3 | 5 7 | probe_saturation.py --find_plan |"]
     answers = {one.label: one.answer for finding in findings(results) for one in finding.comparisons}
     assert answers["late fusion - all weights"] == "not measured"
     assert answers["late fusion - vanilla"] == "open"
