@@ -3,6 +3,7 @@
 Bars are paired 95 % intervals of the difference to vanilla, which is asked the same questions.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ def family(cell: dict[str, Any]) -> str:
     return {"none": "vanilla", "text_only": "text only, VTW"}.get(fields["routing"], "DPVR-KV, DPVR-PC")
 
 
-def rows(results: Results) -> list[Measured]:
-    """All measured models on test questions, each once."""
-    found = {}
-    for row in (row for measured in results.tables.values() for row in measured):
+def rows(results: Results, tables: Iterable[str]) -> list[Measured]:
+    """The models of some tables that were measured on test questions, each once."""
+    found: dict[frozenset[str], Measured] = {}
+    for row in (row for table in tables for row in results.tables[table]):
         if row.cells and row.cells[0]["cell"]["split"] == "test":
             names = frozenset(cell["name"] for cell in row.cells)
             found.setdefault(names, row)
@@ -47,42 +48,42 @@ def draw(results: Results, folder: Path) -> None:
     """Write pareto.png and pareto.svg; nothing without vanilla, which all are compared with."""
     from matplotlib.figure import Figure  # not at the top: a figure is wanted here alone
 
-    vanilla, models = results.vanilla, rows(results)
+    vanilla = results.vanilla
     if vanilla is None:
         return
     figure = Figure(figsize=(11, 5), facecolor="white", layout="constrained")
     costs, sizes = figure.subplots(1, 2, sharey=True)
-    for name in COLOURS:
-        own = [row for row in models if family(row.cells[0]) == name]
-        for trained in (True, False):
-            chosen = [row for row in own if bool(row.cells[0]["training"]) == trained]
-            _scatter(costs, [row.flops for row in chosen], chosen, vanilla, name, trained)
-            _scatter(sizes, [row.trainable_parameters for row in chosen], chosen, vanilla, name, trained)
+    for row in rows(results, results.tables):
+        _point(costs, row.flops, row, vanilla)
+    for row in rows(results, ("table2", "side_branch")):
+        _point(sizes, row.trainable_parameters, row, vanilla)
     for axis in (costs, sizes):
         axis.axhline(100 * vanilla.mean, color="black", linestyle=":", linewidth=1)
         axis.grid(alpha=0.3)
     costs.set(xlabel="prefill FLOPs, share of vanilla's", ylabel="accuracy, mean of eight tasks, %")
     costs.set_title("filled: trained; hollow: not trained", fontsize="medium")
+    sizes.set_title("Table 2 and the side branch's depth and start", fontsize="medium")
     sizes.set_xscale("symlog", linthresh=1e5)
-    sizes.set(xlabel="trained parameters", xlim=(-2e4, None))
+    sizes.set(xlabel="trained parameters", xlim=(-2e4, 1e7))
+    marks = {"color": "none", "markeredgecolor": "none"}
+    for name, colour in COLOURS.items():
+        costs.plot([], [], MARKERS[name], **{**marks, "markerfacecolor": colour}, label=name)
     costs.legend(fontsize="small", loc="lower right")
     for kind in ("png", "svg"):
         figure.savefig(folder / f"pareto.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
 
 
-def _scatter(axis: Any, x: list[float], models: list[Measured], vanilla: Measured, name: str, trained: bool) -> None:
-    if not models:
-        return
-    intervals = [row.minus(vanilla) for row in models]
-    errors = [100 * (estimate - low) for estimate, low, _ in intervals]
+def _point(axis: Any, x: float, row: Measured, vanilla: Measured) -> None:
+    name = family(row.cells[0])
+    estimate, low, _ = row.minus(vanilla)
+    is_filled = bool(row.cells[0]["training"]) or name == "vanilla"
     axis.errorbar(
         x,
-        [100 * row.mean for row in models],
-        yerr=errors,
+        100 * row.mean,
+        yerr=100 * (estimate - low),
         fmt=MARKERS[name],
         color=COLOURS[name],
-        markerfacecolor=COLOURS[name] if trained or name == "vanilla" else "white",
+        markerfacecolor=COLOURS[name] if is_filled else "white",
         markersize=11 if name == "vanilla" else 6,
         elinewidth=0.6,
-        label=name if trained or name in ("vanilla", "text only, VTW", "FastV", "random pruning") else None,
     )

@@ -25,7 +25,6 @@ from .results import Interval, Measured, Results
 from .tasks import TASKS
 
 FOLDER = Path("results/minibench")
-SHORT = 3  # comparisons of a finding that stands in the README
 NAMES = {
     "vanilla": "vanilla LLaVA",
     "full": "all weights",
@@ -101,9 +100,9 @@ def points(interval: Interval) -> str:
     return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def render_findings(results: Results, longest: int | None = None) -> str:
-    """Each question with its comparisons and answers; `longest` leaves those with more comparisons out."""
-    chosen = [finding for finding in findings(results) if longest is None or len(finding.comparisons) <= longest]
+def render_findings(results: Results, in_short: bool = False) -> str:
+    """Each question with its comparisons and answers; all of them, or those for the README."""
+    chosen = [finding for finding in findings(results) if finding.in_short or not in_short]
     rows = [[finding.question if not index else "", *_told(one)] for finding, index, one in _numbered(chosen)]
     return "\n".join(markdown(["", "compared", "points (95% interval)", ""], rows)) + "\n"
 
@@ -154,7 +153,7 @@ def render_summary(results: Results) -> str:
     return "\n".join(
         [
             render_table(results, "table2", with_tasks=False),
-            render_findings(results, longest=SHORT),
+            render_findings(results, in_short=True),
             "*yes* and *no*: the whole interval says so; *open*: these questions do not decide it.",
             "",
         ]

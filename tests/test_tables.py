@@ -124,6 +124,7 @@ def test_what_is_missing_reads_not_measured(folder):
 def test_answers_follow_the_interval():
     assert [within(i) for i in ((0, -0.01, 0.01), (0, -0.02, 0.01), (0, -0.03, -0.02))] == ["yes", "open", "no"]
     assert [better(i) for i in ((1, 0.1, 2), (0, -1, 1), (-1, -2, -0.1))] == ["yes", "open", "no"]
+    assert within((0, 0, 0)) == "yes" and better((0, 0, 0)) == "no"
 
 
 def test_the_weak_spot_is_where_late_fusion_loses_more_than_elsewhere(folder):
