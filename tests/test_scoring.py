@@ -193,11 +193,12 @@ def test_a_paired_interval_covers_and_knows_that_the_choice_tasks_go_together():
     """Against a bootstrap over items, the choice tasks' resampled together."""
     draw = np.random.default_rng(0)
     english = draw.integers(0, 2, (2, 60)).astype(float)
-    chinese = np.where(draw.random((2, 60)) < 0.8, english, 1 - english)
+    chinese = np.where(draw.random((2, 60)) < 0.95, english, 1 - english)
     scene = draw.integers(0, 2, (2, 40)).astype(float)
     first, second = ({"choice_en": english[i], "choice_cn": chinese[i], "scene": scene[i]} for i in (0, 1))
     _, low, high = paired_difference(first, second, tuple(first))
     choices, scenes = draw.integers(0, 60, (4000, 60)), draw.integers(0, 40, (4000, 40))
     means = [(english[0] - english[1])[choices], (chinese[0] - chinese[1])[choices], (scene[0] - scene[1])[scenes]]
     bootstrap = np.quantile(sum(values.mean(1) for values in means) / 3, (0.025, 0.975))
-    assert (low, high) == pytest.approx(tuple(bootstrap), abs=0.015)
+    assert (low, high) == pytest.approx(tuple(bootstrap), abs=0.01)
+    assert high - low == pytest.approx(bootstrap[1] - bootstrap[0], rel=0.05)
