@@ -60,7 +60,7 @@ def test_every_snippet_runs_and_prints_what_the_readme_says(block, output, stand
 
 
 def test_the_commands_are_the_ones_that_are_tested():
-    """Here, in test_browser.py, test_distributed.py, test_grid.py, test_lmms.py, test_probe_saturation.py and others."""
+    """Here, and in test_browser, test_distributed, test_grid, test_lmms, test_probe_saturation and test_sharing."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python train_sft.py",
         "pip install -r requirements-dev.txt && pytest",
