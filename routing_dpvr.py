@@ -10,6 +10,8 @@ a side branch in a PEFT adapter (adapter_dpvr.py). Paper section 3.2.
 Axes: B batch, T tokens, N images, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import DynamicCache
@@ -45,6 +47,7 @@ def routed_forward(
     output_attentions: bool | None = None,
     output_hidden_states: bool | None = None,
     mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+    run_plan: Callable = two_stream_forward,
     **kwargs,
 ) -> LlavaModelOutputWithPast:
     """Run a stock LLaVA's base model and a side branch under a layer plan.
@@ -55,6 +58,7 @@ def routed_forward(
         plan: what every decoder layer does.
         mm_encoder_outputs: {"image": what `get_image_features` returned} in place of the pixels, as `generate` of
             transformers 5 passes them.
+        run_plan: what runs the decoder, called as `two_stream_forward`.
         **kwargs: the rest as in `DpvrLlavaForConditionalGeneration.forward`.
 
     Returns:
@@ -99,7 +103,7 @@ def routed_forward(
     if output_hidden_states is None:
         output_hidden_states = bool(llava.config.output_hidden_states)
     tail = None if output_hidden_states else _text_tail(logits_to_keep, inputs_embeds.shape[1], image_mask)
-    states, hidden_states = two_stream_forward(
+    states, hidden_states = run_plan(
         llava.language_model,
         side_branch,
         plan,

@@ -58,9 +58,22 @@ def evaluate(
     tasks: Sequence[str] = TASKS,
     description: str = "MiniBench",
 ) -> dict[str, Any]:
-    """Ask `num_questions` of each task and return `scoring.summarise`, with "ended": the share of replies that stopped
-    by themselves within `MAX_NEW_TOKENS`."""
+    """Ask `num_questions` of each task and return their `score`."""
     items = make_items(split, num_questions, seed, tasks)
+    replies = ask(model, processor, items, batch_size=batch_size, blind=blind, description=description)
+    return score(items, replies)
+
+
+def ask(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    items: Sequence[Item],
+    *,
+    batch_size: int = 64,
+    blind: bool = False,
+    description: str = "MiniBench",
+) -> list[list[Reply]]:
+    """Return, for every item, the replies to its questions."""
     asked = [(item, text) for item in items for text, _ in item.questions]
     was_training = model.training
     model.eval()
@@ -71,9 +84,15 @@ def evaluate(
             replies += answer(model, processor, batch, blind=blind)
             progress.update(len(batch))
     model.train(was_training)
-    texts = iter(reply.text for reply in replies)
-    scores = summarise(items, [[next(texts) for _ in item.questions] for item in items])
-    return {**scores, "ended": sum(reply.ended for reply in replies) / len(replies)}
+    in_order = iter(replies)
+    return [[next(in_order) for _ in item.questions] for item in items]
+
+
+def score(items: list[Item], replies: list[list[Reply]]) -> dict[str, Any]:
+    """Return `scoring.summarise` of the replies, with "ended": the share that stopped within `MAX_NEW_TOKENS`."""
+    ended = [reply.ended for several in replies for reply in several]
+    scores = summarise(items, [[reply.text for reply in several] for several in replies])
+    return {**scores, "ended": sum(ended) / len(ended)}
 
 
 @torch.no_grad()

@@ -230,13 +230,17 @@ def between_marks(readme: str, name: str) -> str:
     return readme.split(start)[1].split(end)[0]
 
 
-def main() -> None:
-    path = Path("README.md")
-    readme = path.read_text(encoding="utf-8")
-    for name, render in BLOCKS.items():
+def fill(path: Path, blocks: dict[str, str]) -> None:
+    """Put these texts between their marks in a document."""
+    document = path.read_text(encoding="utf-8")
+    for name, text in blocks.items():
         start, end = _marks(name)
-        readme = readme.replace(start + between_marks(readme, name) + end, start + render(RESULTS) + end)
-    path.write_text(readme, encoding="utf-8")
+        document = document.replace(start + between_marks(document, name) + end, start + text + end)
+    path.write_text(document, encoding="utf-8")
+
+
+def main() -> None:
+    fill(Path("README.md"), {name: render(RESULTS) for name, render in BLOCKS.items()})
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ Replies are compared as they are: anything but the expected word is wrong.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from math import sqrt
+from statistics import variance
 from typing import Any
 
 from .tasks import TASKS, Item
+
+Units = dict[str, list[float]]  # {task: the score of every item}
 
 SIX_BENCH = ("existence", "choice_en", "choice_cn", "science", "scene", "multi_image")
 Z = 1.96
@@ -20,8 +24,12 @@ Z = 1.96
 
 def unit_score(item: Item, replies: list[str]) -> float:
     """Return an item's share of its task's score, in [0, 1]."""
-    right = [reply == answer for reply, (_, answer) in zip(replies, item.questions, strict=True)]
-    if item.task in ("perception", "cognition"):
+    return unit(item.task, [reply == answer for reply, (_, answer) in zip(replies, item.questions, strict=True)])
+
+
+def unit(task: str, right: list[bool]) -> float:
+    """Return the score of an item whose questions were answered right or not."""
+    if task in ("perception", "cognition"):
         return (sum(right) / len(right) + all(right)) / 2
     return float(all(right))
 
@@ -140,6 +148,26 @@ def mean_interval(details: dict[str, dict[str, Any]]) -> tuple[float, float]:
 
     mean = _mean([detail["score"] for detail in details.values()])
     return mean - half_width("low"), mean + half_width("high")
+
+
+def paired_difference(first: Units, second: Units, tasks: Sequence[str] = TASKS) -> tuple[float, float, float]:
+    """Return the difference (first - second) of the mean over tasks of two models that were asked the same, and its
+    95 % interval over questions.
+
+    Args:
+        first, second: {task: the score of every item}, in the same order.
+        tasks: which tasks to average.
+
+    The variance is that of the items' differences. The two choice tasks ask the same questions, item by item, so their
+    differences are added before; the other tasks are independent.
+    """
+    differences = {task: [a - b for a, b in zip(first[task], second[task], strict=True)] for task in tasks}
+    estimate = _mean([_mean(values) for values in differences.values()])
+    if {"choice_en", "choice_cn"} <= differences.keys():
+        english, chinese = differences.pop("choice_en"), differences.pop("choice_cn")
+        differences["choices"] = [a + b for a, b in zip(english, chinese, strict=True)]
+    half = Z * sqrt(sum(variance(values) / len(values) for values in differences.values())) / len(tasks)
+    return estimate, estimate - half, estimate + half
 
 
 def _mean(values: list[float]) -> float:

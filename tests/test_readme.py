@@ -60,7 +60,7 @@ def test_every_snippet_runs_and_prints_what_the_readme_says(block, output, stand
 
 
 def test_the_commands_are_the_ones_that_are_tested():
-    """Here, in test_browser.py, test_distributed.py, test_lmms.py, test_probe_saturation.py and test_sharing.py."""
+    """Here, and in test_browser, test_distributed, test_grid, test_lmms, test_probe_saturation and test_sharing."""
     assert COMMANDS == [
         "pip install -r requirements.txt && python train_sft.py",
         "pip install -r requirements-dev.txt && pytest",
@@ -70,6 +70,8 @@ def test_the_commands_are_the_ones_that_are_tested():
         "--data llava_v1_5_mix665k.json --image_folder images",
         "python train_sft.py --config configs/llava_1.5_7b.yaml --data me/rows --push_to_hub --hub_model_id me/x",
         "python benchmark_accuracy.py --suite minibench",
+        "python -m minibench.grid",
+        "python -m minibench.tables",
         "python probe_saturation.py",
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",

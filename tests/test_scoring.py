@@ -2,9 +2,18 @@
 
 from math import sqrt
 
+import numpy as np
 import pytest
 
-from minibench.scoring import constant_replies, mean_interval, score_task, summarise, unit_score, wilson_interval
+from minibench.scoring import (
+    constant_replies,
+    mean_interval,
+    paired_difference,
+    score_task,
+    summarise,
+    unit_score,
+    wilson_interval,
+)
 from minibench.tasks import TASKS, Item
 
 
@@ -168,3 +177,28 @@ def test_the_choice_tasks_count_as_one_since_they_share_their_pictures():
     low, high = mean_interval(parts)
     assert low == pytest.approx(0.5 - sqrt(0.2**2 + (0.1 + 0.2) ** 2) / 3)
     assert high == pytest.approx(0.5 + sqrt(0.1**2 + (0.1 + 0.1) ** 2) / 3)
+
+
+def test_a_paired_interval_is_the_one_by_hand():
+    """Two tasks of four items: differences 1, 0, 0, 0 and 0, 0, -1, -1; means 0.25 and -0.5, variances 1/4 and 1/3."""
+    first = {"scene": [1.0, 1.0, 0.0, 1.0], "science": [0.0, 1.0, 0.0, 0.0]}
+    second = {"scene": [0.0, 1.0, 0.0, 1.0], "science": [0.0, 1.0, 1.0, 1.0]}
+    estimate, low, high = paired_difference(first, second, ("scene", "science"))
+    half = 1.96 * sqrt((1 / 4) / 4 + (1 / 3) / 4) / 2
+    assert (estimate, low, high) == pytest.approx((-0.125, -0.125 - half, -0.125 + half))
+    assert paired_difference(first, first, ("scene",)) == (0, 0, 0)
+
+
+def test_a_paired_interval_covers_and_knows_that_the_choice_tasks_go_together():
+    """Against a bootstrap over items, the choice tasks' resampled together."""
+    draw = np.random.default_rng(0)
+    english = draw.integers(0, 2, (2, 60)).astype(float)
+    chinese = np.where(draw.random((2, 60)) < 0.95, english, 1 - english)
+    scene = draw.integers(0, 2, (2, 40)).astype(float)
+    first, second = ({"choice_en": english[i], "choice_cn": chinese[i], "scene": scene[i]} for i in (0, 1))
+    _, low, high = paired_difference(first, second, tuple(first))
+    choices, scenes = draw.integers(0, 60, (4000, 60)), draw.integers(0, 40, (4000, 40))
+    means = [(english[0] - english[1])[choices], (chinese[0] - chinese[1])[choices], (scene[0] - scene[1])[scenes]]
+    bootstrap = np.quantile(sum(values.mean(1) for values in means) / 3, (0.025, 0.975))
+    assert (low, high) == pytest.approx(tuple(bootstrap), abs=0.01)
+    assert high - low == pytest.approx(bootstrap[1] - bootstrap[0], rel=0.05)

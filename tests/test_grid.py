@@ -1,0 +1,171 @@
+"""minibench/grid.py and cells.py: what is measured, how a run goes on, and that the files say what was answered."""
+
+import fcntl
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark_accuracy import HERE
+from cache_dpvr import LINE_4
+from configuration_dpvr import DpvrLlavaConfig
+from minibench import grid
+from minibench.cells import BUDGETS, SEEDS, Cell, Costs, Grid, unique_cells
+from minibench.evaluate import Reply, make_items, score
+from minibench.pretrain import make_model
+from minibench.pretrain import parse_args as parse_pretrain_args
+from minibench.processor import save_processor
+from minibench.results import Results
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from plan_search import Plan, write_plan
+
+TRAINED = "late_fusion_split4_layers6.7_seed1"
+CELLS = ["vanilla", TRAINED, "fastv_layer3_keep0.5"]
+
+
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    with torch.device("meta"):
+        model = DpvrLlavaForConditionalGeneration(DpvrLlavaConfig.from_pretrained(HERE))
+    return Costs(model, 64, 25)
+
+
+@pytest.fixture(scope="module")
+def tables(costs):
+    return Grid(costs, num_rows=10).tables()
+
+
+@pytest.fixture(scope="module")
+def random_twelve(tmp_path_factory, minibench_processor) -> str:
+    """A random model as deep as dpvr-mini, and narrow."""
+    folder = tmp_path_factory.mktemp("random_twelve")
+    size = ["--text_layers", "12", "--text_width", "64", "--vision_layers", "2", "--vision_width", "32"]
+    torch.manual_seed(0)
+    llava = make_model(minibench_processor, parse_pretrain_args(["--output_dir", str(folder), *size]))
+    llava.set_attn_implementation("sdpa")
+    DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=8).save_pretrained(folder)
+    save_processor(minibench_processor, folder)
+    return str(folder)
+
+
+def test_a_name_means_one_cell_and_table_2_has_all_its_rows(tables):
+    cells = [cell for rows in tables.values() for row in rows for cell in row.cells]
+    by_name = {cell.name: cell for cell in cells}
+    assert all(by_name[cell.name] == cell for cell in cells)
+    assert {row.name for row in tables["table2"]} == {
+        *("vanilla", "full", "lora_r16", "lora_r64", "fastv", "vtw", "random_pruning", "untrained"),
+        *("persistent_context", "kv_substitution", "late_fusion", "text_only"),
+    }
+    (late,) = (row for row in tables["table2"] if row.name == "late_fusion")
+    assert [cell.seed for cell in late.cells] == list(SEEDS)
+    assert all(cell.split == "test" for table in tables for row in tables[table] for cell in row.cells) is False
+    assert {cell.split for row in tables["learning_rates"] for cell in row.cells} == {"validation"}
+
+
+def test_what_stands_at_a_budget_fits_it_and_the_next_larger_does_not(costs, tables):
+    for row in tables["frontier"]:
+        budget = float(row.name.split()[0])
+        for cell in row.cells:
+            if cell.pruning:
+                continue
+            assert costs.ratio(cell.fields) <= budget
+            if "fusion_layers" not in cell.fields:
+                deeper = {**cell.fields, "split_layer": cell.fields["split_layer"] + 1}
+                assert costs.ratio(deeper) > budget, row.name
+    for budget in BUDGETS:
+        found = costs.most_kept("random", budget)
+        if found and found["layer"] == 3:
+            assert found["keep"] == max(kept / 64 for kept in range(1, 65) if pruned_ratio(costs, kept / 64) <= budget)
+
+
+def pruned_ratio(costs: Costs, keep: float) -> float:
+    """By counting layers: 3 with all tokens, 8 and the last one's single query with what is kept."""
+    layer, kept = costs.model._layer_flops, round(keep * 64)
+    flops = 3 * layer(89, 89) + 8 * layer(25 + kept, 25 + kept) + layer(1, 25 + kept)
+    return (flops + 2 * 192 * 768) / costs.vanilla
+
+
+def test_plans_replace_the_provisional_ones(costs, tmp_path):
+    write_plan(Plan(3, (5, 7)), tmp_path / "plan_0.55.yaml", "found")
+    plan = {"routing": "late_fusion", "split_layer": 3, "fusion_layers": [5, 7]}
+    rows = {row.name: row for row in Grid(costs, 10, grid.read_plans(tmp_path)).frontier()}
+    assert [cell.fields for cell in rows["0.55 plan"].cells] == [plan] * 3
+    assert rows["0.45 plan"].cells[0].fields != plan
+    with pytest.raises(ValueError, match=r"Expected plans for the budgets .*; got \[0.5\]"):
+        Grid(costs, 10, {0.5: plan})
+
+
+def test_cells_are_selected_by_table_name_or_pattern_with_the_slow_baselines_last(tables):
+    cells = grid.select(tables, ["table2"])
+    assert cells[0].name == "vanilla" and [cell.is_baseline for cell in cells[-3:]] == [True] * 3
+    assert [cell.name for cell in grid.select(tables, ["late_fusion_split8_k2_*"])] == [
+        f"late_fusion_split8_k2_seed{seed}" for seed in SEEDS
+    ]
+    everything = grid.select(tables, ["*"])
+    assert {cell.name for cell in everything} == {c.name for rows in tables.values() for c in unique_cells(rows)}
+    with pytest.raises(ValueError, match="got 'vanila'"):
+        grid.select(tables, ["vanila"])
+
+
+@pytest.mark.skipif(LINE_4, reason="training is for transformers 5.18 and newer")
+def test_a_killed_grid_goes_on_and_its_answers_reproduce_its_scores(random_twelve, tmp_path, monkeypatch):
+    options = ["--model_name_or_path", random_twelve, "--num_rows", "4", "--limit", "4"]
+    folders = ["--output_dir", str(tmp_path / "results"), "--work_dir", str(tmp_path / "work")]
+    args = grid.parse_args([*options, *folders, "--cells", *CELLS])
+    train = grid.train
+
+    def killed(cell, folder, base, lock):
+        folder.mkdir()
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        grid.main(args)
+    monkeypatch.setattr(grid, "train", train)
+    first = tmp_path / "results" / "cells" / "vanilla.json"
+    before = first.stat().st_mtime_ns
+    outcome = grid.main(args)
+    assert outcome["finished"] == CELLS[:1] + CELLS[2:] and outcome["measured"] == [TRAINED]
+    assert first.stat().st_mtime_ns == before and not (tmp_path / "work" / TRAINED).exists()
+
+    items = make_items("test", 4, 0)
+    for name in CELLS:
+        path = tmp_path / "results" / "cells" / f"{name}.json"
+        cell = json.loads(path.read_text())
+        texts = json.loads(gzip.decompress(path.with_suffix(".replies.json.gz").read_bytes()))
+        replies = [[Reply(text, True) for text in several] for several in texts]
+        assert score(items, replies)["details"] == cell["row"]["details"]
+        assert grid.right(items, replies) == cell["right"]
+    trained = json.loads((tmp_path / "results" / "cells" / f"{TRAINED}.json").read_text())
+    assert trained["training"]["recipe"]["seed"] == 1 and trained["training"]["data"]["fingerprint"] == [4, 7, 1]
+    assert trained["trainable_parameters"] > 0 and 0 < trained["prefill_flops_ratio"] < 1
+    results = Results(tmp_path / "results")
+    row = results.row("fusion", "4, layers 6 7")
+    assert row.tasks == trained["row"]["tasks"]
+    assert results.row("table2", "late_fusion") is None
+
+
+def test_a_cell_that_another_run_works_at_is_left_to_it(tmp_path):
+    cell = Cell({"routing": "none"})
+    with grid.claimed(cell, tmp_path) as lock:
+        assert lock is not None
+        with grid.claimed(cell, tmp_path) as other:
+            assert other is None
+        with (tmp_path / "vanilla.lock").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with grid.claimed(cell, tmp_path) as lock:
+        assert lock is not None
+
+
+def test_a_cell_with_another_definition_is_measured_anew(tmp_path):
+    args = grid.parse_args(["--output_dir", str(tmp_path)])
+    cell = Cell({"routing": "late_fusion", "split_layer": 4}, {"method": "dpvr", "num_rows": 1000})
+    document = {"cell": json.loads(json.dumps(grid.asdict(cell))), "settings": grid.settings(args)}
+    grid.write(grid.cell_file(tmp_path, cell), json.dumps(document).encode())
+    assert grid.is_finished(cell, args)
+    assert not grid.is_finished(Cell(cell.fields, {"method": "dpvr", "num_rows": 5000}), args)
+    assert not grid.is_finished(cell, grid.parse_args(["--output_dir", str(tmp_path), "--limit", "7"]))
+    assert [path.name for path in Path(tmp_path, "cells").iterdir()] == [f"{cell.name}.json"]
