@@ -13,7 +13,8 @@
     standard output                   a table, and one JSON document as the last line; --output_dir has it as a file
 
 Sizes of 7B and more are not run without a GPU: their weights stay on the meta device, FLOPs and bytes are counted, and
-times are null. Paper sections 4.7 to 4.9; latency_tables.py makes Tables 1, 6, 7, 8 and the figures of the files.
+times are null. Paper sections 4.7 to 4.9; `python -m minibench.report` makes tables and figures of the
+files.
 
     python benchmark_latency.py --quick                                   # under a minute
     python benchmark_latency.py --text_tokens 64 128 256 512 1024         # 512 wide, 32 layers, on a CPU
@@ -26,6 +27,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import is_flash_attn_2_available
 
 from baselines import PrunedLlava, prune
-from configuration_dpvr import DpvrLlavaConfig
+from configuration_dpvr import JOINT, DpvrLlavaConfig, LayerPlan
 from minibench import bench
 from minibench.bench import SHAPES, make_llava, resident_peak, synchronize, timed
 from minibench.record import publish, run_record
@@ -66,6 +68,7 @@ METHODS = (
     *PRUNINGS,
 )
 TIMES = ("prefill_ms", "prefill_without_tower_ms", "decode_ms_per_token")
+PARTS = ("tower", "embedding", "shared_stack", "side_branch", "deep_stack", "last_layer", "head")
 CACHES = ("growing", "static")
 Method = DpvrLlavaForConditionalGeneration | PrunedLlava | LlavaForConditionalGeneration
 
@@ -144,21 +147,45 @@ def make_prompt(llava: LlavaForConditionalGeneration, size: Size, args: argparse
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-class TowerClock:
-    """Milliseconds that the last forward pass of a LLaVA spent in its vision tower and projector."""
+class PhaseClock:
+    """Milliseconds of a prefill by its parts; each lasts until the next begins.
+
+    tower, embedding, shared stack (layers 0 ... s-1), side branch, deep stack (s ... L-2), last layer, head
+    """
 
     def __init__(self, llava: LlavaForConditionalGeneration, device: str):
-        self.device, self.start, self.milliseconds = device, 0.0, 0.0
-        llava.model.vision_tower.register_forward_pre_hook(self._begin)
-        llava.model.multi_modal_projector.register_forward_hook(self._end)
+        self.llava, self.device = llava, device
+        self.begins: dict[str, float] = {}
 
-    def _begin(self, *_: Any) -> None:
-        synchronize(self.device)
-        self.start = time.perf_counter()
+    @contextmanager
+    def listening(self, model: Method) -> Iterator[None]:
+        """Take the time of one prefill of `model`, which is a method on the LLaVA's own layers."""
+        layers, self.begins = self.llava.model.language_model.layers, {}
+        split = plan_of(model).split_layer
+        beginnings = [(self.llava.model.vision_tower, "tower"), (layers[0], "shared_stack")]
+        if isinstance(model, DpvrLlavaForConditionalGeneration) and len(model.side_branch):
+            beginnings.append((model.side_branch[0], "side_branch"))
+        if split < len(layers):
+            beginnings.append((layers[split], "deep_stack"))
+        beginnings.append((layers[-1].input_layernorm, "last_layer"))  # a context layer writes the image's keys first
+        beginnings.append((self.llava.model.language_model.norm, "head"))
+        handles = [module.register_forward_pre_hook(partial(self._begin, part)) for module, part in beginnings]
+        handles.append(self.llava.model.multi_modal_projector.register_forward_hook(partial(self._begin, "embedding")))
+        yield
+        self._begin("end")
+        for handle in handles:
+            handle.remove()
 
-    def _end(self, *_: Any) -> None:
-        synchronize(self.device)
-        self.milliseconds = 1000 * (time.perf_counter() - self.start)
+    def _begin(self, part: str, *_: Any) -> None:
+        if part not in self.begins:
+            synchronize(self.device)
+            self.begins[part] = time.perf_counter()
+
+    def milliseconds(self) -> dict[str, float]:
+        """Of every part; 0 of one that the method does not have."""
+        ordered = sorted(self.begins, key=self.begins.get)
+        found = {a: 1000 * (self.begins[b] - self.begins[a]) for a, b in itertools.pairwise(ordered)}
+        return {part: found.get(part, 0.0) for part in PARTS}
 
 
 def make_cache(kind: str, model: Method, room: int) -> Cache:
@@ -167,12 +194,14 @@ def make_cache(kind: str, model: Method, room: int) -> Cache:
 
 @torch.inference_mode()
 def run_once(
-    model: Method, prompt: dict[str, torch.Tensor], kind: str, clock: TowerClock, args: argparse.Namespace
+    model: Method, prompt: dict[str, torch.Tensor], kind: str, clock: PhaseClock, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One answer: milliseconds of the prefill and of each token, and the bytes that the cache's tensors hold."""
     rows, length = prompt["input_ids"].shape
     cache = make_cache(kind, model, length + args.new_tokens)
-    _, prefill_ms = timed(lambda: model(**prompt, past_key_values=cache, logits_to_keep=1), args.device)
+    with clock.listening(model):
+        _, prefill_ms = timed(lambda: model(**prompt, past_key_values=cache, logits_to_keep=1), args.device)
+    phases = clock.milliseconds()
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     token, tokens_ms = prompt["input_ids"][:, -1:], []
     for index in range(args.new_tokens):
@@ -183,8 +212,8 @@ def run_once(
         tokens_ms.append(milliseconds)
     return {
         "prefill_ms": prefill_ms,
-        "prefill_without_tower_ms": prefill_ms - clock.milliseconds,
-        "tower_ms": clock.milliseconds,
+        "prefill_without_tower_ms": prefill_ms - phases["tower"],
+        "phases_ms": phases,
         "decode_ms_per_token": statistics.median(tokens_ms),
         "kv_bytes": held,
         "kv_reuse": int(cache.get_seq_length()) == length + args.new_tokens,
@@ -231,7 +260,7 @@ def measure_size(
     peaks = {} if args.skip_peaks else {name: peak_in_a_process_of_its_own(name, size, args) for name in running}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
     if running:
-        clock, prompt = TowerClock(llava, args.device), make_prompt(llava, size, args)
+        clock, prompt = PhaseClock(llava, args.device), make_prompt(llava, size, args)
         for turn in tqdm(range(args.warmup + args.rounds), desc=str(size), unit="round"):
             for name in running[:: 1 if turn % 2 else -1]:
                 with kernels_of(name, llava):
@@ -243,7 +272,7 @@ def measure_size(
         if name in runs:
             row |= medians(runs[name][args.warmup :])
         row["peak_bytes"] = peaks.get(name)
-        rows.append(row | {name: None for name in (*TIMES, "tower_ms", "kv_reuse") if name not in row})
+        rows.append(row | {name: None for name in (*TIMES, "phases_ms", "kv_reuse") if name not in row})
     for row in rows:
         row["ratio_to_vanilla"] = ratios(
             row, rows[0], *(runs.get(r["method"], [])[args.warmup :] for r in (row, rows[0]))
@@ -251,15 +280,37 @@ def measure_size(
     return rows
 
 
+def plan_of(model: Method) -> LayerPlan:
+    if isinstance(model, PrunedLlava):
+        return model.plan
+    if isinstance(model, DpvrLlavaForConditionalGeneration):
+        return model.config.layer_plan()
+    depth = model.config.text_config.num_hidden_layers
+    return LayerPlan(depth, (JOINT,) * depth)
+
+
 def counted(model: Method, size: Size, vanilla: DpvrLlavaForConditionalGeneration) -> dict[str, Any]:
-    """What formulas say: FLOPs of the prefill without the tower, bytes of keys and values, and the plan."""
-    tokens = (size.num_images * model.config.image_seq_length, size.text_tokens)
-    plan = model.plan if isinstance(model, PrunedLlava) else model.config.layer_plan()
+    """What formulas say: FLOPs of the prefill without the tower, bytes of keys and values, and what a token costs.
+
+    A decoded token reads every weight of the decoder and the head once, and every key and value of the decoder; a
+    prefill reads the weights (and the side branch's) and writes the keys and values. Activations are not counted.
+    """
+    tokens, plan = (size.num_images * model.config.image_seq_length, size.text_tokens), plan_of(model)
+    text, rows = model.config.text_config, size.batch_size
+    per_image = vanilla.kv_cache_bytes(tokens[0], 0, batch_size=rows) // text.num_hidden_layers  # in one layer
+    kv_bytes = model.kv_cache_bytes(*tokens, batch_size=rows)
+    read = kv_bytes - (per_image if plan.reads_side_branch else 0)
+    weights = [*model.model.language_model.layers.parameters(), *model.lm_head.parameters()]
+    matrices, item = sum(weight.numel() for weight in weights if weight.ndim == 2), model.dtype.itemsize
+    branch = sum(weight.numel() for weight in model.side_branch.parameters()) if plan.reads_side_branch else 0
     row = {
         "image_tokens": tokens[0],
         "plan": str(plan),
-        "prefill_flops": model.prefill_flops(*tokens, batch_size=size.batch_size),
-        "kv_bytes": model.kv_cache_bytes(*tokens, batch_size=size.batch_size),
+        "prefill_flops": model.prefill_flops(*tokens, batch_size=rows),
+        "prefill_bytes": (matrices + branch) * item + kv_bytes,
+        "decode_flops": 2 * rows * matrices + 2 * read // item * text.num_attention_heads // text.num_key_value_heads,
+        "decode_bytes": matrices * item + read,
+        "kv_bytes": kv_bytes,
         "deep_image_layers": None,
     }
     if not isinstance(model, PrunedLlava) and (model is vanilla or model.config.fusion_layers is None):
@@ -281,10 +332,23 @@ def deep_image_layers(model: DpvrLlavaForConditionalGeneration, tokens: tuple[in
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of the times with their 10th and 90th percentiles; and what is the same in all runs."""
     row = {"kv_bytes": runs[0]["kv_bytes"], "kv_reuse": runs[0]["kv_reuse"]}
-    for name in (*TIMES, "tower_ms"):
+    for name in TIMES:
         low, row[name], high = spread([run[name] for run in runs])
         row[f"{name}_spread"] = [low, high]
+    row["phases_ms"] = {part: statistics.median(run["phases_ms"][part] for run in runs) for part in PARTS}
     return row
+
+
+def machine_speed(args: argparse.Namespace) -> dict[str, float] | None:
+    """What this machine reaches: FLOPs a second in a large product, bytes a second in a copy (read and written)."""
+    if args.device == "meta":
+        return None
+    square = torch.randn(2048, 2048, device=args.device, dtype=getattr(torch, args.dtype))
+    block = torch.zeros(2**27, device=args.device, dtype=torch.uint8)
+    with torch.inference_mode():
+        product = min(timed(lambda: square @ square, args.device)[1] for _ in range(5))
+        copy = min(timed(lambda: block.clone(), args.device)[1] for _ in range(5))
+    return {"flops_per_second": 2 * 2048**3 / product * 1e3, "bytes_per_second": 2 * block.nbytes / copy * 1e3}
 
 
 def spread(values: list[float]) -> list[float]:
@@ -365,6 +429,7 @@ def main(args: argparse.Namespace) -> None:
     print_table(rows)
     names = ("shape", "caches", "new_tokens", "rounds", "warmup", "device", "dtype", "seed")
     settings = {**{name: vars(args)[name] for name in names}, "threads": torch.get_num_threads()}
+    settings["machine_speed"] = machine_speed(args)
     document = {"rows": rows, **run_record("benchmark_latency.py"), **settings}
     publish(document, args.output_dir / f"{args.shape}.json" if args.output_dir else None)
 
