@@ -259,7 +259,7 @@ def measure_size(
     running = [name for name in models if why_not(name, args) is None]
     peaks = {} if args.skip_peaks else {name: peak_in_a_process_of_its_own(name, size, args) for name in running}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-    if running:
+    if running and args.rounds:
         clock, prompt = PhaseClock(llava, args.device), make_prompt(llava, size, args)
         for turn in tqdm(range(args.warmup + args.rounds), desc=str(size), unit="round"):
             for name in running[:: 1 if turn % 2 else -1]:
@@ -269,7 +269,7 @@ def measure_size(
     for name, model in models.items():
         row = {"method": name, "shape": args.shape, **size._asdict(), "cache": kind, "note": why_not(name, args)}
         row |= counted(models["vanilla"] if name == FLASH else model, size, models["vanilla"])
-        if name in runs:
+        if runs.get(name):
             row |= medians(runs[name][args.warmup :])
         row["peak_bytes"] = peaks.get(name)
         rows.append(row | {name: None for name in (*TIMES, "phases_ms", "kv_reuse") if name not in row})
@@ -401,7 +401,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_tokens", nargs="+", type=int, default=[128])
     parser.add_argument("--num_images", nargs="+", type=int, default=[1], help="pictures in each prompt")
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens decoded in each round")
-    parser.add_argument("--rounds", type=int, default=10, help="measured rounds")
+    parser.add_argument("--rounds", type=int, default=10, help="measured rounds; 0 for peak memory alone")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", help="default: a GPU; else the CPU, and meta for sizes of 7B and more")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
@@ -429,7 +429,7 @@ def main(args: argparse.Namespace) -> None:
     print_table(rows)
     names = ("shape", "caches", "new_tokens", "rounds", "warmup", "device", "dtype", "seed")
     settings = {**{name: vars(args)[name] for name in names}, "threads": torch.get_num_threads()}
-    settings["machine_speed"] = machine_speed(args)
+    settings["machine_speed"] = machine_speed(args) if args.rounds else None
     document = {"rows": rows, **run_record("benchmark_latency.py"), **settings}
     publish(document, args.output_dir / f"{args.shape}.json" if args.output_dir else None)
 

@@ -1,6 +1,7 @@
 """Tables and figures of cost, made from the JSON files of benchmark_latency.py and from nothing else.
 
 results/latency/SHAPE.json             all methods at 576 + 128 tokens      Tables 1, 6 and 7; README
+results/latency/peaks/SHAPE.json       the same prompts, --rounds 0: peak memory alone
 results/latency/text/SHAPE.json        text tokens from 64 to 1024          Table 8 and a figure
 results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
@@ -69,12 +70,13 @@ def render_latency(results: Path) -> str:
             f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
             _time(row, "decode_ms_per_token"),
             _bytes(row, "kv_bytes"),
-            _bytes(row, "peak_bytes"),
+            _peak(row, results),
         ]
         for row in record["rows"]
         if row["prefill_ms"] is not None
     ]
-    return _text(table(header, rows), _protocol(record))
+    peaks = _read(results / "latency" / "peaks" / "512x32.json")
+    return _text(table(header, rows), _protocol(record), _protocol(peaks))
 
 
 def render_table_1(results: Path) -> str:
@@ -105,12 +107,13 @@ def render_table_6(results: Path) -> str:
             _time(row, "prefill_ms"),
             _time(row, "prefill_without_tower_ms"),
             f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
-            _bytes(row, "peak_bytes"),
+            _peak(row, results),
         ]
         for record in records
         for row in record["rows"]
     ]
-    return _text(table(header, rows), *map(_protocol, records))
+    peaks = [_read(path) for path in sorted((results / "latency" / "peaks").glob("*.json"))]
+    return _text(table(header, rows), *map(_protocol, records + peaks))
 
 
 def render_table_7(results: Path) -> str:
@@ -208,9 +211,17 @@ def _bytes(row: Row, name: str) -> str:
     return UNMEASURED if row[name] is None else f"{row[name] / 1e6:,.1f} MB, {ratio:.3f}"
 
 
+def _peak(row: Row, results: Path) -> str:
+    path = results / "latency" / "peaks" / f"{row['shape']}.json"
+    rows = _read(path)["rows"] if path.exists() else []
+    return next((_bytes(other, "peak_bytes") for other in rows if other["method"] == row["method"]), UNMEASURED)
+
+
 def _protocol(record: Row) -> str:
     """How one file was measured."""
     first = record["rows"][0]
+    if first["peak_bytes"] is not None and first["prefill_ms"] is None:
+        return f"{first['shape']}, peak memory: {record['dtype']}. {_machine(record)}"
     if first["prefill_ms"] is None:
         return f"{first['shape']}: counted on the meta device, {record['dtype']}; {_machine(record)}"
     return (
@@ -295,33 +306,20 @@ def _plot_kv(figure: Any, results: Path) -> None:
 
 
 def _plot_roofline(figure: Any, results: Path) -> None:
-    """FLOPs per byte read, of a prefill and of a token, for 7B; the ridges are data sheets' and mark where bounds meet."""
-    record = _read(results / "latency" / "llava-1.5-7b.json")
-    axis = figure.subplots()
-    for name, marker in (("prefill", "o"), ("decode", "s")):
-        for row in record["rows"]:
-            if row["method"] in COLOURS:
-                intensity = row["roofline"][f"{name}_flops"] / row["roofline"][f"{name}_bytes"]
-                label = NAMES[row["method"]] if name == "prefill" else None
-                axis.scatter(
-                    intensity,
-                    row["roofline"][f"{name}_flops"],
-                    color=COLOURS[row["method"]],
-                    marker=marker,
-                    label=label,
-                )
-    for ridge, device in RIDGES.items():
-        axis.axvline(ridge, color="0.5", linestyle=":")
-        axis.text(ridge, 1e11, f" {device}", rotation=90, va="bottom", ha="right", fontsize="small", color="0.3")
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="FLOPs per byte moved (circle: prefill, square: a decoded token)",
-        ylabel="FLOPs",
-    )
-    axis.set_title("LLaVA-1.5-7B, batch 1, 576 + 128 tokens, bfloat16")
+    """FLOPs a second that each method reached, under what the machine reaches in a large product and a large copy."""
+    record = _read(results / "latency" / "512x32.json")
+    axis, speed = figure.subplots(), record["machine_speed"]
+    roof = [0.1, speed["flops_per_second"] / speed["bytes_per_second"], 3000]
+    axis.plot(roof, [min(speed["flops_per_second"], x * speed["bytes_per_second"]) / 1e9 for x in roof], color="0.5")
+    for row in record["rows"]:
+        if row["method"] not in COLOURS or row["prefill_ms"] is None:
+            continue
+        times = {"prefill": row["prefill_without_tower_ms"], "decode": row["decode_ms_per_token"]}
+        for name, marker in (("prefill", "o"), ("decode", "s")):
+            flops, label = row[f"{name}_flops"], NAMES[row["method"]] if name == "prefill" else None
+            place = (flops / row[f"{name}_bytes"], flops / times[name] / 1e6)
+            axis.scatter(*place, color=COLOURS[row["method"]], marker=marker, label=label, zorder=3)
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte of weights, keys and values", ylabel="GFLOP/s")
+    axis.set_title("512x32 on a CPU: squares are decoded tokens, circles prefills, the line what the machine reaches")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="center")
-
-
-RIDGES = {153: "A800: 312 TFLOP/s, 2.04 TB/s"}  # FLOPs per byte where compute and memory bound meet, of its data sheet
+    axis.legend(fontsize="small", loc="lower right")
