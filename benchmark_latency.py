@@ -70,6 +70,7 @@ METHODS = (
 TIMES = ("prefill_ms", "prefill_without_tower_ms", "decode_ms_per_token")
 PARTS = ("tower", "embedding", "shared_stack", "side_branch", "deep_stack", "last_layer", "head")
 CACHES = ("growing", "static")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Method = DpvrLlavaForConditionalGeneration | PrunedLlava | LlavaForConditionalGeneration
 
 
@@ -153,8 +154,8 @@ class PhaseClock:
     tower, embedding, shared stack (layers 0 ... s-1), side branch, deep stack (s ... L-2), last layer, head
     """
 
-    def __init__(self, llava: LlavaForConditionalGeneration, device: str):
-        self.llava, self.device = llava, device
+    def __init__(self, llava: LlavaForConditionalGeneration, args: argparse.Namespace):
+        self.llava, self.device, self.now = llava, args.device, CLOCKS[args.clock]
         self.begins: dict[str, float] = {}
 
     @contextmanager
@@ -179,7 +180,7 @@ class PhaseClock:
     def _begin(self, part: str, *_: Any) -> None:
         if part not in self.begins:
             synchronize(self.device)
-            self.begins[part] = time.perf_counter()
+            self.begins[part] = self.now()
 
     def milliseconds(self) -> dict[str, float]:
         """Of every part; 0 of one that the method does not have."""
@@ -200,14 +201,14 @@ def run_once(
     rows, length = prompt["input_ids"].shape
     cache = make_cache(kind, model, length + args.new_tokens)
     with clock.listening(model):
-        _, prefill_ms = timed(lambda: model(**prompt, past_key_values=cache, logits_to_keep=1), args.device)
+        _, prefill_ms = timed(lambda: model(**prompt, past_key_values=cache, logits_to_keep=1), args.device, clock.now)
     phases = clock.milliseconds()
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     token, tokens_ms = prompt["input_ids"][:, -1:], []
     for index in range(args.new_tokens):
         place = torch.full((rows, 1), length + index, device=args.device)
         options = {"position_ids": place, "past_key_values": cache, "logits_to_keep": 1}
-        output, milliseconds = timed(lambda: model(input_ids=token, **options), args.device)  # noqa: B023
+        output, milliseconds = timed(lambda: model(input_ids=token, **options), args.device, clock.now)  # noqa: B023
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         tokens_ms.append(milliseconds)
     return {
@@ -260,7 +261,7 @@ def measure_size(
     peaks = {} if args.skip_peaks else {name: peak_in_a_process_of_its_own(name, size, args) for name in running}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
     if running and args.rounds:
-        clock, prompt = PhaseClock(llava, args.device), make_prompt(llava, size, args)
+        clock, prompt = PhaseClock(llava, args), make_prompt(llava, size, args)
         for turn in tqdm(range(args.warmup + args.rounds), desc=str(size), unit="round"):
             for name in running[:: 1 if turn % 2 else -1]:
                 with kernels_of(name, llava):
@@ -344,10 +345,11 @@ def machine_speed(args: argparse.Namespace) -> dict[str, float] | None:
     if args.device == "meta":
         return None
     square = torch.randn(2048, 2048, device=args.device, dtype=getattr(torch, args.dtype))
+    now = CLOCKS[args.clock]
     block = torch.zeros(2**27, device=args.device, dtype=torch.uint8)
     with torch.inference_mode():
-        product = min(timed(lambda: square @ square, args.device)[1] for _ in range(5))
-        copy = min(timed(lambda: block.clone(), args.device)[1] for _ in range(5))
+        product = min(timed(lambda: square @ square, args.device, now)[1] for _ in range(5))
+        copy = min(timed(lambda: block.clone(), args.device, now)[1] for _ in range(5))
     return {"flops_per_second": 2 * 2048**3 / product * 1e3, "bytes_per_second": 2 * block.nbytes / copy * 1e3}
 
 
@@ -406,6 +408,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: a GPU; else the CPU, and meta for sizes of 7B and more")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu: the processor's time, for a CPU that others use too; with one thread that of an idle core",
+    )
     parser.add_argument("--skip_peaks", action="store_true", help="measure no peak memory")
     parser.add_argument("--quick", action="store_true", help=f"a small run, on a CPU too: {QUICK}")
     parser.add_argument("--output_dir", type=Path, help="also write the JSON document there, as SHAPE.json")
@@ -427,7 +435,7 @@ def main(args: argparse.Namespace) -> None:
         return
     rows = measure(args)
     print_table(rows)
-    names = ("shape", "caches", "new_tokens", "rounds", "warmup", "device", "dtype", "seed")
+    names = ("shape", "caches", "new_tokens", "rounds", "warmup", "device", "dtype", "clock", "seed")
     settings = {**{name: vars(args)[name] for name in names}, "threads": torch.get_num_threads()}
     settings["machine_speed"] = machine_speed(args) if args.rounds else None
     document = {"rows": rows, **run_record("benchmark_latency.py"), **settings}

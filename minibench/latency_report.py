@@ -225,7 +225,8 @@ def _protocol(record: Row) -> str:
     if first["prefill_ms"] is None:
         return f"{first['shape']}: counted on the meta device, {record['dtype']}; {_machine(record)}"
     return (
-        f"{first['shape']}: {record['dtype']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, medians of "
+        f"{first['shape']}: {record['dtype']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, "
+        f"{ {'wall': 'wall', 'cpu': 'processor'}[record['clock']] } time, medians of "
         f"{record['rounds']} interleaved rounds after {record['warmup']} to warm up, {record['new_tokens']} tokens "
         "decoded in each; ratios are taken within a round, in brackets their 10th and 90th percentiles. "
         f"{_machine(record)}"

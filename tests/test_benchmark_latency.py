@@ -10,9 +10,22 @@ from transformers import LlavaForConditionalGeneration
 import baselines
 import benchmark_latency
 import two_stream_dpvr
-from benchmark_latency import FLASH, METHODS, PARTS, TIMES, main, make_base, make_method, parse_args, plan_of
+from benchmark_latency import (
+    CACHES,
+    FLASH,
+    METHODS,
+    PARTS,
+    TIMES,
+    main,
+    make_base,
+    make_method,
+    parse_args,
+    plan_of,
+    sizes,
+)
+from minibench import bench
 
-SMALL = ["--shape", "64x4", "--rounds", "2", "--warmup", "0", "--new_tokens", "2", "--text_tokens", "16"]
+SMALL = ["--shape", "64x4", "--rounds", "1", "--warmup", "0", "--new_tokens", "2", "--text_tokens", "16"]
 WIDTH, IMAGE = 64, 576
 
 
@@ -35,6 +48,7 @@ def test_it_prints_a_row_per_method_and_a_json_document_last(capsys, monkeypatch
         "fastv": 3 * (IMAGE + 16) + IMAGE // 2 + 16,
     }
     assert {name: rows[name]["kv_bytes"] for name in entries} == {n: 2 * 4 * WIDTH * e for n, e in entries.items()}
+    base = make_base(parse_args(SMALL))
     for name, row in rows.items():
         if name == FLASH:
             assert "not installed" in row["note"] and row["prefill_ms"] is None and row["peak_bytes"] is None
@@ -42,34 +56,20 @@ def test_it_prints_a_row_per_method_and_a_json_document_last(capsys, monkeypatch
         assert row["kv_reuse"] is True and row["peak_bytes"] == 7 and row["note"] is None
         assert 0 < row["prefill_without_tower_ms"] < row["prefill_ms"] and row["decode_ms_per_token"] > 0
         assert tuple(row["phases_ms"]) == PARTS and row["phases_ms"]["tower"] > 0
-        reads = plan_of(make_method(name, *make_base(parse_args(SMALL)))).reads_side_branch
+        reads = plan_of(make_method(name, *base)).reads_side_branch
         assert (row["phases_ms"]["side_branch"] > 0) == reads
     assert all(value in (1, [1, 1]) for value in rows["vanilla"]["ratio_to_vanilla"].values())
 
 
 def test_every_size_of_prompt_and_kind_of_cache_gets_its_rows(capsys):
-    lists = [
-        "--batch_sizes",
-        "1",
-        "2",
-        "--text_tokens",
-        "4",
-        "8",
-        "--num_images",
-        "1",
-        "2",
-        "--caches",
-        "growing",
-        "static",
-    ]
-    rows = document_of(capsys, *SMALL, "--rounds", "1", "--skip_peaks", "--methods", "fastv", *lists)["rows"]
-    fields = ("batch_size", "text_tokens", "num_images", "cache", "method")
-    assert len({tuple(row[field] for field in fields) for row in rows}) == len(rows) == 2 * 2 * 2 * 2 * 2
+    lists = ["--batch_sizes", "1", "2", "--text_tokens", "4", "8", "--num_images", "2", "--caches", *CACHES]
+    rows = document_of(capsys, *SMALL, "--skip_peaks", "--methods", "fastv", *lists)["rows"]
+    fields = ("batch_size", "text_tokens", "cache", "method")
+    assert len({tuple(row[field] for field in fields) for row in rows}) == len(rows) == 2 * 2 * 2 * 2
     for row in rows:
-        tokens = row["num_images"] * IMAGE + row["text_tokens"]
-        room = 2 if row["cache"] == "static" else 0
-        left = tokens - (row["num_images"] * IMAGE // 2 if row["method"] == "fastv" else 0)
-        assert row["kv_bytes"] == row["batch_size"] * 2 * 4 * WIDTH * (3 * (tokens + room) + left + room)
+        tokens = 2 * IMAGE + row["text_tokens"] + (2 if row["cache"] == "static" else 0)
+        left = tokens - (IMAGE if row["method"] == "fastv" else 0)
+        assert row["kv_bytes"] == row["batch_size"] * 2 * 4 * WIDTH * (3 * tokens + left)
 
 
 def test_the_embedded_model_is_a_shape_too(capsys):
@@ -78,29 +78,35 @@ def test_the_embedded_model_is_a_shape_too(capsys):
     assert [row["plan"] for row in rows] == ["oooooooooooo|", "oooooooo|...c"]
 
 
-@pytest.mark.parametrize(
-    ("shape", "method", "text", "ratio"),
-    [
-        ("llava-1.5-7b", "late_fusion", 128, 0.6652),
-        ("llava-1.5-7b", "late_fusion", 64, 0.6354),
-        ("llava-1.5-7b", "late_fusion", 1024, 0.8325),
-        ("llava-1.5-13b", "late_fusion", 128, 0.6914),
-        ("llava-1.5-7b", "early_reading_4", 128, 0.4215),
-    ],
-)
-def test_the_floor_is_reached_in_sizes_that_are_counted_and_not_run(capsys, shape, method, text, ratio):
-    options = ["--shape", shape, "--text_tokens", str(text), "--methods", method, "--device", "meta"]
-    row = document_of(capsys, *options)["rows"][1]
-    assert row["ratio_to_vanilla"]["prefill_flops"] == pytest.approx(ratio, abs=1e-4)
-    assert all(row[name] is None for name in (*TIMES, "peak_bytes", "phases_ms")) and "no GPU" in row["note"]
+@pytest.fixture(scope="module")
+def of_7b() -> tuple[LlavaForConditionalGeneration, int]:
+    return make_base(parse_args(["--shape", "llava-1.5-7b", "--device", "meta"]))
+
+
+def flops_ratio(base: tuple[LlavaForConditionalGeneration, int], method: str, num_text_tokens: int) -> float:
+    one, vanilla = (make_method(name, *base).prefill_flops(576, num_text_tokens) for name in (method, "vanilla"))
+    return one / vanilla
+
+
+def test_late_fusion_and_the_early_plan_reach_their_floors_in_7b(of_7b):
+    for text, ratio in ((64, 0.6354), (128, 0.6652), (1024, 0.8325)):
+        assert flops_ratio(of_7b, "late_fusion", text) == pytest.approx(ratio, abs=5e-5)
+    assert flops_ratio(of_7b, "early_reading_4", 128) == pytest.approx(0.4211, abs=5e-5)
+
+
+def test_13b_is_counted_and_not_run(capsys):
+    rows = document_of(capsys, "--shape", "llava-1.5-13b", "--device", "meta", "--methods", "late_fusion")["rows"]
+    assert rows[1]["ratio_to_vanilla"]["prefill_flops"] == pytest.approx(0.6914, abs=5e-5)
+    for row in rows:
+        assert all(row[name] is None for name in (*TIMES, "peak_bytes", "phases_ms")) and "no GPU" in row["note"]
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != FLASH])
 @torch.no_grad()
-def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, monkeypatch):
+def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b, monkeypatch):
     """Slots and masks are made as on a device, the weights and states have no storage; which tokens FastV keeps, and
     the marks of the images, are told to it."""
-    llava, split = make_base(parse_args(["--shape", "llava-1.5-7b", "--device", "meta"]))
+    llava, split = of_7b
     llava.set_attn_implementation("eager")  # whose products are counted
     model, consecutive, as_mask = (
         make_method(method, llava, split),
@@ -112,7 +118,7 @@ def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, monke
     image = torch.zeros(1, 704, dtype=torch.bool)
     image[:, 1:577] = True
     states = torch.empty(1, 704, 4096, dtype=torch.bfloat16, device="meta")
-    options = {"tail": 1}
+    options = {"tail": 1, "position_ids": torch.zeros(1, 704, dtype=torch.long, device="meta")}
     if method in benchmark_latency.PRUNINGS:
         monkeypatch.setattr(
             baselines, "best_image_tokens", lambda scores, mask, keep: mask & (torch.arange(704) < 289)
@@ -131,11 +137,16 @@ def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, monke
     assert model.prefill_flops(576, 128) == counter.get_total_flops()
 
 
-def test_the_peak_is_that_of_a_process_with_nothing_else_in_it(capsys):
-    args = parse_args(SMALL)
-    weights = sum(weight.nbytes for weight in make_base(args)[0].parameters())
-    size = next(benchmark_latency.sizes(args))
-    assert weights < benchmark_latency.peak_in_a_process_of_its_own("fastv", size, args) < 2**30
+def test_the_process_for_the_peak_is_given_the_same_work(monkeypatch):
+    """That such a process has nothing else in it is tested in test_benchmark_training.py."""
+    args, started = parse_args([*SMALL, "--batch_sizes", "1", "2", "--num_images", "3", "--seed", "5"]), []
+    monkeypatch.setattr(bench, "peak_in_a_process_of_its_own", lambda script, name, flags: started.append(flags))
+    for size in sizes(args):
+        benchmark_latency.peak_in_a_process_of_its_own("fastv", size, args)
+        again = parse_args([*started[-1], "--peak_of", "fastv"])
+        assert list(sizes(again)) == [size]
+        for name in ("shape", "device", "dtype", "seed"):
+            assert vars(again)[name] == vars(args)[name]
 
 
 def test_the_paths_for_a_gpu_synchronise_and_ask_its_allocator(capsys, monkeypatch):
