@@ -341,16 +341,15 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def machine_speed(args: argparse.Namespace) -> dict[str, float] | None:
-    """What this machine reaches: FLOPs a second in a large product, bytes a second in a copy (read and written)."""
+    """What this machine reaches: FLOPs a second in a square product, bytes a second in one with a vector."""
     if args.device == "meta":
         return None
-    square = torch.randn(2048, 2048, device=args.device, dtype=getattr(torch, args.dtype))
-    now = CLOCKS[args.clock]
-    block = torch.zeros(2**27, device=args.device, dtype=torch.uint8)
+    clock, options = CLOCKS[args.clock], {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    square, tall, vector = (torch.randn(*shape, **options) for shape in ((2048, 2048), (32768, 2048), (2048,)))
     with torch.inference_mode():
-        product = min(timed(lambda: square @ square, args.device, now)[1] for _ in range(5))
-        copy = min(timed(lambda: block.clone(), args.device, now)[1] for _ in range(5))
-    return {"flops_per_second": 2 * 2048**3 / product * 1e3, "bytes_per_second": 2 * block.nbytes / copy * 1e3}
+        product = min(timed(lambda: square @ square, args.device, clock)[1] for _ in range(5))
+        reading = min(timed(lambda: tall @ vector, args.device, clock)[1] for _ in range(5))
+    return {"flops_per_second": 2 * 2048**3 / product * 1e3, "bytes_per_second": tall.nbytes / reading * 1e3}
 
 
 def spread(values: list[float]) -> list[float]:
@@ -403,7 +402,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_tokens", nargs="+", type=int, default=[128])
     parser.add_argument("--num_images", nargs="+", type=int, default=[1], help="pictures in each prompt")
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens decoded in each round")
-    parser.add_argument("--rounds", type=int, default=10, help="measured rounds; 0 for peak memory alone")
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="measured rounds; 0 for peak memory and the machine's speed alone"
+    )
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", help="default: a GPU; else the CPU, and meta for sizes of 7B and more")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
@@ -437,7 +438,7 @@ def main(args: argparse.Namespace) -> None:
     print_table(rows)
     names = ("shape", "caches", "new_tokens", "rounds", "warmup", "device", "dtype", "clock", "seed")
     settings = {**{name: vars(args)[name] for name in names}, "threads": torch.get_num_threads()}
-    settings["machine_speed"] = machine_speed(args) if args.rounds else None
+    settings["machine_speed"] = machine_speed(args)
     document = {"rows": rows, **run_record("benchmark_latency.py"), **settings}
     publish(document, args.output_dir / f"{args.shape}.json" if args.output_dir else None)
 
