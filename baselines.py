@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
@@ -213,6 +213,8 @@ def pruned_forward(
     inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
     if image_mask is None:
         return two_stream_forward(language_model, side_branch, plan, inputs_embeds, None, tail=tail, **inputs)
+    if inputs["cache"] is None:  # a throw-away one: its keys rank
+        inputs["cache"] = DynamicCache()
     this = PruningPass(language_model, plan, inputs_embeds, image_mask, *inputs.values())
     hidden, layers = inputs_embeds, language_model.layers
     for layer in layers[: plan.split_layer]:

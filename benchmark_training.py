@@ -17,70 +17,22 @@ Paper sections 3.4 and 4.2. Below the side branch and in the text-only layers no
 import argparse
 import copy
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
+from minibench import bench
+from minibench.bench import IMAGE_TOKEN_ID, IMAGE_TOKENS, SHAPES, Shape, make_llava, resident_peak, synchronize
 from minibench.record import publish, run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from train_sft import LORA_TARGETS
 
 METHODS = ("late_fusion", "lora_r16", "lora_r64", "full")
-IMAGE_TOKENS, IMAGE_TOKEN_ID = 576, 3
-
-
-class Shape(NamedTuple):
-    """Width and depth of the decoder and of a tower of 576 patches, and where late fusion splits."""
-
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    split_layer: int
-    vision_width: int
-    vision_layers: int
-
-
-SHAPES = {
-    "512x32": Shape(512, 1376, 32, 8, 18, 64, 2),
-    "1024x32": Shape(1024, 2752, 32, 16, 18, 64, 2),
-    "llava-1.5-7b": Shape(4096, 11008, 32, 32, 18, 1024, 24),
-    "64x4": Shape(64, 128, 4, 4, 2, 32, 2),
-}
-
-
-def make_llava(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> LlavaForConditionalGeneration:
-    """A LLaVA of random weights: pictures of 336 pixels in patches of 14, as LLaVA-1.5."""
-    text = LlamaConfig(
-        vocab_size=32064 if shape.width == 4096 else 1000,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=shape.vision_width,
-        intermediate_size=4 * shape.vision_width,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=max(1, shape.vision_width // 64),
-        image_size=336,
-        patch_size=14,
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID, image_seq_length=IMAGE_TOKENS
-    )
-    torch.manual_seed(seed)
-    with torch.device(device):
-        return LlavaForConditionalGeneration(config).to(dtype)
 
 
 def make_batch(shape: Shape, args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -138,11 +90,6 @@ def saved_activation_bytes(model: nn.Module, batch: dict[str, torch.Tensor]) -> 
     return total
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 def peak_of_one_step(method: str, args: argparse.Namespace) -> int:
     """Bytes at the peak of making a model and one step: of this process, which did nothing else, or of the GPU."""
     shape = SHAPES[args.shape]
@@ -155,23 +102,11 @@ def peak_of_one_step(method: str, args: argparse.Namespace) -> int:
     return resident_peak() - before
 
 
-def resident_peak() -> int:
-    """The most bytes that this process has had in memory; `ru_maxrss` would begin with the parent's."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def peak_in_a_process_of_its_own(method: str, args: argparse.Namespace) -> int | None:
     """None if it does not fit."""
     options = ("shape", "batch_size", "text_tokens", "device", "dtype", "seed")
     flags = [text for name in options for text in (f"--{name}", str(vars(args)[name]))]
-    command = [sys.executable, __file__, *flags, "--peak_of", method]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if "OutOfMemoryError" in result.stderr:
-        return None
-    if result.returncode:
-        raise RuntimeError(f"Measuring the peak memory of {method} failed:\n{result.stderr}")
-    return int(result.stdout.split()[-1])
+    return bench.peak_in_a_process_of_its_own(__file__, method, flags)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

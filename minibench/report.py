@@ -1,13 +1,13 @@
-"""The README's tables, made from the JSON files in `results/`.
+"""The tables of README.md and docs/performance.md, made from the JSON files in `results/`.
 
 dpvr_mini/accuracy.json       benchmark_accuracy.py --suite minibench    vanilla, untrained, trained, blind
 dpvr_mini/depth.json          minibench.depth                            by the number of layers that see the picture
 dpvr_mini/pretraining.jsonl   minibench.pretrain                         the curve on the validation split
 dpvr_mini/training.json       train_sft.py                               what training the side branch took
 training_cpu.json             benchmark_training.py                      a step of late fusion, LoRA and all weights
-latency_cpu.json              benchmark_latency.py                       prefill, decoding and cache by routing
+latency/                      benchmark_latency.py                       see latency_report.py, also for figures
     |
-README.md, between marks such as <!-- accuracy --> and <!-- /accuracy -->
+README.md and docs/performance.md, between marks such as <!-- accuracy --> and <!-- /accuracy -->
 
 python -m minibench.report
 """
@@ -16,15 +16,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path("results")
+from minibench.latency_report import PERFORMANCE, draw, render_latency, table
+
+RESULTS, DOCS = Path("results"), Path("docs")
 MINI = "dpvr_mini"
 METHODS = {"late_fusion": "late fusion", "lora_r16": "LoRA, r = 16", "lora_r64": "LoRA, r = 64", "full": "all weights"}
-ROUTING_NAMES = {
-    "vanilla": "vanilla LLaVA",
-    "late_fusion": "late fusion",
-    "kv_substitution": "DPVR-KV",
-    "text_only": "text only",
-}
 NAMES = {
     "vanilla": "vanilla LLaVA",
     "untrained": "late fusion, untrained side branch",
@@ -39,7 +35,7 @@ def render_accuracy(results: Path) -> str:
     accuracy, training = (_read(results / MINI / f"{name}.json") for name in ("accuracy", "training"))
     rows = [*accuracy["rows"], {"name": "constant reply", **accuracy["constant_reply"]}]
     vanilla, blind = (next(row for row in rows if row["name"] == name) for name in ("vanilla", "blind"))
-    lines = _table(
+    lines = table(
         ["", *vanilla["tasks"], "mean", "95% interval of the mean", "six-bench mean"],
         [
             [
@@ -54,7 +50,7 @@ def render_accuracy(results: Path) -> str:
     )
     details = blind["details"]
     lines += ["", "Blind against chance, in single questions answered right (the scores above are stricter):", ""]
-    lines += _table(
+    lines += table(
         ["", *details],
         [
             ["blind", *(_percent(detail["accuracy"]) for detail in details.values())],
@@ -64,7 +60,7 @@ def render_accuracy(results: Path) -> str:
     )
     pope = ("precision", "recall", "f1", "yes_ratio")
     lines += ["", "Existence, as POPE reports it:", ""]
-    lines += _table(
+    lines += table(
         ["", *pope],
         [
             [NAMES[row["name"]], *(_percent(row["details"]["existence"][name]) for name in pope)]
@@ -87,7 +83,7 @@ def render_accuracy(results: Path) -> str:
 def render_depth(results: Path) -> str:
     """One row per number of layers in which the text sees the picture."""
     depth = _read(results / MINI / "depth.json")
-    lines = _table(
+    lines = table(
         ["layers with the picture", *depth["rows"][0]["tasks"], "mean"],
         [
             [str(row["layers_with_image"]), *map(_percent, row["tasks"].values()), _percent(row["mean"])]
@@ -110,7 +106,7 @@ def render_pretraining(results: Path) -> str:
     starts = [entry for entry in log if entry["stage"] == "start"]
     validations = [entry for entry in log if "validation" in entry]
     losses = {entry["step"]: entry["loss"] for entry in log if entry["stage"] == "llava" and "loss" in entry}
-    lines = _table(
+    lines = table(
         ["step", "loss", *validations[0]["validation"], "mean"],
         [
             [
@@ -131,7 +127,7 @@ def render_training(results: Path) -> str:
     """One row per method: what a training step takes."""
     training = _read(results / "training_cpu.json")
     first = training["rows"][0]["seconds_per_step"]
-    lines = _table(
+    lines = table(
         ["", "seconds a step (10th to 90th percentile)", "ratio", "saved for backward", "peak memory", "trained"],
         [
             [
@@ -155,40 +151,6 @@ def render_training(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_latency(results: Path) -> str:
-    """One row per routing and kind of cache: the prefill, a decoded token, the cache."""
-    latency = _read(results / "latency_cpu.json")
-
-    def with_ratio(row: dict[str, Any], name: str) -> str:
-        low, high = row["ratio_to_vanilla"][f"{name}_spread"]
-        return f"{row[name]:.2f} ms, {row['ratio_to_vanilla'][name]:.3f} ({low:.3f} to {high:.3f})"
-
-    lines = _table(
-        ["", "cache", "prefill, ratio to vanilla", "its FLOPs", "a token, ratio to vanilla", "keys and values"],
-        [
-            [
-                ROUTING_NAMES[row["method"]],
-                row["cache"],
-                with_ratio(row, "prefill_ms"),
-                f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
-                with_ratio(row, "decode_ms_per_token"),
-                f"{row['kv_bytes'] / 1e6:.1f} MB, {row['ratio_to_vanilla']['kv_bytes']:.3f}",
-            ]
-            for row in latency["rows"]
-        ],
-    )
-    lines += [
-        "",
-        f"Shape {latency['shape']}, batch {latency['batch_size']}, {latency['image_tokens']} image and "
-        f"{latency['text_tokens']} text tokens, then {latency['new_tokens']} tokens one by one, {latency['dtype']}; "
-        f"medians of {latency['rounds']} interleaved rounds, ratios within a round with their 10th and 90th "
-        f"percentiles. The prefill includes the vision tower, {latency['rows'][0]['tower_ms']:.1f} ms. Made by "
-        f"`{latency['command']}`",
-        *_machine(latency),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 BLOCKS = {
     "accuracy": render_accuracy,
     "depth": render_depth,
@@ -196,10 +158,6 @@ BLOCKS = {
     "pretraining": render_pretraining,
     "training": render_training,
 }
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _machine(record: dict[str, Any]) -> list[str]:
@@ -240,7 +198,9 @@ def fill(path: Path, blocks: dict[str, str]) -> None:
 
 
 def main() -> None:
-    fill(Path("README.md"), {name: render(RESULTS) for name, render in BLOCKS.items()})
+    for path, blocks in ((Path("README.md"), BLOCKS), (DOCS / "performance.md", PERFORMANCE)):
+        fill(path, {name: render(RESULTS) for name, render in blocks.items()})
+    draw(RESULTS, DOCS)
 
 
 if __name__ == "__main__":

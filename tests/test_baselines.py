@@ -128,7 +128,10 @@ def test_weights_are_shared_and_a_dpvr_model_lends_its_vanilla_base() -> None:
     assert isinstance(pruned, PrunedLlava) and pruned.lm_head.weight is dpvr.lm_head.weight
     assert pruned.model.language_model is dpvr.model.language_model and not pruned.training
     left, want = naive_pruned_logits(dpvr, batch.rows[0], batch.images[0], **HALF)
-    assert (pruned(**batch.inputs).logits[0, left] - want).abs().max() < TOLERANCE
+    for use_cache in (True, False):
+        output = pruned(**batch.inputs, use_cache=use_cache)
+        assert (output.logits[0, left] - want).abs().max() < TOLERANCE
+        assert (output.past_key_values is not None) == use_cache
 
 
 NO_PLAN = [{"layer": 0}, {"layer": 4}, {"layer": True}, {"keep": 0}, {"keep": 1.1}, {"rank": "best"}]

@@ -1,33 +1,185 @@
-"""benchmark_latency.py: what it counts, on a small shape; no test asks how fast anything was."""
+"""benchmark_latency.py: what it counts and how it is switched; no test asks how fast anything was."""
 
 import json
 
-from benchmark_latency import CACHES, METHODS, main, parse_args
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
 
-SMALL = ["--shape", "64x4", "--rounds", "2", "--warmup", "1", "--new_tokens", "3", "--text_tokens", "16"]
+import baselines
+import benchmark_latency
+import two_stream_dpvr
+from benchmark_latency import (
+    CACHES,
+    FLASH,
+    METHODS,
+    PARTS,
+    TIMES,
+    main,
+    make_base,
+    make_method,
+    parse_args,
+    plan_of,
+    sizes,
+)
+from cache_dpvr import LINE_4
+from minibench import bench
+
+SMALL = ["--shape", "64x4", "--rounds", "1", "--warmup", "0", "--new_tokens", "2", "--text_tokens", "16"]
+WIDTH, IMAGE = 64, 576
 
 
-def test_it_prints_a_row_per_method_and_cache_and_a_json_document_last(capsys, tmp_path):
-    main(parse_args([*SMALL, "--output", str(tmp_path / "out.json")]))
-    lines = capsys.readouterr().out.splitlines()
-    document = json.loads(lines[-1])
-    assert document == json.loads((tmp_path / "out.json").read_text()) and document["versions"]["torch"]
-    rows = {(row["method"], row["cache"]): row for row in document["rows"]}
-    assert list(rows) == [(method, cache) for method in METHODS for cache in CACHES]
-    assert len(lines) >= len(rows) + 2
-    width, image, text, room = 64, 576, 16, 16 + 3
-    for (method, cache), row in rows.items():
-        entries = {
-            "vanilla": lambda n: 4 * (image + n),
-            "late_fusion": lambda n: 3 * (image + n) + n + image,
-            "kv_substitution": lambda n: 4 * (image + n) + image,
-            "text_only": lambda n: 2 * (image + n) + 2 * n,
-        }[method](room if cache == "static" else text)
-        assert row["kv_bytes"] == entries * 2 * width * 4
-        assert row["prefill_ms"] > 0 and row["decode_ms_per_token"] > 0 and row["tower_ms"] > 0
-    vanilla = rows["vanilla", "growing"]["ratio_to_vanilla"]
-    assert all(value in (1, [1, 1]) for value in vanilla.values())
+def document_of(capsys, *options: str) -> dict:
+    main(parse_args([*options]))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_vanilla_is_always_measured_with_the_others():
+def test_it_prints_a_row_per_method_and_a_json_document_last(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark_latency, "peak_in_a_process_of_its_own", lambda name, size, args: 7)
+    document = document_of(capsys, *SMALL, "--output_dir", str(tmp_path))
+    assert document == json.loads((tmp_path / "64x4.json").read_text()) and document["versions"]["torch"]
+    rows = {row["method"]: row for row in document["rows"]}
+    assert tuple(rows) == METHODS
+    entries = {
+        "vanilla": 4 * (IMAGE + 16),
+        "late_fusion": 3 * (IMAGE + 16) + 16 + IMAGE,
+        "kv_substitution": 4 * (IMAGE + 16) + IMAGE,
+        "text_only": 2 * (IMAGE + 16) + 2 * 16,
+        "fastv": 3 * (IMAGE + 16) + IMAGE // 2 + 16,
+    }
+    assert {name: rows[name]["kv_bytes"] for name in entries} == {n: 2 * 4 * WIDTH * e for n, e in entries.items()}
+    base = make_base(parse_args(SMALL))
+    for name, row in rows.items():
+        if name == FLASH:
+            assert "not installed" in row["note"] and row["prefill_ms"] is None and row["peak_bytes"] is None
+            continue
+        assert row["kv_reuse"] is True and row["peak_bytes"] == 7 and row["note"] is None
+        assert 0 < row["prefill_without_tower_ms"] < row["prefill_ms"] and row["decode_ms_per_token"] > 0
+        assert tuple(row["phases_ms"]) == PARTS and row["phases_ms"]["tower"] > 0
+        reads = plan_of(make_method(name, *base)).reads_side_branch
+        assert (row["phases_ms"]["side_branch"] > 0) == reads
+    assert all(value in (1, [1, 1]) for value in rows["vanilla"]["ratio_to_vanilla"].values())
+
+
+def test_every_size_of_prompt_and_kind_of_cache_gets_its_rows(capsys):
+    lists = ["--batch_sizes", "1", "2", "--text_tokens", "4", "--num_images", "2", "--caches", *CACHES]
+    rows = document_of(capsys, *SMALL, "--skip_peaks", "--methods", "fastv", *lists)["rows"]
+    found = {(row["batch_size"], row["cache"], row["method"]) for row in rows}
+    assert len(found) == len(rows) == 2 * 2 * 2
+    for row in rows:
+        tokens = 2 * IMAGE + row["text_tokens"] + (2 if row["cache"] == "static" else 0)
+        left = tokens - (IMAGE if row["method"] == "fastv" else 0)
+        assert row["kv_bytes"] == row["batch_size"] * 2 * 4 * WIDTH * (3 * tokens + left)
+
+
+def test_the_embedded_model_is_a_shape_too(capsys):
+    options = ["--shape", "dpvr-mini", "--skip_peaks", "--rounds", "1", "--warmup", "0", "--new_tokens", "1"]
+    rows = document_of(capsys, *options, "--text_tokens", "8", "--methods", "late_fusion")["rows"]
+    assert [row["plan"] for row in rows] == ["oooooooooooo|", "oooooooo|...c"]
+
+
+@pytest.fixture(scope="module")
+def of_7b() -> tuple[LlavaForConditionalGeneration, int]:
+    return make_base(parse_args(["--shape", "llava-1.5-7b", "--device", "meta"]))
+
+
+def flops_ratio(base: tuple[LlavaForConditionalGeneration, int], method: str, num_text_tokens: int) -> float:
+    one, vanilla = (make_method(name, *base).prefill_flops(576, num_text_tokens) for name in (method, "vanilla"))
+    return one / vanilla
+
+
+def test_late_fusion_and_the_early_plan_reach_their_floors_in_7b(of_7b):
+    for text, ratio in ((64, 0.6354), (128, 0.6652), (1024, 0.8325)):
+        assert flops_ratio(of_7b, "late_fusion", text) == pytest.approx(ratio, abs=5e-5)
+    assert flops_ratio(of_7b, "early_reading_4", 128) == pytest.approx(0.4211, abs=5e-5)
+
+
+def test_13b_is_counted_and_not_run(capsys):
+    rows = document_of(capsys, "--shape", "llava-1.5-13b", "--device", "meta", "--methods", "late_fusion")["rows"]
+    assert rows[1]["ratio_to_vanilla"]["prefill_flops"] == pytest.approx(0.6914, abs=5e-5)
+    for row in rows:
+        assert all(row[name] is None for name in (*TIMES, "peak_bytes", "phases_ms")) and "no GPU" in row["note"]
+
+
+@pytest.mark.skipif(LINE_4, reason="no line of transformers changes what is counted")
+@pytest.mark.parametrize("method", [method for method in METHODS if method != FLASH])
+@torch.no_grad()
+def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b, monkeypatch):
+    """Slots and masks are made as on a device, the weights and states have no storage; which tokens FastV keeps, and
+    the marks of the images, are told to it."""
+    llava, split = of_7b
+    llava.set_attn_implementation("eager")  # whose products are counted
+    model, consecutive, as_mask = (
+        make_method(method, llava, split),
+        two_stream_dpvr.consecutive,
+        two_stream_dpvr.as_attention_mask,
+    )
+    monkeypatch.setattr(two_stream_dpvr, "consecutive", lambda first, count, device: consecutive(first, count, "cpu"))
+    monkeypatch.setattr(two_stream_dpvr, "as_attention_mask", lambda *args: as_mask(*args).to("meta"))
+    image = torch.zeros(1, 704, dtype=torch.bool)
+    image[:, 1:577] = True
+    states = torch.empty(1, 704, 4096, dtype=torch.bfloat16, device="meta")
+    options = {"tail": 1, "position_ids": torch.zeros(1, 704, dtype=torch.long, device="meta")}
+    if method in benchmark_latency.PRUNINGS:
+        monkeypatch.setattr(
+            baselines, "best_image_tokens", lambda scores, mask, keep: mask & (torch.arange(704) < 289)
+        )
+        monkeypatch.setattr(
+            baselines, "visible_keys", lambda *args: torch.ones(1, 1, 1, 704, dtype=torch.bool, device="meta")
+        )
+        options["pruning"] = model
+    run = baselines.pruned_forward if method in benchmark_latency.PRUNINGS else two_stream_dpvr.two_stream_forward
+    if method == "vanilla":
+        options["tail"] = None
+    branch = model.model.side_branch if method not in benchmark_latency.PRUNINGS else torch.nn.ModuleList()
+    with FlopCounterMode(display=False) as counter:
+        last, _ = run(llava.model.language_model, branch, plan_of(model), states, image, **options)
+        llava.lm_head(last[:, -1:])
+    assert model.prefill_flops(576, 128) == counter.get_total_flops()
+
+
+def test_the_process_for_the_peak_is_given_the_same_work(monkeypatch):
+    """That such a process has nothing else in it is tested in test_benchmark_training.py."""
+    args, started = parse_args([*SMALL, "--batch_sizes", "1", "2", "--num_images", "3", "--seed", "5"]), []
+    monkeypatch.setattr(bench, "peak_in_a_process_of_its_own", lambda script, name, flags: started.append(flags))
+    for size in sizes(args):
+        benchmark_latency.peak_in_a_process_of_its_own("fastv", size, args)
+        again = parse_args([*started[-1], "--peak_of", "fastv"])
+        assert list(sizes(again)) == [size]
+        for name in ("shape", "device", "dtype", "seed"):
+            assert vars(again)[name] == vars(args)[name]
+
+
+def test_the_paths_for_a_gpu_synchronise_and_ask_its_allocator(capsys, monkeypatch):
+    """On a device that is a CPU by another name."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 11)
+    options = [*SMALL, "--device", "cpu:0", "--dtype", "float32", "--rounds", "1", "--methods", "late_fusion"]
+    document_of(capsys, *options, "--skip_peaks")
+    assert len(calls) > 2 * 2 * (2 + len(PARTS))
+    assert document_of(capsys, *options, "--peak_of", "late_fusion") == 11
+
+
+def test_flash_attention_serves_vanilla_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark_latency, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(
+        LlavaForConditionalGeneration, "set_attn_implementation", lambda self, name: asked.append(name)
+    )
+    args = parse_args(SMALL)
+    llava, split = make_base(args)
+    assert benchmark_latency.why_not(FLASH, args) is None and make_method(FLASH, llava, split) is llava
+    for name in (FLASH, "late_fusion"):
+        with benchmark_latency.kernels_of(name, llava):
+            asked.append(name)
+    assert asked == ["flash_attention_2", FLASH, "sdpa", "late_fusion"]
+
+
+def test_vanilla_is_always_measured_first_and_quick_is_small():
     assert parse_args(["--methods", "text_only"]).methods == ["vanilla", "text_only"]
+    assert parse_args(["--quick"]).shape == "64x4" and parse_args(["--shape", "llava-1.5-7b"]).device in (
+        "cuda",
+        "meta",
+    )

@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from answering import Answerer, load
 from app import build, launch, write_examples
+from minibench.latency_report import PERFORMANCE
 from minibench.report import BLOCKS as REPORT
 from minibench.report import between_marks
 from minibench.scenes import make_scene
@@ -155,6 +156,14 @@ def test_the_rebuild_commands_make_a_repository_that_loads(tmp_path):
 @pytest.mark.parametrize("name", REPORT)
 def test_the_tables_are_made_from_the_results(name):
     assert between_marks(README, name) == REPORT[name](ROOT / "results")
+
+
+@pytest.mark.parametrize("name", PERFORMANCE)
+def test_the_tables_of_performance_are_made_from_the_results(name):
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert between_marks(text, name) == PERFORMANCE[name](ROOT / "results")
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (ROOT / "docs" / picture).exists(), picture
 
 
 def test_the_table_of_modes_names_tests_that_exist():
