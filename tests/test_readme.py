@@ -74,6 +74,8 @@ def test_the_commands_are_the_ones_that_are_tested():
         "python -m minibench.grid",
         "python -m minibench.tables",
         "python probe_saturation.py",
+        "python probe_saturation.py --find_plan 0.55 0.45",
+        "python train_sft.py --plan results/saturation/plan_0.45.yaml",
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
         "lmms-eval --config configs/lmms_eval.yaml --model_args pretrained=me/x,routing=late_fusion,dtype=bfloat16",
@@ -177,7 +179,19 @@ def test_what_is_said_of_saturation_is_what_was_measured():
     found = json.loads((ROOT / "results" / "saturation" / "saturation.json").read_text(encoding="utf-8"))
     mass, papers = found["attention_mass"]["median"], found["papers_split"]
     changed = found["withdrawal"]["text_only"]["changed"]
+    routed, plans = found["routed"], json.loads((ROOT / "results" / "saturation" / "plans.json").read_text("utf-8"))
+    plan, last = plans["plans"]["0.45"], len(mass) - 1
+    cheap = [point for point in plans["frontier"] if point["prefill_flops_ratio"] <= 0.45]
+    late, alone = (min(p["changed"] for p in cheap if p["fusion_layers"] == layers) for layers in ([last], []))
+    *layers, final = plan["fusion_layers"]
+    assert routed["identical"]
     for said in (
+        f"gives {routed['attention_mass']['median'][last]:.2f} of its attention to the image where vanilla's gives "
+        f"{routed['vanilla_mass']['median'][last]:.2f}, {routed['last_layer_ratio']['median']:.2f} times as much",
+        f"shares {plan['split_layer']} of 12 layers, reads in layers {', '.join(map(str, layers))} and {final}, and "
+        f"changes {plan['changed']:.1%} of the answers",
+        f"Late fusion within that budget changes {late:.1%}, the text alone {alone:.1%} "
+        f"({plans['plan_samples'] // 2} questions",
         f"rises from {mass[0]:.2f} to {max(mass):.2f} and is still at {mass[-1]:.2f} in the last layer",
         f"after layer {found['transition']['image']} of 12 and after layer {found['transition']['text']}.",
         f"would split at {papers}, where withdrawing the image changes {changed[papers - 1]:.0%} of the answers",
