@@ -17,25 +17,29 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # a processor's inputs, an
 
 
 class AnsweredPrompts:
-    """At most `most` rows with a picture, one by one: each time it is iterated, the rows are encoded anew.
+    """At most `most` rows with a picture, behind the first `skip` of them, one by one.
+
+    Each time it is iterated, the rows are encoded anew.
 
     Attributes:
         without_picture: how many rows were passed over in the latest iteration.
     """
 
-    def __init__(self, processor: LlavaProcessor, rows: Iterable[Row], most: int) -> None:
-        self.processor, self.rows, self.most, self.without_picture = processor, rows, most, 0
+    def __init__(self, processor: LlavaProcessor, rows: Iterable[Row], most: int, skip: int = 0) -> None:
+        self.processor, self.rows, self.most, self.skip = processor, rows, most, skip
+        self.without_picture = 0
 
     def __iter__(self) -> Iterator[Batch]:
         taken = self.without_picture = 0
         for row in self.rows:
-            if taken == self.most:
+            if taken == self.skip + self.most:
                 return
             if (found := encode(self.processor, row)) is None:
                 self.without_picture += 1
             else:
                 taken += 1
-                yield found
+                if taken > self.skip:
+                    yield found
 
 
 def encode(processor: LlavaProcessor, row: dict[str, Any]) -> Batch | None:

@@ -26,7 +26,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,10 +172,12 @@ class PhaseClock:
         beginnings.append((self.llava.model.language_model.norm, "head"))
         handles = [module.register_forward_pre_hook(partial(self._begin, part)) for module, part in beginnings]
         handles.append(self.llava.model.multi_modal_projector.register_forward_hook(partial(self._begin, "embedding")))
-        yield
-        self._begin("end")
-        for handle in handles:
-            handle.remove()
+        try:
+            yield
+            self._begin("end")
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _begin(self, part: str, *_: Any) -> None:
         if part not in self.begins:
@@ -200,8 +202,11 @@ def run_once(
     """One answer: milliseconds of the prefill and of each token, and the bytes that the cache's tensors hold."""
     rows, length = prompt["input_ids"].shape
     cache = make_cache(kind, model, length + args.new_tokens)
-    with clock.listening(model):
+    with clock.listening(model) if args.device == "cpu" else nullcontext():
         _, prefill_ms = timed(lambda: model(**prompt, past_key_values=cache, logits_to_keep=1), args.device, clock.now)
+    if args.device != "cpu":  # where listening waits for the device at every part: in a prefill that is not timed
+        with clock.listening(model):
+            model(**prompt, past_key_values=make_cache(kind, model, length), logits_to_keep=1)
     phases = clock.milliseconds()
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     token, tokens_ms = prompt["input_ids"][:, -1:], []
@@ -426,6 +431,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device is None:
         large = args.shape in SHAPES and SHAPES[args.shape].width >= 4096
         args.device = "cuda" if torch.cuda.is_available() else "meta" if large else "cpu"
+    if args.clock == "cpu":
+        if args.device != "cpu":
+            raise ValueError(
+                f"Expected --clock wall on a GPU, whose time a processor's clock does not count; got 'cpu' with "
+                f"--device {args.device}. Remedy: leave --clock out."
+            )
+        torch.set_num_threads(1)  # the clock adds up what threads take
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 

@@ -63,14 +63,13 @@ def find_plans(
         ValueError: if a budget is too small for any split with one layer that reads.
     """
     depth = model.config.text_config.num_hidden_layers
+    cheapest = prefill.share(Plan(1, (depth - 1,)))
+    if min(budgets) < cheapest:
+        raise ValueError(
+            f"Expected budgets of at least {cheapest:.3f} of vanilla's prefill FLOPs, a split after layer 1 and one "
+            f"reading; got {min(budgets)}. Remedy: larger ones after --find_plan."
+        )
     most = readings_within(prefill, depth, max(budgets))
-    for budget in budgets:
-        if not readings_within(prefill, depth, budget):
-            cheapest = prefill.share(Plan(1, (depth - 1,)))
-            raise ValueError(
-                f"Expected a budget of at least {cheapest:.3f} of vanilla's prefill FLOPs, a split after layer 1 and "
-                f"one reading; got {budget}. Remedy: a larger --find_plan."
-            )
     readings = alone(model, searched, most)
     path = build_up(model, searched, most, readings)
     path |= {Plan(split, (layer,)): found.on for split in readings for layer, found in readings[split].items()}

@@ -69,11 +69,13 @@ def effects(
         count += len(labels)
         for split, layer in enumerate(this.decoder.layers):
             readings = [plan.fusion_layers for plan in plans if plan.split_layer == split]
-            for reading, states in this.withdraw(hidden, split, readings, side_layer=layer).items():
+            for reading, states in this.withdraw(hidden, split, readings, side_layer=layer):
                 distance, changed = this.compare(expected, this.answers_in(states))
                 totals[Plan(split, reading)][0] += sum(distance)
                 totals[Plan(split, reading)][1] += sum(changed)
             hidden = this.run(layer, hidden, "joint")
+    if count == 0:
+        raise ValueError("Expected prompts with a picture to measure plans on; got none. Remedy: other rows, or more.")
     return {plan: Effect(kl / count, changed / count) for plan, (kl, changed) in totals.items()}
 
 

@@ -18,6 +18,7 @@ python probe_saturation.py --model llava-hf/llava-1.5-7b-hf --data llava_v1_5_mi
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -29,11 +30,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaProcessor
 
-from answered_prompts import AnsweredPrompts, Batch, in_batches
+from answered_prompts import IGNORED_LABEL, AnsweredPrompts, Batch, in_batches
 from conversations import Row, load_conversations
 from minibench.data import to_hf_dataset
 from minibench.processor import load_processor
-from minibench.record import publish, run_record
+from minibench.record import publish, run_record, without_folders
 from plan_report import Prefill, draw_frontier, find_plans, table, write_plans
 from plan_search import Plan
 from saturation import measure, measure_routed
@@ -47,7 +48,8 @@ def load_rows(args: argparse.Namespace, split: str = "validation") -> Iterable[R
     if args.data == MINIBENCH:
         count = args.num_samples if split == "validation" else args.tuned_lens
         return to_hf_dataset(split, count, questions_per_row=1, seed=args.seed)
-    return load_conversations(args.data, split=args.data_split, image_folder=args.image_folder).rows
+    options = {"split": args.data_split, "image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
+    return load_conversations(args.data, streaming=True, **options).rows
 
 
 def load_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
@@ -57,20 +59,26 @@ def load_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
 
 
 def load_lens(
-    args: argparse.Namespace, model: LlavaForConditionalGeneration, processor: LlavaProcessor, rows: Iterable[Row]
+    args: argparse.Namespace,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    rows: Iterable[Row],
+    settings: dict[str, str],
 ) -> TunedLens | None:
-    """The tuned lens in `output_dir`, or one trained on rows that are not measured; None if it is not asked for."""
+    """The tuned lens in `output_dir`, or one trained on prompts that are not measured; None if it is not asked for.
+
+    Raises:
+        ValueError: if there are fewer prompts than it is to be trained on.
+    """
     if not args.tuned_lens:
         return None
     path = args.output_dir / "tuned_lens.safetensors"
-    if path.exists():
-        return TunedLens.load(path, args.device)
-    if args.data == MINIBENCH:
-        prompts = AnsweredPrompts(processor, load_rows(args, "train"), args.tuned_lens)
-    else:
-        prompts = islice(AnsweredPrompts(processor, rows, args.num_samples + args.tuned_lens), args.num_samples, None)
-    lens = TunedLens.fit(model, in_batches(prompts, args.batch_size, args.device), args.tuned_lens // args.batch_size)
-    lens.save(path)
+    if (lens := TunedLens.load(path, settings, args.device)) is not None:
+        return lens
+    rows = load_rows(args, "train") if args.data == MINIBENCH else rows
+    prompts = in_batches(AnsweredPrompts(processor, rows, args.tuned_lens), args.batch_size, args.device)
+    lens = TunedLens.fit(model, prompts, math.ceil(args.tuned_lens / args.batch_size))
+    lens.save(path, settings)
     return lens
 
 
@@ -89,7 +97,9 @@ def measure_batch(
     for row, sample in enumerate(measure(model, inputs, labels, lens=lens)):
         whole = inputs["attention_mask"][row].bool()
         own = torch.stack(list(islice(pictures, int(image[row]) // per_picture)))
-        found = {"image_tokens": int(image[row]), "text_tokens": int(whole.sum() - image[row]), **asdict(sample)}
+        answer = int((labels[row] != IGNORED_LABEL).sum())
+        tokens = {"image_tokens": int(image[row]), "text_tokens": int(whole.sum() - image[row]) - answer}  # to prefill
+        found = {**tokens, **asdict(sample)}
         if is_routed(model):
             ids = inputs["input_ids"][row, whole][None]
             prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": own}
@@ -97,12 +107,23 @@ def measure_batch(
         yield found
 
 
+def settings_of(args: argparse.Namespace, model: LlavaForConditionalGeneration) -> dict[str, str]:
+    """What samples depend on: a run with others does not go on with them."""
+    names = ("model", "data", "data_split", "image_folder", "skip_bad_rows", "seed", "dtype", "tuned_lens")
+    weights = sum(weight.double().abs().sum().item() for weight in model.parameters())
+    plan = str(model.config.layer_plan()) if model.config.model_type == "dpvr_llava" else "vanilla"
+    return {**{name: str(vars(args)[name]) for name in names}, "plan": plan, "weights": f"{weights:.9g}"}
+
+
 def collect(
-    args: argparse.Namespace, model: LlavaForConditionalGeneration, lens: TunedLens | None, prompts: AnsweredPrompts
+    args: argparse.Namespace,
+    model: LlavaForConditionalGeneration,
+    lens: TunedLens | None,
+    prompts: AnsweredPrompts,
+    settings: dict[str, str],
 ) -> list[dict[str, Any]]:
     """Measure what is not yet in samples.jsonl; all samples."""
     path = args.output_dir / "samples.jsonl"
-    settings = {name: str(vars(args)[name]) for name in ("model", "data", "data_split", "seed", "dtype", "tuned_lens")}
     samples = read_samples(path, settings)
     with path.open("a", encoding="utf-8") as file, tqdm(total=args.num_samples, initial=len(samples)) as progress:
         if not samples:
@@ -130,7 +151,7 @@ def read_samples(path: Path, settings: dict[str, str]) -> list[dict[str, Any]]:
         raise ValueError(
             f"Expected samples of {settings} in {path}; got those of {found}. Remedy: another --output_dir."
         )
-    path.write_text("\n".join(whole) + "\n", encoding="utf-8")
+    path.write_text("\n".join(whole) + "\n", encoding="utf-8")  # without a line that was cut off
     return [json.loads(line) for line in whole[1:]]
 
 
@@ -186,11 +207,15 @@ def search_plans(
 
     found = find_plans(model, partial(batches, 0), partial(batches, 1), args.find_plan, prefill)
     print(table(found))
-    document = {**run_record("probe_saturation.py"), "model": args.model, "plan_samples": args.plan_samples, **found}
-    (args.output_dir / "plans.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {**run_record("probe_saturation.py"), "plan_samples": min(args.plan_samples, args.num_samples), **found}
+    write(document, args.output_dir / "plans.json")
     draw_frontier(document, args.output_dir)
     for path in write_plans(document, args.output_dir):
         print(f"python train_sft.py --plan {path}")
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -199,6 +224,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default=MINIBENCH, help="minibench, or what train_sft.py --data reads")
     parser.add_argument("--data_split", default="train", help="of a data set from the Hub or a folder")
     parser.add_argument("--image_folder", help="what the names in LLaVA's JSON stand in")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad rows out and report them")
     parser.add_argument("--num_samples", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--tolerance", type=float, default=0.05, help="share of answers that may change")
@@ -217,9 +243,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model, processor, rows = load_model(args), load_processor(args.model), load_rows(args)
-    prompts = AnsweredPrompts(processor, rows, args.num_samples)
-    samples = collect(args, model, load_lens(args, model, processor, rows), prompts)
-    found = {"num_samples": len(samples), **summarise(samples, args.tolerance)}
+    settings = settings_of(args, model)
+    read_samples(args.output_dir / "samples.jsonl", settings)  # refuses those of another run before any work
+    prompts = AnsweredPrompts(processor, rows, args.num_samples, skip=0 if args.data == MINIBENCH else args.tuned_lens)
+    samples = collect(args, model, load_lens(args, model, processor, rows, settings), prompts, settings)
+    found = {"num_samples": len(samples), "rows_without_pictures": prompts.without_picture}
+    found |= summarise(samples, args.tolerance)
     prefill = Prefill(model, round(found["image_tokens"]), round(found["text_tokens"]))
     advised = advice(prefill, found)
     if is_routed(model):
@@ -227,14 +256,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         found["routed"] = {**fields, **summarise_routed([sample["routed"] for sample in samples])}
         advised += advice_routed(found["routed"])
     print("\n".join(advised))
+    said = {"model": without_folders(args.model), "data": without_folders(args.data)}
+    said |= {name: vars(args)[name] for name in ("batch_size", "seed", "dtype", "tuned_lens")}
+    document = {**run_record("probe_saturation.py"), **said, "advice": advised, **found}
+    write(document, args.output_dir / "saturation.json")
+    draw(found, args.output_dir)
     if args.find_plan:
         search_plans(args, model, prompts, prefill)
-    unsaid = ("output_dir", "tolerance", "num_samples", "find_plan", "plan_samples")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in unsaid}
-    document = {**run_record("probe_saturation.py"), **settings}
-    document |= {"rows_without_pictures": prompts.without_picture, "advice": advised, **found}
-    draw(found, args.output_dir)
-    publish(document, args.output_dir / "saturation.json")
+    publish(document, None)
     return document
 
 

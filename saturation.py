@@ -19,12 +19,13 @@ on, "late_fusion" the paper's with a side branch that hands the image states on 
 Axes: B batch, T tokens, V image and X text tokens of a row, D width, H heads, L layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from answered_prompts import IGNORED_LABEL
@@ -127,12 +128,14 @@ def measure_routed(model: DpvrLlavaForConditionalGeneration, inputs: dict[str, t
     """
     routing, split = model.config.routing, model.config.split_layer
     states, mass = {}, {}
-    for graph in (routing, "none"):
-        model.set_routing(graph)
-        output = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-        states[graph] = torch.cat(output.hidden_states[1 : split + 1])  # (s, T, D)
-        mass[graph] = text_to_image_attention(model, inputs).mass
-    model.set_routing(routing)
+    try:
+        for graph in (routing, "none"):
+            model.set_routing(graph)
+            output = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+            states[graph] = torch.cat(output.hidden_states[1 : split + 1])  # (s, T, D)
+            mass[graph] = text_to_image_attention(model, inputs).mass
+    finally:
+        model.set_routing(routing)
     cosine = nn.functional.cosine_similarity(states[routing].double(), states["none"].double(), dim=-1)  # (s, T)
     image = inputs["input_ids"][0] == model.config.image_token_id
     smallest = {kind: cosine[:, at].amin(1).tolist() for kind, at in (("image", image), ("text", ~image))}
@@ -167,7 +170,8 @@ class Rows(TwoStreamPass):
                     f"Expected {what} in every row; got none in rows {rows}. Remedy: leave these rows out."
                 )
         features = llava.get_image_features(pixel_values=inputs["pixel_values"])
-        features = torch.cat(list(getattr(features, "pooler_output", features)))  # transformers 5, 4
+        features = features.pooler_output if isinstance(features, ModelOutput) else features  # transformers 5, 4
+        features = torch.cat(list(features))
         embeds = llava.get_input_embeddings()(inputs["input_ids"])
         self.embeds = embeds.masked_scatter(self.image[..., None], features.to(embeds.dtype))
         places = (valid.long().cumsum(1) - 1).clamp(min=0)
@@ -183,8 +187,8 @@ class Rows(TwoStreamPass):
 
     def withdraw(
         self, hidden: torch.Tensor, split: int, readings: Iterable[Reading], *, side_layer: nn.Module | None = None
-    ) -> dict[Reading, torch.Tensor]:
-        """States (B, T, D) after the last layer, of which those from `split` on run on text alone.
+    ) -> Iterator[tuple[Reading, torch.Tensor]]:
+        """Each reading, and states (B, T, D) after the last layer, of which those from `split` on run on text alone.
 
         Args:
             hidden: (B, T, D), after `split` layers.
@@ -199,7 +203,8 @@ class Rows(TwoStreamPass):
         for index, layer in list(enumerate(self.decoder.layers))[split:]:
             so_far = dict.fromkeys(tuple(at for at in reading if at <= index) for reading in readings)
             states = {key: self._deep_layer(index, layer, states, key, image) for key in so_far}
-        return {reading: self.streams.merge(states[reading], image) for reading in readings}
+        for reading in readings:
+            yield reading, self.streams.merge(states[reading], image)
 
     def _deep_layer(
         self, index: int, layer: nn.Module, states: dict[Reading, torch.Tensor], key: Reading, image: torch.Tensor
@@ -285,10 +290,10 @@ def _add_withdrawal(
     samples: list[Sample], this: Rows, hidden: torch.Tensor, split: int, answered: torch.Tensor
 ) -> None:
     """What becomes of the answers when images go no further than states (B, T, D) after `split` layers."""
-    readings = {"text_only": (), "late_fusion": (len(this.decoder.layers) - 1,)}
-    states = this.withdraw(hidden, split, readings.values())
-    for graph, reading in readings.items():
-        distance, changed = this.compare(answered, this.answers_in(states[reading]))
+    readings = {(): "text_only", (len(this.decoder.layers) - 1,): "late_fusion"}
+    for reading, states in this.withdraw(hidden, split, readings):
+        distance, changed = this.compare(answered, this.answers_in(states))
+        graph = readings[reading]
         for row, sample in enumerate(samples):
             sample.withdrawal_kl[graph].append(distance[row])
             sample.withdrawal_changed[graph].append(changed[row])

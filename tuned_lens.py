@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
@@ -47,6 +48,9 @@ class TunedLens(nn.Module):
 
         Args:
             batches: as `saturation.measure` takes them, `num_batches` of them.
+
+        Raises:
+            ValueError: if there are fewer.
         """
         text = model.config.text_config
         lens = cls(text.num_hidden_layers, text.hidden_size).to(model.device)
@@ -64,6 +68,11 @@ class TunedLens(nn.Module):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+        if schedule.last_epoch < num_batches:
+            raise ValueError(
+                f"Expected {num_batches} batches to train a tuned lens on; got {schedule.last_epoch}. Remedy: a "
+                "smaller --tuned_lens, or more rows."
+            )
         return lens.requires_grad_(False)
 
     def _learn(self, this: Rows, layer: int, states: torch.Tensor, final: torch.Tensor) -> None:
@@ -76,12 +85,19 @@ class TunedLens(nn.Module):
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
-    def save(self, path: Path) -> None:
-        save_file({name: tensor.cpu() for name, tensor in self.state_dict().items()}, path)
+    def save(self, path: Path, settings: dict[str, str]) -> None:
+        """Write the maps, and what they were trained with."""
+        save_file({name: tensor.cpu() for name, tensor in self.state_dict().items()}, path, metadata=settings)
 
     @classmethod
-    def load(cls, path: Path, device: str | torch.device) -> "TunedLens":
-        weights = load_file(path)
+    def load(cls, path: Path, settings: dict[str, str], device: str | torch.device) -> "TunedLens | None":
+        """The maps in a file, or None if there is none, or they were trained with other settings."""
+        if not path.exists():
+            return None
+        with safe_open(path, "pt") as file:
+            if file.metadata() != settings:
+                return None
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         lens = cls(len(weights) // 2 + 1, weights["maps.0.bias"].shape[0])
         lens.load_state_dict(weights)
         return lens.requires_grad_(False).to(device)

@@ -63,8 +63,13 @@ def make_llava(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> Llav
         vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN_ID, image_seq_length=IMAGE_TOKENS
     )
     torch.manual_seed(seed)
-    with torch.device(device):
-        return LlavaForConditionalGeneration(config).to(dtype)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # built in it at once: a conversion would be the peak of all memory
+    try:
+        with torch.device(device):
+            return LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def synchronize(device: str) -> None:

@@ -30,6 +30,7 @@ SEEDED_BUDGETS = (0.55, 0.45)
 VANILLA = {"routing": "none"}
 DEFAULTS = {"num_fusion_layers": 1, "fusion_layers": None, "num_side_layers": 1, "side_branch_init": "split_layer"}
 PRUNING = {"layer": 3, "keep": 0.5}
+FRONTIER_CUTS = (2, 1)  # a cut after 3 of 12 layers would leave hardly a token within the smaller budgets
 RANKS = {"fastv": "attention", "random_pruning": "random"}
 SWEPT_FUSION = {SPLIT: (1, 2, 3, 4), 4: (1, 2, 3, 4), 2: (1, 2, 4)}  # K by split
 SPARSE = ((4, [5, 6, 7]), (4, [4, 5, 6, 7]), (4, [6, 7]), (4, [7, 11]), (8, [8]), (2, [4, 5, 6, 7]))  # split, layers
@@ -118,10 +119,10 @@ class Costs:
         return None
 
     def most_kept(self, rank: str, budget: float) -> dict[str, Any] | None:
-        """Arguments of `prune`: the most image tokens within a budget, cut after as many layers of `PRUNING` as do."""
+        """Arguments of `prune`: the most image tokens within a budget, cut after 2 layers (FastV's own K) or 1."""
         image_tokens = self.prompt[0]
-        for layer in range(PRUNING["layer"], 0, -1):
-            for kept in range(image_tokens, 0, -1):
+        for layer in FRONTIER_CUTS:
+            for kept in range(image_tokens, image_tokens // 8 if layer > 1 else 0, -1):
                 pruning = {"layer": layer, "keep": kept / image_tokens, "rank": rank}
                 if prune(self.model, **pruning).prefill_flops(*self.prompt) <= budget * self.vanilla:
                     return pruning
@@ -230,12 +231,12 @@ class Grid:
         rows = []
         for budget in BUDGETS:
             plan = self.plans[budget]
-            share = max(budget, self.costs.ratio(plan)) if plan else budget  # a plan was found for its own prompts
             late_fusion, kv, vtw = (
-                self.costs.deepest_split(routing, share) for routing in ("late_fusion", "kv_substitution", "text_only")
+                self.costs.deepest_split(routing, budget)
+                for routing in ("late_fusion", "kv_substitution", "text_only")
             )
             seeds = SEEDS if budget in SEEDED_BUDGETS else SEEDS[:1]
-            prunings = {name: self.costs.most_kept(rank, share) for name, rank in RANKS.items()}
+            prunings = {name: self.costs.most_kept(rank, budget) for name, rank in RANKS.items()}
             rows += [
                 Row(f"{budget:.2f} plan", self.trained(plan, seeds) if plan else []),
                 Row(f"{budget:.2f} plan, untrained", [untrained(plan)] if plan else []),
@@ -247,7 +248,7 @@ class Grid:
         return rows
 
     def learning_rates(self) -> list[Row]:
-        """What the baselines' rates were chosen by: short runs, validation questions."""
+        """What the baselines' rates are to be held to: short runs, validation questions."""
         return [
             Row(
                 f"{method}, {rate:.0e}",

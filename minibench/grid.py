@@ -41,7 +41,6 @@ from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from baselines import prune
 from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration
-from plan_search import read_plan
 
 from .cells import BUDGETS, Cell, Costs, Fields, Grid, Row, unique_cells
 from .data import to_messages
@@ -94,17 +93,32 @@ def make_questions(processor: ProcessorMixin, limit: int, seed: int) -> Question
     return Questions(items, round(statistics.median(images)), round(statistics.median(texts)))
 
 
-def make_grid(args: argparse.Namespace, questions: Questions) -> dict[str, list[Row]]:
+def make_grid(args: argparse.Namespace, questions: Questions) -> tuple[dict[str, list[Row]], list[float]]:
+    """The tables, and the budgets whose plans were found."""
     with torch.device("meta"):
         model = DpvrLlavaForConditionalGeneration(DpvrLlavaConfig.from_pretrained(args.model_name_or_path))
     costs = Costs(model, questions.image_tokens, questions.text_tokens)
-    return Grid(costs, args.num_rows, read_plans(args.plans)).tables()
+    plans = read_plans(args.plans, costs)
+    return Grid(costs, args.num_rows, plans).tables(), sorted(plans)
 
 
-def read_plans(folder: Path) -> dict[float, Fields]:
-    """{budget: DPVR fields} of the budgets that the plan finder has searched; the others get provisional plans."""
-    files = {budget: folder / f"plan_{budget}.yaml" for budget in BUDGETS}
-    return {budget: read_plan(file) for budget, file in files.items() if file.exists()}
+def read_plans(folder: Path, costs: Costs) -> dict[float, Fields]:
+    """{budget: DPVR fields}: of the plans that the finder tried, the one nearest to vanilla within each budget.
+
+    A budget is of this grid's median prompt, which need not be the one that the finder's own budgets were of. Without
+    plans.json, and where nothing fits, plans are provisional.
+    """
+    path = folder / "plans.json"
+    tried = json.loads(path.read_text(encoding="utf-8"))["frontier"] if path.exists() else []
+    plans: dict[float, Fields] = {}
+    for point in sorted(tried, key=lambda point: point["kl"]):
+        fields = {"split_layer": point["split_layer"], "fusion_layers": point["fusion_layers"]}
+        if fields["fusion_layers"]:
+            cost = costs.ratio({"routing": "late_fusion", **fields})
+            for budget in BUDGETS:
+                if cost <= budget:
+                    plans.setdefault(budget, {"routing": "late_fusion", **fields})
+    return plans
 
 
 def select(tables: dict[str, list[Row]], patterns: list[str]) -> list[Cell]:
@@ -240,13 +254,25 @@ def write(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
-def describe(tables: dict[str, list[Row]], args: argparse.Namespace, questions: Questions) -> bytes:
+def refuse_other_settings(args: argparse.Namespace) -> None:
+    """Raise ValueError rather than write over results that other questions gave."""
+    path = args.output_dir / "grid.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.exists() else settings(args)
+    if found != settings(args):
+        raise ValueError(
+            f"Expected the settings of {path}, {found}; got {settings(args)}. Remedy: another --output_dir."
+        )
+
+
+def describe(
+    tables: dict[str, list[Row]], args: argparse.Namespace, questions: Questions, found_plans: list[float]
+) -> bytes:
     """grid.json: all cells, and the tables with their names, measured or not."""
     cells = unique_cells([row for rows in tables.values() for row in rows])
     document = {
         "settings": settings(args),
         "prompt": {"image_tokens": questions.image_tokens, "text_tokens": questions.text_tokens},
-        "found_plans": sorted(read_plans(args.plans)),
+        "found_plans": found_plans,
         "tables": {
             table: [{"name": row.name, "cells": [cell.name for cell in row.cells]} for row in rows]
             for table, rows in tables.items()
@@ -260,9 +286,10 @@ def main(args: argparse.Namespace) -> dict[str, list[str]]:
     """Returns the names of cells by what became of them: measured, finished before, busy elsewhere, failed."""
     processor = load_processor(args.model_name_or_path)
     questions = make_questions(processor, args.limit, args.seed)
-    tables = make_grid(args, questions)
+    tables, found_plans = make_grid(args, questions)
     cells = select(tables, args.cells)
-    write(args.output_dir / "grid.json", describe(tables, args, questions))
+    refuse_other_settings(args)
+    write(args.output_dir / "grid.json", describe(tables, args, questions, found_plans))
     outcome: dict[str, list[str]] = {"measured": [], "finished": [], "busy": [], "failed": []}
     for cell in tqdm(cells, desc="cells", unit="cell"):
         folder = args.work_dir / cell.name

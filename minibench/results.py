@@ -61,15 +61,27 @@ class Measured(NamedTuple):
     @property
     def units(self) -> Units:
         """{task: the score of every item, its mean over seeds}."""
-        per_seed = [units(cell) for cell in self.cells]
-        return {
-            task: [mean(scores) for scores in zip(*(one[task] for one in per_seed), strict=True)]
-            for task in per_seed[0]
-        }
+        return _mean_units(self.cells)
 
     def minus(self, other: "Measured", tasks: tuple[str, ...] = TASKS) -> Interval:
-        """The difference of the mean over tasks, and its 95 % interval over questions."""
-        return paired_difference(self.units, other.units, tasks)
+        """The difference of the mean over tasks, and its 95 % interval over questions.
+
+        Of two rows that were trained, the seeds that both have count: what a seed does is then on both sides.
+        """
+        return paired_difference(_mean_units(self._of_seeds(other)), _mean_units(other._of_seeds(self)), tasks)
+
+    def _of_seeds(self, other: "Measured") -> list[dict[str, Any]]:
+        seeds = {cell["cell"]["seed"] for cell in other.cells if cell["training"]}
+        shared = [cell for cell in self.cells if cell["training"] and cell["cell"]["seed"] in seeds]
+        return shared or self.cells
+
+
+def _mean_units(cells: list[dict[str, Any]]) -> Units:
+    """{task: the score of every item, its mean over cells}."""
+    per_seed = [units(cell) for cell in cells]
+    return {
+        task: [mean(scores) for scores in zip(*(one[task] for one in per_seed), strict=True)] for task in per_seed[0]
+    }
 
 
 def units(cell: dict[str, Any]) -> Units:

@@ -158,15 +158,16 @@ def paired_difference(first: Units, second: Units, tasks: Sequence[str] = TASKS)
         first, second: {task: the score of every item}, in the same order.
         tasks: which tasks to average.
 
-    The variance is that of the items' differences. The two choice tasks ask the same questions, item by item, so their
-    differences are added before; the other tasks are independent.
+    The variance is that of the items' differences and of two more, +1 and -1, in every task: else models that happen
+    to agree on all that they were asked would be the same for certain (Agresti and Min, 2005). The two choice tasks
+    ask the same questions, item by item, so their differences are added before; the other tasks are independent.
     """
     differences = {task: [a - b for a, b in zip(first[task], second[task], strict=True)] for task in tasks}
     estimate = _mean([_mean(values) for values in differences.values()])
     if {"choice_en", "choice_cn"} <= differences.keys():
         english, chinese = differences.pop("choice_en"), differences.pop("choice_cn")
         differences["choices"] = [a + b for a, b in zip(english, chinese, strict=True)]
-    half = Z * sqrt(sum(variance(values) / len(values) for values in differences.values())) / len(tasks)
+    half = Z * sqrt(sum(variance([*values, 1, -1]) / len(values) for values in differences.values())) / len(tasks)
     return estimate, estimate - half, estimate + half
 
 

@@ -105,7 +105,7 @@ def test_a_budget_is_kept_and_its_plan_is_the_best_that_was_searched(monkeypatch
     tight = prefill.share(Plan(1, (4,)))  # what is read best does not fit, the last layer alone does
     assert find_plans(make_model(), list, list, [tight], prefill)["plans"][str(tight)]["fusion_layers"] == (4,)
     assert readings_within(prefill, DEPTH, 1.0)[1] == 4 and not readings_within(prefill, DEPTH, 0.1)
-    with pytest.raises(ValueError, match=r"got 0\.1\. Remedy: a larger --find_plan"):
+    with pytest.raises(ValueError, match=r"got 0\.1\. Remedy: larger ones after --find_plan"):
         find_plans(make_model(), list, list, [0.6, 0.1], prefill)
 
 

@@ -204,8 +204,11 @@ def test_a_tuned_lens_starts_as_the_logit_lens_and_training_brings_it_nearer(tmp
             assert sample.tuned_lens_kl[kind] == pytest.approx(curve, rel=1e-5)  # the lens is in float32
     lens = TunedLens.fit(model, batches * 30, 30)
     assert all(parameter.grad is None for parameter in model.parameters())
-    lens.save(tmp_path / "lens.safetensors")
-    loaded = TunedLens.load(tmp_path / "lens.safetensors", "cpu")
+    lens.save(tmp_path / "lens.safetensors", {"seed": "0"})
+    loaded = TunedLens.load(tmp_path / "lens.safetensors", {"seed": "0"}, "cpu")
+    assert TunedLens.load(tmp_path / "lens.safetensors", {"seed": "1"}, "cpu") is None
+    with pytest.raises(ValueError, match="Expected 3 batches to train a tuned lens on; got 1"):
+        TunedLens.fit(model, batches, 3)
     for before, after, again in zip(
         untrained, *(measure(model, *batches[0], lens=lens) for lens in (lens, loaded)), strict=True
     ):
