@@ -27,6 +27,7 @@ processes each takes its share of a step's rows; FSDP and ZeRO-3 spread the weig
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from PIL import Image
@@ -207,10 +209,10 @@ class AlwaysAPicture:
         return batch
 
 
-def with_plan(args: DpvrArguments) -> DpvrArguments:
-    """The arguments with the fields of --plan, and numbers for layers; a flag and a plan may not both name a field."""
+def with_plan(args: DpvrArguments, flags: list[str]) -> DpvrArguments:
+    """The arguments with the fields of --plan, which a --config may have otherwise and a flag may not."""
     plan = read_plan(args.plan) if args.plan else {}
-    if twice := [name for name in plan if vars(args)[name] is not None]:
+    if twice := [name for name in plan if f"--{name}" in flags]:
         raise ValueError(
             f"Expected each DPVR field in the plan or as a flag; got {twice} in both. Remedy: leave the flags out, or "
             f"edit {args.plan!r}."
@@ -224,13 +226,20 @@ def with_plan(args: DpvrArguments) -> DpvrArguments:
 
 
 def find_split(base: BaseArguments, processor: LlavaProcessor, rows: Dataset | IterableDataset) -> int:
-    """The split for --split_layer auto: what probe_saturation.py recommends, on the first rows with a picture."""
+    """The split for --split_layer auto, by probe_saturation.py's causal rule, on the first rows with a picture."""
+    quantization = get_quantization_config(base)
     model = DpvrLlavaForConditionalGeneration.from_pretrained(
-        base.model_name_or_path, revision=base.model_revision, dtype=base.dtype, routing="none"
+        base.model_name_or_path,
+        revision=base.model_revision,
+        dtype=base.dtype,
+        attn_implementation=base.attn_implementation or "sdpa",
+        quantization_config=quantization,
+        routing="none",
     )
-    device = PartialState().device
-    prompts = AnsweredPrompts(processor, rows, AUTO_PROMPTS)
-    split = causal_split(model.eval().to(device), in_batches(prompts, AUTO_BATCH, device), AUTO_TOLERANCE)
+    if quantization is None:  # else it is on its device already
+        model.to(PartialState().device)
+    batches = in_batches(AnsweredPrompts(processor, rows, AUTO_PROMPTS), AUTO_BATCH, model.device)
+    split = broadcast_object_list([causal_split(model.eval(), batches, AUTO_TOLERANCE)])[0]
     print(f"--split_layer {split}: withdrawing the image there changes at most {AUTO_TOLERANCE:.0%} of the answers.")
     return split
 
@@ -253,7 +262,6 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
             f"Expected --dtype float32 with --method full, whose small steps are lost in half precision; got "
             f"{base.dtype!r}. Remedy: --dtype float32 --bf16 true, which computes in bfloat16."
         )
-    unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
     model = DpvrLlavaForConditionalGeneration.from_pretrained(
         base.model_name_or_path,
         revision=base.model_revision,
@@ -402,7 +410,7 @@ def require_transformers() -> None:
 def parse_args(argv: list[str] | None = None) -> tuple[DpvrArguments, SideBranchSFTConfig, BaseArguments]:
     require_transformers()
     args, training, base = TrlParser((DpvrArguments, SideBranchSFTConfig, BaseArguments)).parse_args_and_config(argv)
-    return with_plan(args), training, base
+    return with_plan(args, sys.argv[1:] if argv is None else argv), training, base
 
 
 def describe(
@@ -465,10 +473,11 @@ def claim_repository(
 def main(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArguments) -> dict[str, Any]:
     """Train, save, measure before and after, push if asked to; returns what training.json holds."""
     transformers.set_seed(training.seed)
+    unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
     checkpoint = find_checkpoint(training)
     processor = load_marked_processor(base.model_name_or_path, base.model_revision)
     rows = load_rows(args, training.seed)
-    if args.split_layer == AUTO:
+    if args.split_layer == AUTO and args.method == "dpvr":
         args.split_layer = find_split(base, processor, rows.rows)
     model = load_model(args, base)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training

@@ -19,7 +19,6 @@ from minibench.pretrain import parse_args as parse_pretrain_args
 from minibench.processor import save_processor
 from minibench.results import Results
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from plan_search import Plan, write_plan
 
 TRAINED = "late_fusion_split4_layers6.7_seed1"
 CELLS = ["vanilla", TRAINED, "fastv_layer3_keep0.5"]
@@ -76,23 +75,28 @@ def test_what_stands_at_a_budget_fits_it_and_the_next_larger_does_not(costs, tab
                 assert costs.ratio(deeper) > budget, row.name
     for budget in BUDGETS:
         found = costs.most_kept("random", budget)
-        if found and found["layer"] == 3:
-            assert found["keep"] == max(kept / 64 for kept in range(1, 65) if pruned_ratio(costs, kept / 64) <= budget)
+        if found and found["layer"] == 2:
+            assert found["keep"] == max(kept / 64 for kept in range(9, 65) if pruned_ratio(costs, kept / 64) <= budget)
 
 
 def pruned_ratio(costs: Costs, keep: float) -> float:
-    """By counting layers: 3 with all tokens, 8 and the last one's single query with what is kept."""
+    """By counting layers: 2 with all tokens, 9 and the last one's single query with what is kept."""
     layer, kept = costs.model._layer_flops, round(keep * 64)
-    flops = 3 * layer(89, 89) + 8 * layer(25 + kept, 25 + kept) + layer(1, 25 + kept)
+    flops = 2 * layer(89, 89) + 9 * layer(25 + kept, 25 + kept) + layer(1, 25 + kept)
     return (flops + 2 * 192 * 768) / costs.vanilla
 
 
 def test_plans_replace_the_provisional_ones(costs, tmp_path):
-    write_plan(Plan(3, (5, 7)), tmp_path / "plan_0.55.yaml", "found")
+    assert grid.read_plans(tmp_path, costs) == {}
+    tried = [(3, [5, 7], 0.2), (1, [11], 0.9), (9, [9, 10, 11], 0.0), (2, [], 0.1)]  # split, layers, KL
+    points = [{"split_layer": split, "fusion_layers": layers, "kl": kl} for split, layers, kl in tried]
+    (tmp_path / "plans.json").write_text(json.dumps({"frontier": points}))
     plan = {"routing": "late_fusion", "split_layer": 3, "fusion_layers": [5, 7]}
-    rows = {row.name: row for row in Grid(costs, 10, grid.read_plans(tmp_path)).frontier()}
+    found = grid.read_plans(tmp_path, costs)
+    rows = {row.name: row for row in Grid(costs, 10, found).frontier()}
     assert [cell.fields for cell in rows["0.55 plan"].cells] == [plan] * 3
-    assert rows["0.45 plan"].cells[0].fields != plan
+    assert found[0.45] == {"routing": "late_fusion", "split_layer": 1, "fusion_layers": [11]}
+    assert all(costs.ratio(fields) <= budget for budget, fields in found.items()) and 0.28 not in found
     with pytest.raises(ValueError, match=r"Expected plans for the budgets .*; got \[0.5\]"):
         Grid(costs, 10, {0.5: plan})
 

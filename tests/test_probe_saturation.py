@@ -86,6 +86,10 @@ def test_it_finds_a_plan_that_training_takes(random_mini, tmp_path, capsys):
     }
     with pytest.raises(ValueError, match=r"got \['split_layer'\] in both"):
         parse_train_args([*options, "--split_layer", "2"])
+    config = tmp_path / "recipe.yaml"
+    config.write_text("split_layer: 1\nnum_rows: 2\n")
+    args, _, _ = parse_train_args([*options, "--config", str(config)])
+    assert args.split_layer == plan["split_layer"]  # a recipe's own split gives way
     with pytest.raises(ValueError, match="Expected --split_layer to be a number or auto; got 'two'"):
         parse_train_args(["--split_layer", "two"])
 

@@ -180,13 +180,14 @@ def test_the_choice_tasks_count_as_one_since_they_share_their_pictures():
 
 
 def test_a_paired_interval_is_the_one_by_hand():
-    """Two tasks of four items: differences 1, 0, 0, 0 and 0, 0, -1, -1; means 0.25 and -0.5, variances 1/4 and 1/3."""
+    """Differences 1, 0, 0, 0 and 0, 0, -1, -1: with 1 and -1 beside them the variances are 17/30 and 2/3."""
     first = {"scene": [1.0, 1.0, 0.0, 1.0], "science": [0.0, 1.0, 0.0, 0.0]}
     second = {"scene": [0.0, 1.0, 0.0, 1.0], "science": [0.0, 1.0, 1.0, 1.0]}
     estimate, low, high = paired_difference(first, second, ("scene", "science"))
-    half = 1.96 * sqrt((1 / 4) / 4 + (1 / 3) / 4) / 2
+    half = 1.96 * sqrt((17 / 30) / 4 + (2 / 3) / 4) / 2
     assert (estimate, low, high) == pytest.approx((-0.125, -0.125 - half, -0.125 + half))
-    assert paired_difference(first, first, ("scene",)) == (0, 0, 0)
+    equal = 1.96 * sqrt((2 / 5) / 4)  # four questions do not make two models the same
+    assert paired_difference(first, first, ("scene",)) == pytest.approx((0, -equal, equal))
 
 
 def test_a_paired_interval_covers_and_knows_that_the_choice_tasks_go_together():

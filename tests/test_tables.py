@@ -11,7 +11,7 @@ from minibench import tables
 from minibench.findings import better, findings, within
 from minibench.pareto import draw
 from minibench.report import between_marks
-from minibench.results import Results, units
+from minibench.results import Measured, Results, units
 from minibench.tasks import TASKS
 
 SETTINGS = {"model": ".", "limit": 4, "seed": 0}
@@ -46,6 +46,9 @@ def make_cell(name: str, wrong: dict[str, list[int]], routing: str = "late_fusio
         "hardware": "a machine",
         "versions": {"torch": "2", "transformers": "5"},
     }
+
+
+VARIANCE = {"multi_image": 2.875 / 5, "scene": (2.25 - 0.5**2 / 6) / 5, "equal": 2 / 5}  # of late fusion - vanilla
 
 
 @pytest.fixture
@@ -83,9 +86,19 @@ def test_a_row_is_the_mean_over_its_seeds_and_its_interval_is_the_one_by_hand(fo
     assert late.tasks["multi_image"] == pytest.approx((0.5 + 0.75) / 2)
     assert late.mean == pytest.approx((0.5 + 0.75 + 0.75 + 1 + 6 * 2) / 16)
     assert late.std == pytest.approx(abs((0.5 + 0.75) - (0.75 + 1)) / 8 / sqrt(2))
-    estimate, low, high = late.minus(vanilla)  # per item: multi_image -1, -1/2, 0, 0; scene 0, 0, -1/2, 0
-    half = 1.96 * sqrt(0.6875 / 3 / 4 + 0.1875 / 3 / 4) / 8
+    estimate, low, high = late.minus(vanilla)  # per item: multi_image -1, -1/2, 0, 0; scene 0, 0, -1/2, 0; and 1, -1
+    half = 1.96 * sqrt((VARIANCE["multi_image"] + VARIANCE["scene"] + 5 * VARIANCE["equal"]) / 4) / 8
     assert (estimate, low, high) == pytest.approx((-0.5 / 8, -0.5 / 8 - half, -0.5 / 8 + half))
+
+
+def test_trained_rows_are_compared_by_the_seeds_that_both_have(folder):
+    training = {"final_loss": 1.0}
+    rows = [make_cell("a", {"scene": [0]}), make_cell("b", {"scene": [0, 1, 2]}, seed=2)]
+    several, single = Measured("several", rows, ["a", "b"]), Measured("single", [make_cell("c", {})], ["c"])
+    assert several.minus(single)[0] == pytest.approx(-2 / 4 / 8)
+    for cell in [*rows, *single.cells]:
+        cell["training"] = training
+    assert several.minus(single)[0] == pytest.approx(-1 / 4 / 8)
 
 
 def test_answers_give_the_scores_that_were_recorded():
@@ -131,7 +144,7 @@ def test_the_weak_spot_is_where_late_fusion_loses_more_than_elsewhere(folder):
     (finding,) = (f for f in findings(Results(folder)) if f.question.startswith("Is multi_image"))
     estimate, low, high = finding.comparisons[0].interval
     assert estimate == pytest.approx(-0.375 + 0.125 / 7)
-    half = 1.96 * sqrt(0.6875 / 3 / 4 + 0.1875 / 3 / 4 / 49)
+    half = 1.96 * sqrt((VARIANCE["multi_image"] + (VARIANCE["scene"] + 5 * VARIANCE["equal"]) / 49) / 4)
     assert (low, high) == pytest.approx((estimate - half, estimate + half))
 
 
