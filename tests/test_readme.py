@@ -184,7 +184,7 @@ def test_what_is_said_of_saturation_is_what_was_measured():
     cheap = [point for point in plans["frontier"] if point["prefill_flops_ratio"] <= 0.45]
     late, alone = (min(p["changed"] for p in cheap if p["fusion_layers"] == layers) for layers in ([last], []))
     *layers, final = plan["fusion_layers"]
-    assert routed["identical"]
+    assert routed["identical"] and f"`{found['command']}`" in README and plans["command"] == found["command"]
     for said in (
         f"gives {routed['attention_mass']['median'][last]:.2f} of its attention to the image where vanilla's gives "
         f"{routed['vanilla_mass']['median'][last]:.2f}, {routed['last_layer_ratio']['median']:.2f} times as much",
