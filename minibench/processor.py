@@ -126,11 +126,11 @@ def _training_text(num_rows: int) -> list[str]:
     return texts
 
 
-def make_processor() -> LlavaProcessor:
-    """Return the processor for pictures of `SIDE` pixels cut into patches of `PATCH`."""
+def make_processor(num_rows: int = 3000) -> LlavaProcessor:
+    """Return the processor for pictures of `SIDE` pixels cut into patches of `PATCH`, and its tokenizer trained."""
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(**_image_processor_settings()),
-        tokenizer=train_tokenizer(),
+        tokenizer=train_tokenizer(num_rows),
         chat_template=CHAT_TEMPLATE,
         **_processor_settings(),
     )

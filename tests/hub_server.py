@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import secrets
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,10 +23,7 @@ class Hub:
     """The server; `commits` holds for each repository the files after every commit, the newest last."""
 
     def __init__(self) -> None:
-        self.commits: dict[str, list[dict[str, bytes]]] = {}
-        self.private: set[str] = set()
-        self.large: dict[str, bytes] = {}  # by sha256
-        self.broken: set[str] = set()  # parts of paths
+        self.clear()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -33,6 +31,14 @@ class Hub:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def clear(self) -> None:
+        """Forget all repositories; names of commits never come again."""
+        self.commits: dict[str, list[dict[str, bytes]]] = {}
+        self.private: set[str] = set()
+        self.large: dict[str, bytes] = {}  # by sha256
+        self.broken: set[str] = set()  # parts of paths
+        self.age = secrets.token_hex(8)
 
     def add(self, repo_id: str, folder: str | Path) -> None:
         """Put a folder's files into a new repository."""
@@ -43,7 +49,7 @@ class Hub:
 
     def revision(self, repo_id: str) -> str:
         """The name of the newest commit."""
-        return hashlib.sha1(f"{repo_id}/{len(self.commits[repo_id])}".encode()).hexdigest()
+        return hashlib.sha1(f"{self.age}/{repo_id}/{len(self.commits[repo_id])}".encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -2,9 +2,11 @@
 
 import json
 import re
+import runpy
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import transformers
 from conftest import make_llava
 from huggingface_hub import metadata_load
 from packaging.specifiers import SpecifierSet
+from transformers import AutoModelForImageTextToText
 
 from answering import Answerer, load
 from app import build, launch, write_examples
@@ -32,10 +35,25 @@ COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in
 IS_V4 = transformers.__version__.startswith("4.")
 
 
-def shell(command: list[str], timeout: int = 300) -> str:
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def python(monkeypatch, capsys) -> Callable[[str], str]:
+    """Runs the rest of a command that begins with "python" in this process, which has imported the libraries already."""
+
+    def run(command: str) -> str:
+        script, *arguments = shlex.split(command)
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        if script == "-m":
+            script, *arguments = arguments
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            monkeypatch.delitem(sys.modules, script, raising=False)  # else runpy warns
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +116,8 @@ def test_the_front_matter_makes_a_space_of_the_repository_and_every_picture_is_t
         assert (ROOT / path).exists(), path
 
 
-def test_the_accuracy_command_ends_in_one_json_document():
-    printed = shell([sys.executable, "benchmark_accuracy.py", *"--suite minibench --limit 2".split()])
+def test_the_accuracy_command_ends_in_one_json_document(python):
+    printed = python("benchmark_accuracy.py --suite minibench --limit 2")
     document = json.loads(printed.splitlines()[-1])
     assert [row["name"] for row in document["rows"]] == ["vanilla", "untrained", "late_fusion", "blind"]
     assert all(row.keys() >= {"routing", "tasks", "mean", "six_bench_mean", "n"} for row in document["rows"])
@@ -108,24 +126,25 @@ def test_the_accuracy_command_ends_in_one_json_document():
 @pytest.mark.parametrize(
     ("form", "files"), [("datasets", ["train-00000-of-00001.parquet"]), ("llava", ["train.json"])]
 )
-def test_the_export_commands_write_the_split(form, files, tmp_path):
-    options = f"--output_dir {tmp_path / form} --format {form} --split train --size 3"
-    shell([sys.executable, "-m", "minibench.export", *options.split()])
+def test_the_export_commands_write_the_split(form, files, python, tmp_path):
+    python(f"-m minibench.export --output_dir {tmp_path / form} --format {form} --split train --size 3")
     assert [path.name for path in (tmp_path / form).rglob("train*.*") if path.suffix != ".png"] == files
 
 
 @pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
-def test_the_training_command_runs_on_the_embedded_model(tmp_path):
+def test_the_training_command_runs_on_the_embedded_model_in_a_fresh_process(tmp_path):
     short = "--num_rows 16 --per_device_train_batch_size 4 --eval_questions 4 --output_dir"
-    printed = shell([sys.executable, "train_sft.py", *short.split(), str(tmp_path / "out")])
+    command = [sys.executable, "train_sft.py", *short.split(), str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
     assert re.search(
-        r"^vanilla +mean.*^untrained branch +mean.*^trained branch +mean", printed, re.DOTALL | re.MULTILINE
+        r"^vanilla +mean.*^untrained branch +mean.*^trained branch +mean", result.stdout, re.DOTALL | re.MULTILINE
     )
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 4e6
 
 
 @pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
-def test_the_training_command_runs_on_llavas_json_with_a_recipe(random_mini, tmp_path):
+def test_the_training_command_runs_on_llavas_json_with_a_recipe(python, random_mini, tmp_path):
     (tmp_path / "images").mkdir()
     make_scene("train", 0, 0).draw().save(tmp_path / "images" / "scene.png")
     talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a star"}]
@@ -133,28 +152,23 @@ def test_the_training_command_runs_on_llavas_json_with_a_recipe(random_mini, tmp
     (recipe,) = {line.split()[3] for line in COMMANDS if line.startswith("python train_sft.py --config")}
     base = f"--model_name_or_path {random_mini} --split_layer 2 --use_cpu true --output_dir {tmp_path / 'out'}"
     data = f"--data {tmp_path / 'rows.json'} --image_folder {tmp_path / 'images'} --report_to none"
-    shell([sys.executable, "train_sft.py", "--config", recipe, *base.split(), *data.split()])
+    python(f"train_sft.py --config {recipe} {base} {data}")
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "out" / "training.json").read_text())["recipe"]["learning_rate"] == 1e-4
 
 
 @pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
-def test_the_rebuild_commands_make_a_repository_that_loads(tmp_path):
+def test_the_rebuild_commands_make_a_repository_that_loads(python, tmp_path):
     small = "--text_layers 3 --text_width 64 --vision_layers 2 --vision_width 32 --tower_pictures 32 --pictures 32"
     quick = "--texts 8 --aligned_pictures 8 --batch_size 8 --validation_questions 2 --num_workers 0"
-    pretrain = [sys.executable, "-m", "minibench.pretrain", "--output_dir", str(tmp_path / "pretrain")]
-    shell([*pretrain, *small.split(), *quick.split()])
-    sft = ["--model_name_or_path", str(tmp_path / "pretrain" / "final"), "--output_dir", str(tmp_path / "side")]
-    shell([sys.executable, "train_sft.py", *sft, *"--split_layer 1 --num_rows 8 --eval_questions 0".split()])
+    python(f"-m minibench.pretrain --output_dir {tmp_path / 'pretrain'} {small} {quick}")
+    sft = f"--model_name_or_path {tmp_path / 'pretrain' / 'final'} --output_dir {tmp_path / 'side'}"
+    python(f"train_sft.py {sft} --split_layer 1 --num_rows 8 --eval_questions 0")
     assembled = tmp_path / "dpvr-mini"
-    paths = ["--side_branch", str(tmp_path / "side"), "--output_dir", str(assembled)]
-    shell([sys.executable, "-m", "minibench.assemble", *paths])
-    load = f"AutoModelForImageTextToText.from_pretrained({str(assembled)!r}, trust_remote_code=True)"
-    code = f"from transformers import AutoModelForImageTextToText; print({load}.config.layer_plan().modes)"
-    printed = shell([sys.executable, "-c", code])
-    assert printed == "('joint', 'text', 'context')\n"
-    depth = ["--model_name_or_path", str(assembled), "--limit", "2", "--output", str(tmp_path / "depth.json")]
-    shell([sys.executable, "-m", "minibench.depth", *depth])
+    python(f"-m minibench.assemble --side_branch {tmp_path / 'side'} --output_dir {assembled}")
+    model = AutoModelForImageTextToText.from_pretrained(assembled, trust_remote_code=True)
+    assert model.config.layer_plan().modes == ("joint", "text", "context")
+    python(f"-m minibench.depth --model_name_or_path {assembled} --limit 2 --output {tmp_path / 'depth.json'}")
     assert len(json.loads((tmp_path / "depth.json").read_text(encoding="utf-8"))["rows"]) == 3
 
 

@@ -1,13 +1,13 @@
 """sharing_dpvr.py and train_sft.py --push_to_hub: to a Hub on loopback and back, with the real client."""
 
 import json
-import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import make_llava
+from forked_python import ForkedPython
 from hub_server import TOKEN, Hub
 from test_loading import SIDE_BRANCH_KEYS
 from test_train_sft import NEEDS_TRAINING
@@ -68,40 +68,45 @@ assert torch.allclose(logits(adapted), expected, atol=1e-5) and not torch.allclo
 REMEDIES = "Nothing was changed there. Remedy: "
 
 
-@pytest.fixture
-def hub(random_mini):
-    """A Hub that holds the random dpvr-mini as "me/base"."""
+@pytest.fixture(scope="module")
+def loopback():
+    """The Hub of this module, which `hub` empties for each test."""
     server = Hub()
-    server.add("me/base", random_mini)
     yield server
     server.close()
 
 
+@pytest.fixture(scope="module")
+def python(loopback, tmp_path_factory):
+    """A Python whose Hub this is."""
+    folder = tmp_path_factory.mktemp("client")
+    python = ForkedPython(
+        {
+            "HF_ENDPOINT": loopback.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(folder / "hub"),
+            "NO_PROXY": "127.0.0.1",
+        },
+        folder,
+    )
+    yield python
+    python.close()
+
+
 @pytest.fixture
-def client(hub, tmp_path):
-    """Runs a Python program whose Hub this is."""
-    own = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(tmp_path / "hub"),
-        "PYTHONPATH": str(ROOT),
-        "NO_PROXY": "127.0.0.1",
-    }
+def hub(loopback, random_mini):
+    """A Hub that holds the random dpvr-mini as "me/base"."""
+    loopback.clear()
+    loopback.add("me/base", random_mini)
+    return loopback
 
-    def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env={**os.environ, **own, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
 
-    return run
+@pytest.fixture
+def client(python, hub, tmp_path):
+    """Runs a Python program whose Hub this is, in the test's own folder."""
+    return partial(python.run, cwd=tmp_path)
 
 
 def card_of(hub: Hub, repo_id: str) -> str:
