@@ -1,6 +1,6 @@
 """Python processes with an environment of their own that start at once: forked from one that has its imports done.
 
-Importing torch, transformers, PEFT and TRL takes ten seconds, which a test of what happens afterwards need not wait for.
+Importing torch, transformers, PEFT and TRL takes ten seconds, which a test of what comes then need not wait for.
 
     ForkedPython(environment) --one line of JSON per program--> this file, run --fork--> the program
 """

@@ -37,7 +37,7 @@ IS_V4 = transformers.__version__.startswith("4.")
 
 @pytest.fixture
 def python(monkeypatch, capsys) -> Callable[[str], str]:
-    """Runs the rest of a command that begins with "python" in this process, which has imported the libraries already."""
+    """Runs what comes after "python" in a command in this process, which has imported the libraries already."""
 
     def run(command: str) -> str:
         script, *arguments = shlex.split(command)
