@@ -421,12 +421,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="cpu: the processor's time, for a CPU that others use too; with one thread that of an idle core",
     )
     parser.add_argument("--skip_peaks", action="store_true", help="measure no peak memory")
-    parser.add_argument("--quick", action="store_true", help=f"a small run, on a CPU too: {QUICK}")
+    parser.add_argument("--quick", action="store_true", help=f"other defaults, for a small run: {QUICK}")
     parser.add_argument("--output_dir", type=Path, help="also write the JSON document there, as SHAPE.json")
     parser.add_argument("--peak_of", choices=METHODS, help="print the peak memory of one prefill and nothing else")
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    if args.quick:
-        vars(args).update(QUICK)
     args.methods = ["vanilla", *(name for name in args.methods if name != "vanilla")]  # which the ratios are to
     if args.device is None:
         large = args.shape in SHAPES and SHAPES[args.shape].width >= 4096

@@ -6,6 +6,7 @@ results/latency/machine/SHAPE.json     what the machine reaches, for the rooflin
 results/latency/text/SHAPE.json        text tokens from 64 to 1024          Table 8 and a figure
 results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
+results/DEVICE/latency/...             the same from a GPU; takes the place of what was only counted
     |
 README.md, docs/performance.md, docs/*.png      by `python -m minibench.report`
 
@@ -99,11 +100,11 @@ def render_table_1(results: Path) -> str:
 
 def render_table_6(results: Path) -> str:
     """The paper's Table 6: forward latency and peak memory, sizes by methods."""
-    records = [_read(path) for path in sorted((results / "latency").glob("*.json"))]
+    records = _records(results)
     header = ["size", "", "forward", "without the tower", "its FLOPs", "peak memory"]
     rows = [
         [
-            row["shape"],
+            _size(record, row),
             NAMES[row["method"]],
             _time(row, "prefill_ms"),
             _time(row, "prefill_without_tower_ms"),
@@ -113,17 +114,16 @@ def render_table_6(results: Path) -> str:
         for record in records
         for row in record["rows"]
     ]
-    peaks = [_read(path) for path in sorted((results / "latency" / "peaks").glob("*.json"))]
-    return _text(table(header, rows), *map(_protocol, records + peaks))
+    return _text(table(header, rows), *map(_protocol, records + _records(results, "peaks")))
 
 
 def render_table_7(results: Path) -> str:
     """The paper's Table 7: prefill, a decoded token, and whether the cache is reused."""
-    records = [_read(path) for path in sorted((results / "latency").glob("*.json"))]
+    records = _records(results)
     header = ["size", "", "prefill", "a token", "K/V reuse", "keys and values"]
     rows = [
         [
-            row["shape"],
+            _size(record, row),
             NAMES[row["method"]],
             _time(row, "prefill_ms"),
             _time(row, "decode_ms_per_token"),
@@ -151,14 +151,14 @@ def render_images(results: Path) -> str:
 
 def _sweep(results: Path, folder: str, field: str, heading: str) -> str:
     """A row per shape and method, and in each cell the time of a prefill, its ratio and the FLOPs' ratio."""
-    records = [_read(path) for path in sorted((results / "latency" / folder).glob("*.json"))]
+    records = _records(results, folder)
     points = sorted({row[field] for record in records for row in record["rows"]})
     rows = []
     for record in records:
         for method in dict.fromkeys(row["method"] for row in record["rows"]):
             found = {row[field]: row for row in record["rows"] if row["method"] == method}
             cells = [_with_flops(found[point]) if point in found else UNMEASURED for point in points]
-            rows.append([record["rows"][0]["shape"], NAMES[method], *cells])
+            rows.append([_size(record), NAMES[method], *cells])
     return _text(table(["size", "", *map(heading.format, points)], rows), *map(_protocol, records))
 
 
@@ -212,7 +212,31 @@ def _bytes(row: Row, name: str) -> str:
     return UNMEASURED if row[name] is None else f"{row[name] / 1e6:,.1f} MB, {ratio:.3f}"
 
 
+def _records(results: Path, folder: str = "") -> list[Row]:
+    """What was measured and, of shapes that were not measured anywhere, what was counted; by shape."""
+    paths = [*results.glob(f"latency/{folder}/*.json"), *results.glob(f"*/latency/{folder}/*.json")]
+    records = sorted(map(_read, sorted(paths)), key=_size)
+    measured = {record["rows"][0]["shape"] for record in records if _is_measured(record)}
+    return [record for record in records if _is_measured(record) or record["rows"][0]["shape"] not in measured]
+
+
+def _is_measured(record: Row) -> bool:
+    return any(row[name] is not None for row in record["rows"] for name in ("prefill_ms", "peak_bytes"))
+
+
+def _size(record: Row, row: Row | None = None) -> str:
+    """The shape; where it ran, if not on a CPU; and a row's batch, if larger than 1."""
+    parts = [record["rows"][0]["shape"]]
+    if record["device"] not in ("cpu", "meta"):
+        parts.append(record["hardware"])
+    if row and row["batch_size"] > 1:
+        parts.append(f"batch {row['batch_size']}")
+    return ", ".join(parts)
+
+
 def _peak(row: Row, results: Path) -> str:
+    if row["peak_bytes"] is not None:
+        return _bytes(row, "peak_bytes")
     path = results / "latency" / "peaks" / f"{row['shape']}.json"
     rows = _read(path)["rows"] if path.exists() else []
     return next((_bytes(other, "peak_bytes") for other in rows if other["method"] == row["method"]), UNMEASURED)

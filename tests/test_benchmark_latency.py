@@ -25,6 +25,7 @@ from benchmark_latency import (
 )
 from cache_dpvr import LINE_4
 from minibench import bench
+from minibench.latency_report import render_table_6
 
 SMALL = ["--shape", "64x4", "--rounds", "1", "--warmup", "0", "--new_tokens", "2", "--text_tokens", "16"]
 WIDTH, IMAGE = 64, 576
@@ -183,3 +184,24 @@ def test_vanilla_is_always_measured_first_and_quick_is_small():
         "cuda",
         "meta",
     )
+    chosen = parse_args("--rounds 9 --quick --text_tokens 32".split())
+    assert (chosen.rounds, chosen.text_tokens, chosen.shape) == (9, [32], "64x4")
+
+
+def test_in_the_tables_a_gpus_times_take_the_place_of_what_was_counted(capsys, tmp_path):
+    options = [*SMALL, "--methods", "fastv", "--batch_sizes", "1", "2", "--skip_peaks"]
+    counted = document_of(capsys, *options, "--device", "meta")
+    measured = document_of(capsys, *options, "--text_tokens", "17") | {"device": "cuda", "hardware": "NVIDIA A100"}
+    for row in measured["rows"]:
+        row["peak_bytes"], row["ratio_to_vanilla"]["peak_bytes"] = 7e6, 1.0
+    other = document_of(capsys, *options, "--device", "meta", "--shape", "llava-1.5-7b")
+    for folder, document in (("", counted), ("a100/", measured), ("", other)):
+        path = tmp_path / f"{folder}latency" / f"{document['shape']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document))
+    lines = render_table_6(tmp_path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")][2:]
+    sizes = ["64x4, NVIDIA A100", "64x4, NVIDIA A100, batch 2", "llava-1.5-7b", "llava-1.5-7b, batch 2"]
+    assert [(row[0], row[1] == "vanilla LLaVA") for row in cells] == [(s, v) for s in sizes for v in (True, False)]
+    assert all(row[2].split()[1] == "ms," and row[-1] == "7.0 MB, 1.000" for row in cells[:4])
+    assert all(row[2] == row[-1] == "not measured" for row in cells[4:])
