@@ -42,6 +42,7 @@ RATES = {  # late fusion's is train_sft.py's; PC and KV take half, as in configs
     "lora": 1e-3,
     "full": 1e-4,
 }
+LONGER = 4  # times as many pictures
 SWEPT_RATES = {"lora": (2e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 1e-3)}
 
 
@@ -55,6 +56,7 @@ class Cell:
         pruning: arguments of `baselines.prune`; None: nothing is pruned.
         seed: of the training.
         split: where the questions come from; "validation" for what is chosen by its score.
+        length: how many times as many pictures as the other cells it is trained on.
     """
 
     fields: Fields = field(default_factory=dict)
@@ -62,6 +64,7 @@ class Cell:
     pruning: dict[str, Any] | None = None
     seed: int = SEEDS[0]
     split: Split = "test"
+    length: int = 1
 
     @property
     def name(self) -> str:
@@ -75,6 +78,8 @@ class Cell:
             parts[0] += f"_r{self.training['lora_r']}"
         if self.split == "validation":
             parts.append(f"lr{self.training['learning_rate']:.0e}")
+        if self.length > 1:
+            parts.append(f"x{self.length}")
         if self.training:
             parts.append(f"seed{self.seed}")
         elif self.fields["routing"] not in ("none", "text_only"):
@@ -172,6 +177,7 @@ class Grid:
             "frontier": self.frontier(),
             "fusion": self.fusion(),
             "side_branch": self.side_branch(),
+            "training_length": self.training_length(),
             "learning_rates": self.learning_rates(),
         }
 
@@ -247,6 +253,17 @@ class Grid:
             ]
         return rows
 
+    def training_length(self) -> list[Row]:
+        """The same plans, trained on more pictures."""
+        plans = {f"split {split}": late(split) for split in (SPLIT, 4)}
+        if found := self.plans[SEEDED_BUDGETS[-1]]:
+            plans[f"{SEEDED_BUDGETS[-1]:.2f} plan"] = found
+        return [
+            Row(f"{name}, {length * self.num_rows} pictures", self.trained(fields, length=length))
+            for name, fields in plans.items()
+            for length in (1, LONGER)
+        ]
+
     def learning_rates(self) -> list[Row]:
         """What the baselines' rates are to be held to: short runs, validation questions."""
         return [
@@ -258,10 +275,10 @@ class Grid:
             for rate in SWEPT_RATES[method]
         ]
 
-    def trained(self, fields: Fields, seeds: Sequence[int] = SEEDS[:1]) -> list[Cell]:
+    def trained(self, fields: Fields, seeds: Sequence[int] = SEEDS[:1], length: int = 1) -> list[Cell]:
         rate = RATES[fields["routing"]]
-        training = {"method": "dpvr", "learning_rate": rate, "num_rows": self.num_rows}
-        return [Cell(fields, training, seed=seed) for seed in seeds]
+        training = {"method": "dpvr", "learning_rate": rate, "num_rows": length * self.num_rows}
+        return [Cell(fields, training, seed=seed, length=length) for seed in seeds]
 
     def baseline(
         self, method: str, rate: float | None = None, num_rows: int | None = None, split: Split = "test", **extra: Any

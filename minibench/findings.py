@@ -74,6 +74,7 @@ def findings(results: Results) -> list[Finding]:
         Finding("Does a trained plan stay within 1 point of vanilla?", plans(results)),
         *at_the_same_cost(results),
         Finding("What does training a branch win, by split?", training_gains(results), in_short=False),
+        Finding("Does training it longer help?", longer(results), in_short=False),
     ]
 
 
@@ -115,6 +116,16 @@ def training_gains(results: Results) -> list[Comparison]:
         )
         for split in splits
         for name in ("untrained identity", "VTW")
+    ]
+
+
+def longer(results: Results) -> list[Comparison]:
+    """The rows of the table come in pairs, the shorter training first."""
+    rows = [row.name for row in results.tables["training_length"]]
+    measured = {name: results.row("training_length", name) for name in rows}
+    return [
+        compare(f"{more} - {less.rpartition(', ')[2]}", measured[more], measured[less], better)
+        for less, more in zip(rows[::2], rows[1::2], strict=True)
     ]
 
 

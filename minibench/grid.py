@@ -239,7 +239,7 @@ def is_finished(cell: Cell, args: argparse.Namespace) -> bool:
     if not path.exists():
         return False
     document = json.loads(path.read_text(encoding="utf-8"))
-    return (document["cell"], document["settings"]) == (asdict(cell), settings(args))
+    return (Cell(**document["cell"]), document["settings"]) == (cell, settings(args))
 
 
 def cell_file(output_dir: Path, cell: Cell) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from .cells import Cell
 from .scoring import SIX_BENCH, Units, paired_difference, unit
 from .tasks import TASKS
 
@@ -111,7 +112,7 @@ class Results:
         for name, definition in self.definitions.items():
             path = folder / "cells" / f"{name}.json"
             cell = _read(path) if path.exists() else None
-            if cell and (cell["cell"], cell["settings"]) == (definition, self.settings):
+            if cell and (Cell(**cell["cell"]), cell["settings"]) == (Cell(**definition), self.settings):
                 self.measured[name] = cell
         self.tables = {
             table: [Measured(row["name"], self._cells(row["cells"]), row["cells"]) for row in rows]

@@ -69,6 +69,10 @@ def folder(tmp_path) -> Path:
             "table2": [{"name": name, "cells": names} for name, names in rows],
             "frontier": [{"name": "0.45 plan", "cells": []}, {"name": "0.70 plan", "cells": ["plan"]}],
             "splits": [{"name": "8, trained", "cells": ["late1", "late2", "late3"]}],
+            "training_length": [
+                {"name": "split 8, 10 pictures", "cells": ["late2"]},
+                {"name": "split 8, 40 pictures", "cells": ["late1"]},
+            ],
             **{table: [] for table in ("fusion", "side_branch", "learning_rates")},
         },
         "cells": {**{cell["name"]: cell["cell"] for cell in cells}, "late3": {}, "full": {}, "plan": {"fields": plan}},
@@ -129,6 +133,7 @@ def test_what_is_missing_reads_not_measured(folder):
     answers = {one.label: one.answer for finding in findings(results) for one in finding.comparisons}
     assert answers["late fusion - all weights"] == "not measured"
     assert answers["late fusion - vanilla"] == "open"
+    assert answers["split 8, 40 pictures - 10 pictures"] == "open"
     assert [row["name"] for row in tables.table2(results)] == ["vanilla", "late_fusion"]
     assert tables.table2(results)[1]["seeds"] == []  # those of trained cells
     assert all(tables.blocks(results)["docs/accuracy.md"].values())
