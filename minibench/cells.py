@@ -30,6 +30,7 @@ SEEDED_BUDGETS = (0.55, 0.45)
 VANILLA = {"routing": "none"}
 DEFAULTS = {"num_fusion_layers": 1, "fusion_layers": None, "num_side_layers": 1, "side_branch_init": "split_layer"}
 PRUNING = {"layer": 3, "keep": 0.5}
+MORE_DRAWS = ({"seed": 1}, {"seed": 2})  # of random pruning, beside seed 0
 FRONTIER_CUTS = (2, 1)  # a cut after 3 of 12 layers would leave hardly a token within the smaller budgets
 RANKS = {"fastv": "attention", "random_pruning": "random"}
 SWEPT_FUSION = {SPLIT: (1, 2, 3, 4), 4: (1, 2, 3, 4), 2: (1, 2, 4)}  # K by split
@@ -71,7 +72,8 @@ class Cell:
         """Also the name of its file: "late_fusion_split4_k2_seed1", "fastv_layer3_keep0.5"."""
         if self.pruning:
             rank = next(name for name, rank in RANKS.items() if rank == self.pruning["rank"])
-            return f"{rank}_layer{self.pruning['layer']}_keep{self.pruning['keep']:.3g}"
+            drawn = f"_seed{self.pruning['seed']}" if "seed" in self.pruning else ""
+            return f"{rank}_layer{self.pruning['layer']}_keep{self.pruning['keep']:.3g}{drawn}"
         method = self.training["method"] if self.training else None
         parts = [_plan_name(self.fields) if method in (None, "dpvr") else method]
         if method == "lora":
@@ -189,7 +191,8 @@ class Grid:
             Row("untrained", [untrained(late())]),
             Row("vtw", [text_only]),
             Row("text_only", [text_only]),
-            *(Row(name, [pruned({**PRUNING, "rank": rank})]) for name, rank in RANKS.items()),
+            Row("fastv", [pruned({**PRUNING, "rank": "attention"})]),
+            Row("random_pruning", [pruned({**PRUNING, "rank": "random", **seed}) for seed in ({}, *MORE_DRAWS)]),
             Row("kv_substitution", self.trained(late(routing="kv_substitution"))),
             Row("full", [self.baseline("full")]),
             Row("lora_r16", [self.baseline("lora", lora_r=16)]),
