@@ -46,7 +46,8 @@ def rows(results: Results, tables: Iterable[str]) -> list[Measured]:
 
 def draw(results: Results, folder: Path) -> None:
     """Write pareto.png and pareto.svg; nothing without vanilla, which all are compared with."""
-    from matplotlib.figure import Figure  # not at the top: a figure is wanted here alone
+    from matplotlib import rc_context  # not at the top: a figure is wanted here alone
+    from matplotlib.figure import Figure
 
     vanilla = results.vanilla
     if vanilla is None:
@@ -69,8 +70,9 @@ def draw(results: Results, folder: Path) -> None:
     for name, colour in COLOURS.items():
         costs.plot([], [], MARKERS[name], **{**marks, "markerfacecolor": colour}, label=name)
     costs.legend(fontsize="small", loc="lower right")
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"pareto.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    figure.savefig(folder / "pareto.png", dpi=150)
+    with rc_context({"svg.hashsalt": "pareto"}):  # the same file for the same results
+        figure.savefig(folder / "pareto.svg", metadata={"Date": None})
 
 
 def _point(axis: Any, x: float, row: Measured, vanilla: Measured) -> None:
