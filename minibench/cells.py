@@ -40,11 +40,11 @@ RATES = {  # late fusion's is train_sft.py's; PC and KV take half, as in configs
     "late_fusion": 3e-3,
     "persistent_context": 1.5e-3,
     "kv_substitution": 1.5e-3,
-    "lora": 1e-3,
-    "full": 1e-4,
+    "lora": 2e-4,
+    "full": 3e-5,
 }
 LONGER = 4  # times as many pictures
-SWEPT_RATES = {"lora": (2e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 1e-3)}
+SWEPT_RATES = {"late_fusion": (3e-4, 1e-3, 3e-3, 1e-2), "lora": (2e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,12 @@ class Grid:
         ]
 
     def learning_rates(self) -> list[Row]:
-        """What the baselines' rates are to be held to: short runs, validation questions."""
-        return [
+        """What the rates are to be held to, by validation questions; the slow baselines on a quarter of the rows."""
+        rows = [
+            Row(f"late_fusion, {rate:.0e}", self.trained(late(), rate=rate, split="validation"))
+            for rate in SWEPT_RATES["late_fusion"]
+        ]
+        return rows + [
             Row(
                 f"{method}, {rate:.0e}",
                 [self.baseline(method, rate, num_rows=max(1, self.num_rows // 4), split="validation", **extra)],
@@ -278,10 +282,17 @@ class Grid:
             for rate in SWEPT_RATES[method]
         ]
 
-    def trained(self, fields: Fields, seeds: Sequence[int] = SEEDS[:1], length: int = 1) -> list[Cell]:
-        rate = RATES[fields["routing"]]
+    def trained(
+        self,
+        fields: Fields,
+        seeds: Sequence[int] = SEEDS[:1],
+        length: int = 1,
+        rate: float | None = None,
+        split: Split = "test",
+    ) -> list[Cell]:
+        rate = rate or RATES[fields["routing"]]
         training = {"method": "dpvr", "learning_rate": rate, "num_rows": length * self.num_rows}
-        return [Cell(fields, training, seed=seed, length=length) for seed in seeds]
+        return [Cell(fields, training, seed=seed, length=length, split=split) for seed in seeds]
 
     def baseline(
         self, method: str, rate: float | None = None, num_rows: int | None = None, split: Split = "test", **extra: Any
