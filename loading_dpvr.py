@@ -26,10 +26,18 @@ try:  # transformers 5 renames the weights of old LLaVA checkpoints by model typ
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
+    from transformers.core_model_loading import WeightRenaming
 except ImportError:
-    pass
+    WeightRenaming = None
 else:
     register_checkpoint_conversion_mapping("dpvr_llava", get_checkpoint_conversion_mapping("llava"), overwrite=True)
+
+PUBLISHED_NAMES = {  # of llava-hf's checkpoints, which both versions read; version 5 by itself would write others
+    "language_model.model": "model.language_model",
+    "language_model.lm_head": "lm_head",
+    "multi_modal_projector": "model.multi_modal_projector",
+    "vision_tower.vision_model": "model.vision_tower",
+}
 
 WEIGHTS_NAME = "model.safetensors"
 SIDE_BRANCH = "model.side_branch"
@@ -99,6 +107,13 @@ def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> B
 
 class SideBranchLoading:
     """Ways to and from a model with a `side_branch`; mixed in before the stock model."""
+
+    _checkpoint_conversion_mapping = {  # for transformers 4: the names that version 5 writes, then the published ones
+        r"^language_model(?!\.(model|lm_head)\.)": "model.language_model",
+        r"^vision_tower(?!\.vision_model\.)": "model.vision_tower.vision_model",
+        **{f"^{old}": new for old, new in PUBLISHED_NAMES.items()},
+        "^vision_tower.vision_model": "model.vision_tower.vision_model",
+    }
 
     @classmethod
     def from_llava(cls, llava: LlavaForConditionalGeneration | str, **dpvr_fields) -> "SideBranchLoading":
@@ -244,6 +259,9 @@ class SideBranchLoading:
             ValueError: with side_branch_only, as `side_branch_base`.
         """
         base = self.side_branch_base(save_directory) if side_branch_only else None
+        conversions = getattr(self, "_weight_conversions", None)
+        if WeightRenaming is not None and getattr(self, "hf_quantizer", None) is None:
+            self._weight_conversions = [WeightRenaming(f"^{old}", new) for old, new in PUBLISHED_NAMES.items()]
         if side_branch_only:
             kwargs.setdefault("max_shard_size", "1TB")  # it is read back as one file
             weights = kwargs.pop("state_dict", None) or self.state_dict()
@@ -260,7 +278,7 @@ class SideBranchLoading:
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.config = own
+            self.config, self._weight_conversions = own, conversions
             if quantizer is not None:
                 self.hf_quantizer = quantizer
 

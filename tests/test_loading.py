@@ -1,8 +1,10 @@
 """Repositories: vanilla, whole, side branch only; in a fresh process, through the Auto classes."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +103,22 @@ def test_a_vanilla_checkpoint_loads_directly_and_gets_a_copy_of_the_split_layer(
         assert torch.equal(model.state_dict()[name], weight), name
     layer = llava.model.language_model.layers[3].state_dict()
     assert all(torch.equal(weight, layer[name]) for name, weight in model.side_branch[0].state_dict().items())
+
+
+def test_a_whole_repository_has_the_names_of_published_checkpoints_which_all_versions_read(repositories, tmp_path):
+    published = load_file(Path(__file__).parent.parent / "model.safetensors").keys()  # as in llava-hf/llava-1.5-7b-hf
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole")
+    model.save_pretrained(tmp_path)
+    for folder in (repositories / "whole", tmp_path):
+        names = load_file(folder / "model.safetensors").keys()
+        assert {re.sub(r"\d+", "0", name) for name in names} == {re.sub(r"\d+", "0", name) for name in published}
+    weights = load_file(tmp_path / "model.safetensors")
+    by_version_5 = {name.replace("tower.vision_model", "tower"): weight for name, weight in weights.items()}
+    bare = {name.replace("language_model.model", "language_model"): weight for name, weight in by_version_5.items()}
+    for named in (weights, by_version_5, bare):
+        save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        again = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
 
 
 def test_the_side_branch_file_holds_exactly_the_side_branch(repositories):
