@@ -5,7 +5,8 @@ tables()  ->  {table: [Row(name, cells)]}     one cell per seed; a cell that sta
 Cell      ->  DPVR fields, flags of train_sft.py or none, pruning or none, seed, split of the questions
 
 Twins of the paper's Tables 2, 4 and 5, and the frontier: plans at a budget of prefill FLOPs beside late fusion, KV,
-VTW (the text alone past the split) and pruning, each with the deepest split or the most image tokens that fit.
+VTW (the text alone past the split) and pruning, each with the deepest split or the most image tokens that fit. The
+first budget is what late fusion costs at dpvr-mini's split.
 `minibench.grid` runs them in the order they stand in, what matters most first, LoRA and all weights at the end.
 """
 
@@ -25,13 +26,13 @@ SEEDS = (1, 2, 3)  # of data, data order and random weights
 DEPTH = 12
 SPLIT = 8  # dpvr-mini's own; 18/32 and 24/32 of its 12 layers are 7 and 9
 SWEPT_SPLITS = (4, 7, 9, 2, 11)
-BUDGETS = (0.70, 0.55, 0.45, 0.35, 0.28)  # of vanilla's prefill FLOPs
+BUDGETS = (0.81, 0.70, 0.55, 0.45, 0.35, 0.28)  # of vanilla's prefill FLOPs
 SEEDED_BUDGETS = (0.55, 0.45)
 VANILLA = {"routing": "none"}
 DEFAULTS = {"num_fusion_layers": 1, "fusion_layers": None, "num_side_layers": 1, "side_branch_init": "split_layer"}
 PRUNING = {"layer": 3, "keep": 0.5}
 MORE_DRAWS = ({"seed": 1}, {"seed": 2})  # of random pruning, beside seed 0
-FRONTIER_CUTS = (2, 1)  # a cut after 3 of 12 layers would leave hardly a token within the smaller budgets
+CUTS, TRIED_CUTS = (3, 2, 1), 2  # layers before a cut, and how many of those that leave enough tokens are measured
 RANKS = {"fastv": "attention", "random_pruning": "random"}
 SWEPT_FUSION = {SPLIT: (1, 2, 3, 4), 4: (1, 2, 3, 4), 2: (1, 2, 4)}  # K by split
 SPARSE = ((4, [5, 6, 7]), (4, [4, 5, 6, 7]), (4, [6, 7]), (4, [7, 11]), (8, [8]), (2, [4, 5, 6, 7]))  # split, layers
@@ -125,15 +126,19 @@ class Costs:
                 return fields
         return None
 
-    def most_kept(self, rank: str, budget: float) -> dict[str, Any] | None:
-        """Arguments of `prune`: the most image tokens within a budget, cut after 2 layers (FastV's own K) or 1."""
-        image_tokens = self.prompt[0]
-        for layer in FRONTIER_CUTS:
-            for kept in range(image_tokens, image_tokens // 8 if layer > 1 else 0, -1):
-                pruning = {"layer": layer, "keep": kept / image_tokens, "rank": rank}
+    def most_kept(self, rank: str, budget: float) -> list[dict[str, Any]]:
+        """Arguments of `prune`: the most image tokens within a budget, for the deepest cuts that leave an eighth.
+
+        If none does, those after layer 1 that are left.
+        """
+        found = []
+        for layer in CUTS:
+            for kept in range(self.prompt[0], 0, -1):
+                pruning = {"layer": layer, "keep": kept / self.prompt[0], "rank": rank}
                 if prune(self.model, **pruning).prefill_flops(*self.prompt) <= budget * self.vanilla:
-                    return pruning
-        return None
+                    found.append(pruning)
+                    break
+        return [one for one in found if one["keep"] >= 1 / 8][:TRIED_CUTS] or found[-1:]
 
     def provisional_plan(self, budget: float) -> Fields | None:
         """A plan until one is found: the deepest split after which the text reads every layer up to `LAST_READ`.
@@ -245,14 +250,18 @@ class Grid:
                 for routing in ("late_fusion", "kv_substitution", "text_only")
             )
             seeds = SEEDS if budget in SEEDED_BUDGETS else SEEDS[:1]
-            prunings = {name: self.costs.most_kept(rank, budget) for name, rank in RANKS.items()}
+            prunings = {
+                f"{budget:.2f} {name}, after {found['layer']}": found
+                for name, rank in RANKS.items()
+                for found in self.costs.most_kept(rank, budget)
+            }
             rows += [
                 Row(f"{budget:.2f} plan", self.trained(plan, seeds) if plan else []),
                 Row(f"{budget:.2f} plan, untrained", [untrained(plan)] if plan else []),
                 Row(f"{budget:.2f} late_fusion", self.trained(late_fusion) if late_fusion else []),
                 Row(f"{budget:.2f} kv_substitution", self.trained(kv) if kv else []),
                 Row(f"{budget:.2f} vtw", [untrained(vtw)] if vtw else []),
-                *(Row(f"{budget:.2f} {name}", [pruned(found)] if found else []) for name, found in prunings.items()),
+                *(Row(name, [pruned(found)]) for name, found in prunings.items()),
             ]
         return rows
 

@@ -22,6 +22,7 @@ the work, each with its own cells. `--cells` takes names of tables and cells, wi
 import argparse
 import fcntl
 import gzip
+import hashlib
 import json
 import shutil
 import statistics
@@ -38,11 +39,12 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
+from transformers.utils import cached_file
 
 from baselines import prune
 from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration
 
-from .cells import BUDGETS, Cell, Costs, Fields, Grid, Row, unique_cells
+from .cells import BUDGETS, DEFAULTS, Cell, Costs, Fields, Grid, Row, unique_cells
 from .data import to_messages
 from .evaluate import Reply, ask, make_items, score
 from .processor import load_processor
@@ -50,6 +52,7 @@ from .record import run_record, without_folders
 from .tasks import Item
 
 ROOT = Path(__file__).parent.parent
+PLANS = Path("results/saturation")
 LAST_LOSSES = 3  # logged losses, of ten steps each, whose mean is a run's final loss
 
 
@@ -71,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the questions; the cells have seeds of their own")
     parser.add_argument("--batch_size", type=int, default=64, help="questions answered at once")
     parser.add_argument(
-        "--plans", type=Path, default=Path("results/saturation"), help="where probe_saturation.py --find_plan wrote"
+        "--plans", type=Path, help=f"where probe_saturation.py --find_plan wrote; default: {PLANS}, if it has plans"
     )
     parser.add_argument("--cells", nargs="+", default=["*"], help="names of tables or cells, with * for anything")
     parser.add_argument("--keep", action="store_true", help="keep what was trained")
@@ -95,10 +98,21 @@ def make_questions(processor: ProcessorMixin, limit: int, seed: int) -> Question
 
 def make_grid(args: argparse.Namespace, questions: Questions) -> tuple[dict[str, list[Row]], list[float]]:
     """The tables, and the budgets whose plans were found."""
+    config = DpvrLlavaConfig.from_pretrained(args.model_name_or_path)
+    if others := {name: value for name, usual in DEFAULTS.items() if (value := getattr(config, name)) != usual}:
+        raise ValueError(
+            f"Expected a repository with the plan fields {DEFAULTS}, which cells leave out; got {others}. Remedy: set "
+            "them in its config.json: the cells bring plans of their own."
+        )
     with torch.device("meta"):
-        model = DpvrLlavaForConditionalGeneration(DpvrLlavaConfig.from_pretrained(args.model_name_or_path))
+        model = DpvrLlavaForConditionalGeneration(config)
     costs = Costs(model, questions.image_tokens, questions.text_tokens)
-    plans = read_plans(args.plans, costs)
+    if args.plans and not (args.plans / "plans.json").exists():
+        raise ValueError(
+            f"Expected plans.json in {args.plans}; got a folder without it. Remedy: python probe_saturation.py "
+            f"--find_plan 0.7 0.55 0.45 --output_dir {args.plans}, or leave --plans out."
+        )
+    plans = read_plans(args.plans or PLANS, costs)
     return Grid(costs, args.num_rows, plans).tables(), sorted(plans)
 
 
@@ -234,6 +248,12 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": without_folders(args.model_name_or_path), "limit": args.limit, "seed": args.seed}
 
 
+def training_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the trained cells of a grid share beside them: how many pictures, and the weights that they start from."""
+    weights = Path(cached_file(args.model_name_or_path, "model.safetensors")).read_bytes()
+    return {"num_rows": args.num_rows, "weights": hashlib.sha256(weights).hexdigest()[:16]}
+
+
 def is_finished(cell: Cell, args: argparse.Namespace) -> bool:
     path = cell_file(args.output_dir, cell)
     if not path.exists():
@@ -255,13 +275,13 @@ def write(path: Path, content: bytes) -> None:
 
 
 def refuse_other_settings(args: argparse.Namespace) -> None:
-    """Raise ValueError rather than write over results that other questions gave."""
+    """Raise ValueError rather than write over results of other questions, other training or another base."""
     path = args.output_dir / "grid.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.exists() else settings(args)
-    if found != settings(args):
-        raise ValueError(
-            f"Expected the settings of {path}, {found}; got {settings(args)}. Remedy: another --output_dir."
-        )
+    ours = {"settings": settings(args), "training": training_settings(args)}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
+    for name, own in ours.items():
+        if found.get(name, own) != own:
+            raise ValueError(f"Expected the {name} of {path}, {found[name]}; got {own}. Remedy: another --output_dir.")
 
 
 def describe(
@@ -271,6 +291,7 @@ def describe(
     cells = unique_cells([row for rows in tables.values() for row in rows])
     document = {
         "settings": settings(args),
+        "training": training_settings(args),
         "prompt": {"image_tokens": questions.image_tokens, "text_tokens": questions.text_tokens},
         "found_plans": found_plans,
         "tables": {

@@ -82,7 +82,7 @@ def _point(axis: Any, x: float, row: Measured, vanilla: Measured) -> None:
     axis.errorbar(
         x,
         100 * row.mean,
-        yerr=100 * (estimate - low),
+        yerr=100 * (estimate - low) if row is not vanilla else None,
         fmt=MARKERS[name],
         color=COLOURS[name],
         markerfacecolor=COLOURS[name] if is_filled else "white",

@@ -11,7 +11,6 @@ Replies are compared as they are: anything but the expected word is wrong.
 from collections import defaultdict
 from collections.abc import Sequence
 from math import sqrt
-from statistics import variance
 from typing import Any
 
 from .tasks import TASKS, Item
@@ -19,6 +18,7 @@ from .tasks import TASKS, Item
 Units = dict[str, list[float]]  # {task: the score of every item}
 
 SIX_BENCH = ("existence", "choice_en", "choice_cn", "science", "scene", "multi_image")
+CHOICES = ("choice_en", "choice_cn")  # the same questions in two languages
 Z = 1.96
 
 
@@ -143,7 +143,7 @@ def mean_interval(details: dict[str, dict[str, Any]]) -> tuple[float, float]:
 
     def half_width(bound: str) -> float:
         deviations = {task: abs(detail[bound] - detail["score"]) for task, detail in details.items()}
-        choices = sum(deviations.pop(task, 0.0) for task in ("choice_en", "choice_cn"))
+        choices = sum(deviations.pop(task, 0.0) for task in CHOICES)
         return sqrt(choices**2 + sum(deviation**2 for deviation in deviations.values())) / len(details)
 
     mean = _mean([detail["score"] for detail in details.values()])
@@ -158,17 +158,23 @@ def paired_difference(first: Units, second: Units, tasks: Sequence[str] = TASKS)
         first, second: {task: the score of every item}, in the same order.
         tasks: which tasks to average.
 
-    The variance is that of the items' differences and of two more, +1 and -1, in every task: else models that happen
-    to agree on all that they were asked would be the same for certain (Agresti and Min, 2005). The two choice tasks
-    ask the same questions, item by item, so their differences are added before; the other tasks are independent.
+    Of every task, two more items are counted as if each model had won half of one and tied in the rest: else models
+    that happen to agree on all that they were asked would be the same for certain ("Wald+2", Agresti and Min 2005;
+    its interval is around a difference that is a little nearer to 0 than the one observed). The two choice tasks ask
+    the same questions, item by item, so their differences are added before; the other tasks are independent.
     """
     differences = {task: [a - b for a, b in zip(first[task], second[task], strict=True)] for task in tasks}
     estimate = _mean([_mean(values) for values in differences.values()])
-    if {"choice_en", "choice_cn"} <= differences.keys():
-        english, chinese = differences.pop("choice_en"), differences.pop("choice_cn")
-        differences["choices"] = [a + b for a, b in zip(english, chinese, strict=True)]
-    half = Z * sqrt(sum(variance([*values, 1, -1]) / len(values) for values in differences.values())) / len(tasks)
-    return estimate, estimate - half, estimate + half
+    groups = [(values, 1) for task, values in differences.items() if task not in CHOICES]
+    if choices := [differences[task] for task in CHOICES if task in differences]:
+        groups.append(([sum(both) for both in zip(*choices, strict=True)], len(choices)))
+    centre = squares = 0.0
+    for values, most in groups:
+        n, total = len(values) + 2, sum(values)
+        centre += total / n
+        squares += (sum(value * value for value in values) + most * most - total * total / n) / n**2
+    half = Z * sqrt(squares) / len(tasks)
+    return estimate, centre / len(tasks) - half, centre / len(tasks) + half
 
 
 def _mean(values: list[float]) -> float:

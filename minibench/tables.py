@@ -17,6 +17,7 @@ A model that was not measured yet reads "not measured"; so does every comparison
 from pathlib import Path
 from typing import Any
 
+from .cells import Cell
 from .findings import NOT_MEASURED, Comparison, Finding, findings
 from .pareto import draw
 from .record import publish, run_record
@@ -60,7 +61,9 @@ def as_json(row: Measured, vanilla: Measured | None) -> dict[str, Any]:
         "trainable_parameters": row.trainable_parameters,
         "prefill_flops_ratio": row.flops,
         "final_loss": row.final_loss,
-        "minus_vanilla": dict(zip(("estimate", "low", "high"), row.minus(vanilla), strict=True)) if vanilla else None,
+        "minus_vanilla": dict(zip(("estimate", "low", "high"), row.minus(vanilla), strict=True))
+        if vanilla and row.name != "vanilla"
+        else None,
         "cells": [cell["name"] for cell in row.cells],
     }
 
@@ -125,15 +128,19 @@ def render_run(results: Results) -> str:
         f"{results.prompt['image_tokens']} image and {results.prompt['text_tokens']} text tokens, as a share of "
         "vanilla's.",
     ]
-    recipes = {
-        (cell["cell"]["training"]["num_rows"], cell["cell"]["split"]) for cell in cells if cell["cell"]["training"]
-    }
-    for num_rows, split in sorted(recipes, reverse=True):
-        lines.append(f"Models measured on {split} questions were trained on {num_rows} pictures.")
+    trained = [(cell["cell"]["training"]["num_rows"], Cell(**cell["cell"])) for cell in cells if cell["training"]]
+    usual = {num_rows for num_rows, cell in trained if cell.split == "test" and cell.length == 1}
+    lines.append(f"What is trained saw {_listed(usual)} pictures.")
+    if others := {num_rows for num_rows, _ in trained} - usual:
+        lines.append(f"In the tables of training length and learning rates some saw {_listed(others)}.")
     machines = {(cell["hardware"], cell["versions"]["torch"], cell["versions"]["transformers"]) for cell in cells}
     lines += [f"{machine}: torch {torch}, transformers {version}." for machine, torch, version in sorted(machines)]
     commands = dict.fromkeys(cell["command"] for cell in cells)
     return "\n".join([*lines, "", "Made by", "", *(f"- `{command}`" for command in commands)]) + "\n"
+
+
+def _listed(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
 
 
 def render_plans(results: Results) -> str:
@@ -143,8 +150,8 @@ def render_plans(results: Results) -> str:
         if row.name.endswith(" plan") and row.planned:
             fields, budget = results.definitions[row.planned[0]]["fields"], row.name.split()[0]
             source = "probe_saturation.py --find_plan" if float(budget) in results.found_plans else "provisional"
-            layers = " ".join(map(str, fields["fusion_layers"]))
-            rows.append([budget, str(fields["split_layer"]), layers, source])
+            split, layers = fields["split_layer"], fields["fusion_layers"]
+            rows.append([budget, str(split), " ".join(map(str, layers)), source])
     return "\n".join(markdown(["budget", "split", "layers that read the image", "plan"], rows)) + "\n"
 
 

@@ -75,15 +75,39 @@ def test_what_stands_at_a_budget_fits_it_and_the_next_larger_does_not(costs, tab
                 assert costs.ratio(deeper) > budget, row.name
     for budget in BUDGETS:
         found = costs.most_kept("random", budget)
-        if found and found["layer"] == 2:
-            assert found["keep"] == max(kept / 64 for kept in range(9, 65) if pruned_ratio(costs, kept / 64) <= budget)
+        assert len(found) == 2 or [one["layer"] for one in found] in ([], [1])
+        for one in found:
+            fits = [kept / 64 for kept in range(1, 65) if pruned_ratio(costs, one["layer"], kept) <= budget]
+            assert one["keep"] == max(fits)
+    assert [[one["layer"] for one in costs.most_kept("random", budget)] for budget in (0.7, 0.45)] == [[3, 2], [2, 1]]
 
 
-def pruned_ratio(costs: Costs, keep: float) -> float:
-    """By counting layers: 2 with all tokens, 9 and the last one's single query with what is kept."""
-    layer, kept = costs.model._layer_flops, round(keep * 64)
-    flops = 2 * layer(89, 89) + 9 * layer(25 + kept, 25 + kept) + layer(1, 25 + kept)
+def pruned_ratio(costs: Costs, cut: int, kept: int) -> float:
+    """By counting layers: some with all tokens, the others and the last one's single query with what is kept."""
+    layer = costs.model._layer_flops
+    flops = cut * layer(89, 89) + (11 - cut) * layer(25 + kept, 25 + kept) + layer(1, 25 + kept)
     return (flops + 2 * 192 * 768) / costs.vanilla
+
+
+def test_what_would_mix_two_grids_is_refused_before_anything_is_measured(random_twelve, tmp_path):
+    options = ["--model_name_or_path", random_twelve, "--limit", "4", "--cells", "vanilla", "--output_dir"]
+    small = [*options, str(tmp_path / "results"), "--num_rows", "4", "--work_dir", str(tmp_path / "work")]
+    assert grid.main(grid.parse_args(small))["measured"] == ["vanilla"]
+    before = (tmp_path / "results" / "grid.json").read_bytes()
+    with pytest.raises(ValueError, match="Expected the training of .*'num_rows': 4, .* got .*'num_rows': 5"):
+        grid.main(grid.parse_args([*small, "--num_rows", "5"]))
+    with pytest.raises(ValueError, match=r"Expected the settings of .* got .*'seed': 1"):
+        grid.main(grid.parse_args([*small, "--seed", "1"]))
+    with pytest.raises(ValueError, match=r"Expected plans.json in .*Remedy: python probe_saturation.py --find_plan"):
+        grid.main(grid.parse_args([*small, "--plans", str(tmp_path)]))
+    assert (tmp_path / "results" / "grid.json").read_bytes() == before
+    own_plan = tmp_path / "own_plan"
+    own_plan.mkdir()
+    config = json.loads((Path(random_twelve) / "config.json").read_text()) | {"fusion_layers": [8, 9, 10]}
+    (own_plan / "config.json").write_text(json.dumps(config))
+    args = grid.parse_args(["--model_name_or_path", str(own_plan)])
+    with pytest.raises(ValueError, match=r"Expected a repository with the plan fields .*\[8, 9, 10\]"):
+        grid.make_grid(args, grid.Questions({}, 64, 25))
 
 
 def test_plans_replace_the_provisional_ones(costs, tmp_path):

@@ -179,15 +179,24 @@ def test_the_choice_tasks_count_as_one_since_they_share_their_pictures():
     assert high == pytest.approx(0.5 + sqrt(0.1**2 + (0.1 + 0.1) ** 2) / 3)
 
 
-def test_a_paired_interval_is_the_one_by_hand():
-    """Differences 1, 0, 0, 0 and 0, 0, -1, -1: with 1 and -1 beside them the variances are 17/30 and 2/3."""
+def test_a_paired_interval_is_the_published_one():
+    """40 of 160 right in the first alone, 20 in the second alone: 0.0309 to 0.2160 (diffpropci.mp of R's PropCIs)."""
+    first, second = [1.0] * 40 + [0.0] * 120, [0.0] * 40 + [1.0] * 20 + [0.0] * 100
+    estimate, low, high = paired_difference({"scene": first}, {"scene": second}, ("scene",))
+    assert estimate == 20 / 160 and (round(low, 4), round(high, 4)) == (0.0309, 0.2160)
+
+
+def test_a_paired_interval_over_tasks_is_the_one_by_hand():
+    """Differences 1, 0, 0, 0 and 0, 0, -1, -1: sums of squares 1 + 1 and 2 + 1 over six items with the two more."""
     first = {"scene": [1.0, 1.0, 0.0, 1.0], "science": [0.0, 1.0, 0.0, 0.0]}
     second = {"scene": [0.0, 1.0, 0.0, 1.0], "science": [0.0, 1.0, 1.0, 1.0]}
     estimate, low, high = paired_difference(first, second, ("scene", "science"))
-    half = 1.96 * sqrt((17 / 30) / 4 + (2 / 3) / 4) / 2
-    assert (estimate, low, high) == pytest.approx((-0.125, -0.125 - half, -0.125 + half))
-    equal = 1.96 * sqrt((2 / 5) / 4)  # four questions do not make two models the same
+    half, centre = 1.96 * sqrt((2 - 1 / 6) / 36 + (3 - 4 / 6) / 36) / 2, (1 / 6 - 2 / 6) / 2
+    assert (estimate, low, high) == pytest.approx((-0.125, centre - half, centre + half))
+    equal = 1.96 / 6  # four questions do not make two models the same
     assert paired_difference(first, first, ("scene",)) == pytest.approx((0, -equal, equal))
+    choices = {"choice_en": [1.0, 0.0], "choice_cn": [1.0, 0.0]}
+    assert paired_difference(choices, choices, tuple(choices)) == pytest.approx((0, -1.96 / 4, 1.96 / 4))
 
 
 def test_a_paired_interval_covers_and_knows_that_the_choice_tasks_go_together():

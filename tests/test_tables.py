@@ -48,7 +48,8 @@ def make_cell(name: str, wrong: dict[str, list[int]], routing: str = "late_fusio
     }
 
 
-VARIANCE = {"multi_image": 2.875 / 5, "scene": (2.25 - 0.5**2 / 6) / 5, "equal": 2 / 5}  # of late fusion - vanilla
+# of late fusion - vanilla: four items and two more; of the equal tasks four, and the two of choices as one
+VARIANCE = {"multi_image": (2.25 - 1.5**2 / 6) / 36, "scene": (1.25 - 0.5**2 / 6) / 36, "equal": (4 * 1 + 4) / 36}
 
 
 @pytest.fixture
@@ -90,9 +91,9 @@ def test_a_row_is_the_mean_over_its_seeds_and_its_interval_is_the_one_by_hand(fo
     assert late.tasks["multi_image"] == pytest.approx((0.5 + 0.75) / 2)
     assert late.mean == pytest.approx((0.5 + 0.75 + 0.75 + 1 + 6 * 2) / 16)
     assert late.std == pytest.approx(abs((0.5 + 0.75) - (0.75 + 1)) / 8 / sqrt(2))
-    estimate, low, high = late.minus(vanilla)  # per item: multi_image -1, -1/2, 0, 0; scene 0, 0, -1/2, 0; and 1, -1
-    half = 1.96 * sqrt((VARIANCE["multi_image"] + VARIANCE["scene"] + 5 * VARIANCE["equal"]) / 4) / 8
-    assert (estimate, low, high) == pytest.approx((-0.5 / 8, -0.5 / 8 - half, -0.5 / 8 + half))
+    estimate, low, high = late.minus(vanilla)  # per item: multi_image -1, -1/2, 0, 0; scene 0, 0, -1/2, 0
+    half, centre = 1.96 * sqrt(sum(VARIANCE.values())) / 8, (-1.5 / 6 - 0.5 / 6) / 8
+    assert (estimate, low, high) == pytest.approx((-0.5 / 8, centre - half, centre + half))
 
 
 def test_trained_rows_are_compared_by_the_seeds_that_both_have(folder):
@@ -135,6 +136,7 @@ def test_what_is_missing_reads_not_measured(folder):
     assert answers["late fusion - vanilla"] == "open"
     assert answers["split 8, 40 pictures - 10 pictures"] == "open"
     assert [row["name"] for row in tables.table2(results)] == ["vanilla", "late_fusion"]
+    assert tables.table2(results)[0]["minus_vanilla"] is None and tables.table2(results)[1]["minus_vanilla"]
     assert tables.table2(results)[1]["seeds"] == []  # those of trained cells
     assert all(tables.blocks(results)["docs/accuracy.md"].values())
 
@@ -145,12 +147,27 @@ def test_answers_follow_the_interval():
     assert within((0, 0, 0)) == "yes" and better((0, 0, 0)) == "no"
 
 
+def test_a_rival_is_the_best_of_its_kind_within_the_budget(folder):
+    grid = json.loads((folder / "grid.json").read_text())
+    rows = [("0.70 plan", "late1"), ("0.70 fastv, after 3", "late2"), ("0.70 fastv, after 2", "vanilla")]
+    grid["tables"]["frontier"] = [{"name": name, "cells": [cell]} for name, cell in rows]
+    (folder / "grid.json").write_text(json.dumps(grid))
+    labels = {one.label: one for finding in findings(Results(folder)) for one in finding.comparisons}
+    assert labels["plan - fastv, after 2"].interval[0] == pytest.approx(-3 / 4 / 8)
+    assert "plan - fastv, after 3" not in labels and labels["plan - kv_substitution"].answer == "not measured"
+
+
 def test_the_weak_spot_is_where_late_fusion_loses_more_than_elsewhere(folder):
     (finding,) = (f for f in findings(Results(folder)) if f.question.startswith("Is multi_image"))
     estimate, low, high = finding.comparisons[0].interval
     assert estimate == pytest.approx(-0.375 + 0.125 / 7)
-    half = 1.96 * sqrt((VARIANCE["multi_image"] + (VARIANCE["scene"] + 5 * VARIANCE["equal"]) / 49) / 4)
-    assert (low, high) == pytest.approx((estimate - half, estimate + half))
+    here, elsewhere = 1.96 * VARIANCE["multi_image"] ** 0.5, 1.96 * (VARIANCE["scene"] + VARIANCE["equal"]) ** 0.5 / 7
+    shift, other = -0.25 + 0.375, -0.5 / 6 / 7 + 0.125 / 7  # of the intervals' centres from the estimates
+    below, above = (
+        sqrt((here - shift) ** 2 + (elsewhere + other) ** 2),
+        sqrt((here + shift) ** 2 + (elsewhere - other) ** 2),
+    )
+    assert (low, high) == pytest.approx((estimate - below, estimate + above))
 
 
 def test_the_figure_is_drawn_and_not_without_vanilla(folder, tmp_path):
