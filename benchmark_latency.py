@@ -2,10 +2,10 @@
 
     one LLaVA of random weights  -->  vanilla | late fusion ... | FastV ...     all methods share its weights
                                           |
-    for each prompt size              rounds, methods interleaved: prefill into a fresh cache, then tokens one by one
-                                          |                         the vision tower is timed on the way
     one prefill in a process          peak memory over what Python and the libraries take (on a GPU: the allocator's)
     of its own                            |
+    for each prompt size              rounds, methods in turn, each round beginning with the next: prefill into a fresh
+                                          |     cache, then tokens one by one; the vision tower is timed on the way
     formulas                          FLOPs; held to torch.utils.flop_counter in the tests
                                           |
     medians, and ratios to vanilla    each ratio is of one round: what slows the machine slows both
@@ -167,7 +167,7 @@ class PhaseClock:
         if isinstance(model, DpvrLlavaForConditionalGeneration) and len(model.side_branch):
             beginnings.append((model.side_branch[0], "side_branch"))
         if split < len(layers):
-            beginnings.append((layers[split], "deep_stack"))
+            beginnings.append((layers[split].input_layernorm, "deep_stack"))
         beginnings.append((layers[-1].input_layernorm, "last_layer"))  # a context layer writes the image's keys first
         beginnings.append((self.llava.model.language_model.norm, "head"))
         handles = [module.register_forward_pre_hook(partial(self._begin, part)) for module, part in beginnings]
@@ -234,7 +234,7 @@ def peak_of_one_prefill(name: str, args: argparse.Namespace) -> int:
     prompt = make_prompt(llava, next(sizes(args)), args)
     with torch.inference_mode(), kernels_of(name, llava):
         model(**prompt, past_key_values=DynamicCache(), logits_to_keep=1)
-    return torch.cuda.max_memory_allocated() if args.device != "cpu" else resident_peak() - before
+    return torch.cuda.max_memory_allocated(args.device) if args.device != "cpu" else resident_peak() - before
 
 
 def peak_in_a_process_of_its_own(name: str, size: Size, args: argparse.Namespace) -> int | None:
@@ -246,11 +246,16 @@ def peak_in_a_process_of_its_own(name: str, size: Size, args: argparse.Namespace
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per prompt size, kind of cache and method."""
+    """A row per prompt size, kind of cache and method. Peaks come first, while this process holds no model."""
+    able = [] if args.skip_peaks else [name for name in args.methods if why_not(name, args) is None]
+    peaks = {size: {name: peak_in_a_process_of_its_own(name, size, args) for name in able} for size in sizes(args)}
     llava, split_layer = make_base(args)
     models = {name: make_method(name, llava, split_layer) for name in args.methods}
     return [
-        row for size in sizes(args) for kind in args.caches for row in measure_size(models, llava, size, kind, args)
+        row
+        for size in sizes(args)
+        for kind in args.caches
+        for row in measure_size(models, llava, size, kind, peaks[size], args)
     ]
 
 
@@ -259,21 +264,27 @@ def sizes(args: argparse.Namespace) -> Iterator[Size]:
 
 
 def measure_size(
-    models: dict[str, Method], llava: LlavaForConditionalGeneration, size: Size, kind: str, args: argparse.Namespace
+    models: dict[str, Method],
+    llava: LlavaForConditionalGeneration,
+    size: Size,
+    kind: str,
+    peaks: dict[str, int | None],
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """A row per method. Within a round every method runs once, vanilla first or last in turn."""
-    running = [name for name in models if why_not(name, args) is None]
-    peaks = {} if args.skip_peaks else {name: peak_in_a_process_of_its_own(name, size, args) for name in running}
+    """A row per method. Within a round every method runs once, and the next round begins with the next of them."""
+    notes = {name: why_not(name, args) or ("does not fit" if peaks.get(name, 0) is None else None) for name in models}
+    running = [name for name in models if notes[name] is None]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
     if running and args.rounds:
         clock, prompt = PhaseClock(llava, args), make_prompt(llava, size, args)
         for turn in tqdm(range(args.warmup + args.rounds), desc=str(size), unit="round"):
-            for name in running[:: 1 if turn % 2 else -1]:
+            first = turn % len(running)
+            for name in running[first:] + running[:first]:
                 with kernels_of(name, llava):
                     runs[name].append(run_once(models[name], prompt, kind, clock, args))
     rows = []
     for name, model in models.items():
-        row = {"method": name, "shape": args.shape, **size._asdict(), "cache": kind, "note": why_not(name, args)}
+        row = {"method": name, "shape": args.shape, **size._asdict(), "cache": kind, "note": notes[name]}
         row |= counted(models["vanilla"] if name == FLASH else model, size, models["vanilla"])
         if runs.get(name):
             row |= medians(runs[name][args.warmup :])
@@ -372,7 +383,7 @@ def ratios(
     found["peak_bytes"] = row["peak_bytes"] / base["peak_bytes"] if row["peak_bytes"] and base["peak_bytes"] else None
     for name in TIMES:
         found[name] = None
-        if runs:
+        if runs and base_runs:
             low, found[name], high = spread([a[name] / b[name] for a, b in zip(runs, base_runs, strict=True)])
             found[f"{name}_spread"] = [low, high]
     return found
@@ -413,6 +424,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", help="default: a GPU; else the CPU, and meta for sizes of 7B and more")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--threads", type=int, help="of a CPU; default: what torch takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--clock",
@@ -427,6 +439,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
+    least = {
+        "batch_sizes": 1,
+        "text_tokens": 1,
+        "num_images": 1,
+        "new_tokens": 1,
+        "rounds": 0,
+        "warmup": 0,
+        "threads": 1,
+    }
+    for name, bound in least.items():
+        given = vars(args)[name]
+        if any(value < bound for value in (given if isinstance(given, list) else [given]) if value is not None):
+            parser.error(f"Expected --{name} of at least {bound}; got {given}.")
     args.methods = ["vanilla", *(name for name in args.methods if name != "vanilla")]  # which the ratios are to
     if args.device is None:
         large = args.shape in SHAPES and SHAPES[args.shape].width >= 4096
@@ -437,7 +462,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 f"Expected --clock wall on a GPU, whose time a processor's clock does not count; got 'cpu' with "
                 f"--device {args.device}. Remedy: leave --clock out."
             )
-        torch.set_num_threads(1)  # the clock adds up what threads take
+        args.threads = 1  # the clock adds up what threads take
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 
@@ -446,6 +471,8 @@ def main(args: argparse.Namespace) -> None:
     if args.peak_of is not None:
         print(peak_of_one_prefill(args.peak_of, args))
         return
+    if args.threads:
+        torch.set_num_threads(args.threads)
     rows = measure(args)
     print_table(rows)
     names = ("shape", "caches", "new_tokens", "rounds", "warmup", "device", "dtype", "clock", "seed")

@@ -98,7 +98,7 @@ def peak_of_one_step(method: str, args: argparse.Namespace) -> int:
     model, optimizer = make_method(method, llava, shape.split_layer)
     step(model, optimizer, make_batch(shape, args))
     if args.device != "cpu":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(args.device)
     return resident_peak() - before
 
 

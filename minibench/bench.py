@@ -74,7 +74,7 @@ def make_llava(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> Llav
 
 def synchronize(device: str) -> None:
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def timed(work: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float]:
@@ -99,5 +99,8 @@ def peak_in_a_process_of_its_own(script: str, method: str, flags: list[str]) -> 
     if "OutOfMemoryError" in result.stderr:
         return None
     if result.returncode:
-        raise RuntimeError(f"Measuring the peak memory of {method} failed:\n{result.stderr}")
+        raise RuntimeError(
+            f"Measuring the peak memory of {method} failed with exit status {result.returncode} (-9: killed, as "
+            f"happens without enough memory):\n{result.stderr}"
+        )
     return int(result.stdout.split()[-1])

@@ -2,7 +2,6 @@
 
 results/latency/SHAPE.json             all methods at 576 + 128 tokens      Tables 1, 6 and 7; README
 results/latency/peaks/SHAPE.json       the same prompts, --rounds 0: peak memory alone
-results/latency/machine/SHAPE.json     what the machine reaches, for the roofline
 results/latency/text/SHAPE.json        text tokens from 64 to 1024          Table 8 and a figure
 results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
@@ -72,7 +71,7 @@ def render_latency(results: Path) -> str:
             f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
             _time(row, "decode_ms_per_token"),
             _bytes(row, "kv_bytes"),
-            _peak(row, results),
+            _peak(record, row, results),
         ]
         for row in record["rows"]
         if row["prefill_ms"] is not None
@@ -109,7 +108,7 @@ def render_table_6(results: Path) -> str:
             _time(row, "prefill_ms"),
             _time(row, "prefill_without_tower_ms"),
             f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
-            _peak(row, results),
+            _peak(record, row, results),
         ]
         for record in records
         for row in record["rows"]
@@ -150,7 +149,7 @@ def render_images(results: Path) -> str:
 
 
 def _sweep(results: Path, folder: str, field: str, heading: str) -> str:
-    """A row per shape and method, and in each cell the time of a prefill, its ratio and the FLOPs' ratio."""
+    """A row per shape and method, and in each cell the time of a prefill with its ratio and the FLOPs' ratio."""
     records = _records(results, folder)
     points = sorted({row[field] for record in records for row in record["rows"]})
     rows = []
@@ -163,9 +162,8 @@ def _sweep(results: Path, folder: str, field: str, heading: str) -> str:
 
 
 def _with_flops(row: Row) -> str:
-    ratio = row["ratio_to_vanilla"]
-    time = UNMEASURED if row["prefill_ms"] is None else f"{row['prefill_ms']:,.0f} ms, {ratio['prefill_ms']:.3f}"
-    return f"{time} (FLOPs {ratio['prefill_flops']:.4f})"
+    flops, name = f"FLOPs {row['ratio_to_vanilla']['prefill_flops']:.4f}", "prefill_ms"
+    return f"{UNMEASURED}; {flops}" if row[name] is None else f"{_time(row, name, digits=0)}; {flops}"
 
 
 def render_phases(results: Path) -> str:
@@ -182,7 +180,7 @@ def render_phases(results: Path) -> str:
         ]
         for row in rows
     ]
-    return _text(table(header, cells), "Milliseconds. " + _protocol(record))
+    return _text(table(header, cells), "Milliseconds. " + _protocol(record, has_ratios=False))
 
 
 PERFORMANCE: dict[str, Callable[[Path], str]] = {
@@ -200,16 +198,22 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def _time(row: Row, name: str) -> str:
+def _time(row: Row, name: str, digits: int = 1) -> str:
+    """Its ratio is left out where vanilla itself does not fit."""
     if row[name] is None:
         return UNMEASURED
-    low, high = row["ratio_to_vanilla"][f"{name}_spread"]
-    return f"{row[name]:,.1f} ms, {row['ratio_to_vanilla'][name]:.3f} ({low:.3f} to {high:.3f})"
+    time, ratio = f"{row[name]:,.{digits}f} ms", row["ratio_to_vanilla"]
+    if ratio[name] is None:
+        return time
+    low, high = ratio[f"{name}_spread"]
+    return f"{time}, {ratio[name]:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _bytes(row: Row, name: str) -> str:
     ratio = row["ratio_to_vanilla"][name]
-    return UNMEASURED if row[name] is None else f"{row[name] / 1e6:,.1f} MB, {ratio:.3f}"
+    if row[name] is None:
+        return row["note"] if row["note"] == "does not fit" else UNMEASURED
+    return f"{row[name] / 1e6:,.1f} MB" + ("" if ratio is None else f", {ratio:.3f}")
 
 
 def _records(results: Path, folder: str = "") -> list[Row]:
@@ -234,27 +238,29 @@ def _size(record: Row, row: Row | None = None) -> str:
     return ", ".join(parts)
 
 
-def _peak(row: Row, results: Path) -> str:
-    if row["peak_bytes"] is not None:
-        return _bytes(row, "peak_bytes")
+def _peak(record: Row, row: Row, results: Path) -> str:
+    """A row's own, or that of the same prompt on the same device in peaks/."""
     path = results / "latency" / "peaks" / f"{row['shape']}.json"
-    rows = _read(path)["rows"] if path.exists() else []
-    return next((_bytes(other, "peak_bytes") for other in rows if other["method"] == row["method"]), UNMEASURED)
+    if row["peak_bytes"] is None and path.exists():
+        peaks, same = _read(path), ("method", "batch_size", "text_tokens", "num_images")
+        if peaks["device"] == record["device"]:
+            row = next((other for other in peaks["rows"] if all(other[name] == row[name] for name in same)), row)
+    return _bytes(row, "peak_bytes")
 
 
-def _protocol(record: Row) -> str:
+def _protocol(record: Row, has_ratios: bool = True) -> str:
     """How one file was measured."""
     first = record["rows"][0]
     if first["peak_bytes"] is not None and first["prefill_ms"] is None:
         return f"{first['shape']}, peak memory: {record['dtype']}. {_machine(record)}"
     if first["prefill_ms"] is None:
         return f"{first['shape']}: counted on the meta device, {record['dtype']}; {_machine(record)}"
+    ratios = "; ratios are taken within a round, in brackets their 10th and 90th percentiles"
     return (
         f"{first['shape']}: {record['dtype']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, "
         f"{ {'wall': 'wall', 'cpu': 'processor'}[record['clock']] } time, medians of "
         f"{record['rounds']} interleaved rounds after {record['warmup']} to warm up, {record['new_tokens']} tokens "
-        "decoded in each; ratios are taken within a round, in brackets their 10th and 90th percentiles. "
-        f"{_machine(record)}"
+        f"decoded in each{ratios * has_ratios}. {_machine(record)}"
     )
 
 
@@ -338,7 +344,7 @@ def _plot_kv(figure: Any, results: Path) -> None:
 def _plot_roofline(figure: Any, results: Path) -> None:
     """FLOPs a second that each method reached, under what the machine reaches in large products."""
     record = _read(results / "latency" / "512x32.json")
-    axis, speed = figure.subplots(), _read(results / "latency" / "machine" / "512x32.json")["machine_speed"]
+    axis, speed = figure.subplots(), record["machine_speed"]
     roof = [0.1, speed["flops_per_second"] / speed["bytes_per_second"], 3000]
     axis.plot(roof, [min(speed["flops_per_second"], x * speed["bytes_per_second"]) / 1e9 for x in roof], color="0.5")
     for row in record["rows"]:

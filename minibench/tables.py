@@ -19,6 +19,7 @@ from typing import Any
 
 from .cells import Cell
 from .findings import NOT_MEASURED, Comparison, Finding, findings
+from .latency_report import table as markdown
 from .pareto import draw
 from .record import publish, run_record
 from .report import fill
@@ -165,10 +166,6 @@ def render_summary(results: Results) -> str:
             "",
         ]
     )
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def blocks(results: Results) -> dict[str, dict[str, str]]:

@@ -155,11 +155,11 @@ def test_the_process_for_the_peak_is_given_the_same_work(monkeypatch):
 def test_the_paths_for_a_gpu_synchronise_and_ask_its_allocator(capsys, monkeypatch):
     """On a device that is a CPU by another name."""
     calls = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 11)
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {"cpu:0": 11}.get)
     options = [*SMALL, "--device", "cpu:0", "--dtype", "float32", "--rounds", "1", "--methods", "late_fusion"]
     document_of(capsys, *options, "--skip_peaks")
-    assert len(calls) > 2 * 2 * (2 + len(PARTS))
+    assert len(calls) > 2 * 2 * (2 + len(PARTS)) and set(calls) == {"cpu:0"}
     assert document_of(capsys, *options, "--peak_of", "late_fusion") == 11
 
 
@@ -205,3 +205,50 @@ def test_in_the_tables_a_gpus_times_take_the_place_of_what_was_counted(capsys, t
     assert [(row[0], row[1] == "vanilla LLaVA") for row in cells] == [(s, v) for s in sizes for v in (True, False)]
     assert all(row[2].split()[1] == "ms," and row[-1] == "7.0 MB, 1.000" for row in cells[:4])
     assert all(row[2] == row[-1] == "not measured" for row in cells[4:])
+
+
+def test_peak_memory_stands_beside_the_same_prompt_on_the_same_device_alone(capsys, tmp_path):
+    options = [*SMALL, "--methods", "fastv", "--skip_peaks"]
+    document = document_of(capsys, *options, "--batch_sizes", "1", "2")
+    peaks = document_of(capsys, *options, "--rounds", "0")
+    for row in peaks["rows"]:
+        row["peak_bytes"], row["ratio_to_vanilla"]["peak_bytes"] = 7e6, 1.0
+    (tmp_path / "latency" / "peaks").mkdir(parents=True)
+    (tmp_path / "latency" / "64x4.json").write_text(json.dumps(document))
+    for device, expected in (("cpu", ["7.0 MB, 1.000"] * 2 + ["not measured"] * 2), ("cuda", ["not measured"] * 4)):
+        (tmp_path / "latency" / "peaks" / "64x4.json").write_text(json.dumps(peaks | {"device": device}))
+        lines = [line for line in render_table_6(tmp_path).splitlines() if line.startswith("| 64x4 |")]
+        lines += [line for line in render_table_6(tmp_path).splitlines() if line.startswith("| 64x4, batch 2 |")]
+        assert [line.split(" | ")[-1].removesuffix(" |") for line in lines] == expected
+
+
+def test_what_does_not_fit_is_not_timed_and_the_others_have_no_ratio_to_it(capsys, monkeypatch, tmp_path):
+    peaks = {"vanilla": None, "fastv": 7_000_000}
+    monkeypatch.setattr(benchmark_latency, "peak_in_a_process_of_its_own", lambda name, size, args: peaks[name])
+    vanilla, fastv = document_of(capsys, *SMALL, "--methods", "fastv", "--output_dir", str(tmp_path / "latency"))[
+        "rows"
+    ]
+    assert (vanilla["note"], vanilla["prefill_ms"]) == ("does not fit", None) and fastv["prefill_ms"] > 0
+    assert fastv["ratio_to_vanilla"]["prefill_ms"] is None and fastv["ratio_to_vanilla"]["peak_bytes"] is None
+    first, second = [line for line in render_table_6(tmp_path).splitlines() if line.startswith("| 64x4 |")]
+    assert first.endswith("| does not fit |") and second.endswith(" ms | 0.759 | 7.0 MB |")
+
+
+@pytest.mark.parametrize("flags", ["--num_images 0", "--new_tokens 0", "--rounds -1", "--batch_sizes 1 0"])
+def test_numbers_that_make_no_run_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags.split())
+    assert "of at least" in capsys.readouterr().err
+
+
+def test_every_method_begins_a_round_in_turn(capsys, monkeypatch):
+    order, run_once = [], benchmark_latency.run_once
+
+    def run(model, *args):
+        order.append(plan_of(model).split_layer)
+        return run_once(model, *args)
+
+    monkeypatch.setattr(benchmark_latency, "run_once", run)
+    methods = ["--methods", "late_fusion", "fastv", "--rounds", "3", "--skip_peaks"]
+    document_of(capsys, *SMALL, *methods)
+    assert order == [4, 2, 3, 2, 3, 4, 3, 4, 2]
