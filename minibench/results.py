@@ -105,6 +105,8 @@ class Results:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / "grid.json").exists():
+            raise ValueError(f"Expected grid.json in {folder}; got none. Remedy: python -m minibench.grid")
         grid = _read(folder / "grid.json")
         self.settings, self.prompt, self.found_plans = grid["settings"], grid["prompt"], grid["found_plans"]
         self.definitions: dict[str, dict[str, Any]] = grid["cells"]
