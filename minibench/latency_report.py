@@ -167,20 +167,28 @@ def _with_flops(row: Row) -> str:
 
 
 def render_phases(results: Path) -> str:
-    """Where the time of a prefill goes, part by part, beside its FLOPs."""
+    """Where the time of a prefill goes, part by part; a layer of the shared stack, and arithmetic a second."""
     record = _read(results / "latency" / "512x32.json")
     rows = [row for row in record["rows"] if row["prefill_ms"] is not None]
     parts = list(rows[0]["phases_ms"])
-    header = ["", *(part.replace("_", " ") for part in parts), "sum"]
+    header = ["", *(part.replace("_", " ") for part in parts), "sum", "a shared layer", "GFLOP/s"]
     cells = [
         [
             NAMES[row["method"]],
             *(f"{row['phases_ms'][part]:.1f}" for part in parts),
             f"{sum(row['phases_ms'].values()):.1f}",
+            f"{row['phases_ms']['shared_stack'] / _shared_layers(row):.1f}",
+            f"{row['prefill_flops'] / row['prefill_without_tower_ms'] / 1e6:.1f}",
         ]
         for row in rows
     ]
     return _text(table(header, cells), "Milliseconds. " + _protocol(record, has_ratios=False))
+
+
+def _shared_layers(row: Row) -> int:
+    """Layers before the split; without one, all but the last, which is a part of its own."""
+    shared, deep = row["plan"].split("|")
+    return len(shared) if deep else len(shared) - 1
 
 
 PERFORMANCE: dict[str, Callable[[Path], str]] = {
