@@ -121,7 +121,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     saved = {method: saved_activation_bytes(trained[method][0], batch) for method in fitting}
     seconds: dict[str, list[float]] = {method: [] for method in fitting}
     for turn in tqdm(range(args.warmup + args.steps), desc="Steps", unit="round"):
-        for method in fitting:
+        first = turn % len(fitting)
+        for method in fitting[first:] + fitting[:first]:  # whoever follows another is slowed by what that left behind
             synchronize(args.device)
             start = time.perf_counter()
             step(*trained[method], batch)
