@@ -250,19 +250,17 @@ class Grid:
                 for routing in ("late_fusion", "kv_substitution", "text_only")
             )
             seeds = SEEDS if budget in SEEDED_BUDGETS else SEEDS[:1]
-            prunings = {
-                f"{budget:.2f} {name}, after {found['layer']}": found
-                for name, rank in RANKS.items()
-                for found in self.costs.most_kept(rank, budget)
-            }
             rows += [
                 Row(f"{budget:.2f} plan", self.trained(plan, seeds) if plan else []),
                 Row(f"{budget:.2f} plan, untrained", [untrained(plan)] if plan else []),
                 Row(f"{budget:.2f} late_fusion", self.trained(late_fusion) if late_fusion else []),
                 Row(f"{budget:.2f} kv_substitution", self.trained(kv) if kv else []),
                 Row(f"{budget:.2f} vtw", [untrained(vtw)] if vtw else []),
-                *(Row(name, [pruned(found)]) for name, found in prunings.items()),
             ]
+            for name, rank in RANKS.items():
+                found = self.costs.most_kept(rank, budget)
+                rows += [Row(f"{budget:.2f} {name}, after {one['layer']}", [pruned(one)]) for one in found]
+                rows += [] if found else [Row(f"{budget:.2f} {name}", [])]
         return rows
 
     def training_length(self) -> list[Row]:

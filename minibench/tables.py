@@ -131,7 +131,8 @@ def render_run(results: Results) -> str:
     ]
     trained = [(cell["cell"]["training"]["num_rows"], Cell(**cell["cell"])) for cell in cells if cell["training"]]
     usual = {num_rows for num_rows, cell in trained if cell.split == "test" and cell.length == 1}
-    lines.append(f"What is trained saw {_listed(usual)} pictures.")
+    if usual:
+        lines.append(f"What is trained saw {_listed(usual)} pictures.")
     if others := {num_rows for num_rows, _ in trained} - usual:
         lines.append(f"In the tables of training length and learning rates some saw {_listed(others)}.")
     machines = {(cell["hardware"], cell["versions"]["torch"], cell["versions"]["transformers"]) for cell in cells}

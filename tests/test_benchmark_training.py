@@ -8,6 +8,7 @@ import torch
 import benchmark_training
 from benchmark_training import METHODS
 from cache_dpvr import LINE_4
+from minibench import bench
 
 pytestmark = pytest.mark.skipif(LINE_4, reason="training is for transformers 5.18 and newer")
 SMALL = ["--shape", "64x4", "--steps", "1", "--warmup", "0", "--batch_size", "1", "--text_tokens", "16"]
@@ -64,6 +65,5 @@ def test_a_method_that_does_not_fit_is_said_not_to_fit(capsys, monkeypatch):
 
 
 def test_a_measurement_that_fails_says_why():
-    args = benchmark_training.parse_args([*SMALL, "--device", "nowhere"])
-    with pytest.raises(RuntimeError, match="peak memory of late_fusion failed"):
-        benchmark_training.measure(args)
+    with pytest.raises(RuntimeError, match=r"peak memory of late_fusion failed with exit status 2 .*\n.*nowhere.py"):
+        bench.peak_in_a_process_of_its_own("nowhere.py", "late_fusion", SMALL)

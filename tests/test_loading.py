@@ -37,16 +37,17 @@ AUTO_CLASSES.append(
 LOAD_AND_COMPARE = """
 import sys, torch, transformers
 torch.set_num_threads(1)  # as in the parent process, so that the sums are the same to the bit
-repository, inputs, *auto_classes = sys.argv[1:]
+repositories, inputs, *auto_classes = sys.argv[1:]
 expected = torch.load(inputs)
-for auto_class in auto_classes:
-    model = getattr(transformers, auto_class).from_pretrained(repository, trust_remote_code=True).eval()
-    with torch.no_grad():
-        logits = model(input_ids=expected["input_ids"], pixel_values=expected["pixel_values"]).logits
-    assert type(model).__name__ == "DpvrLlavaForConditionalGeneration", type(model)
-    assert model.config.routing == "late_fusion" and model.config.split_layer == 3
-    assert torch.equal(logits, expected["logits"]), auto_class
-model.save_pretrained(repository + "-saved-again")
+for repository in repositories.split(":"):
+    for auto_class in auto_classes:
+        model = getattr(transformers, auto_class).from_pretrained(repository, trust_remote_code=True).eval()
+        with torch.no_grad():
+            logits = model(input_ids=expected["input_ids"], pixel_values=expected["pixel_values"]).logits
+        assert type(model).__name__ == "DpvrLlavaForConditionalGeneration", type(model)
+        assert model.config.routing == "late_fusion" and model.config.split_layer == 3
+        assert torch.equal(logits, expected["logits"]), auto_class
+    model.save_pretrained(repository + "-saved-again")
 """
 
 
@@ -86,12 +87,12 @@ def load_and_compare(folder, *arguments: str) -> None:
     assert "MISSING" not in result.stderr and "newly initialized" not in result.stderr
 
 
-@pytest.mark.parametrize("kind", ["whole", "side"])
-def test_auto_classes_load_a_repository_in_a_fresh_process_from_another_folder(repositories, tmp_path, kind):
-    repository = copy(repositories / kind, tmp_path / kind)
+def test_auto_classes_load_repositories_in_a_fresh_process_from_another_folder(repositories, tmp_path):
+    """Of both kinds: all weights, and the side branch alone; then what was loaded and saved again."""
+    copies = [str(copy(repositories / kind, tmp_path / kind)) for kind in ("whole", "side")]
     arguments = [str(repositories / "expected.pt"), *AUTO_CLASSES]
-    load_and_compare(tmp_path, str(repository), *arguments)
-    load_and_compare(tmp_path, f"{repository}-saved-again", *arguments)
+    load_and_compare(tmp_path, ":".join(copies), *arguments)
+    load_and_compare(tmp_path, ":".join(f"{path}-saved-again" for path in copies), *arguments)
 
 
 def test_a_vanilla_checkpoint_loads_directly_and_gets_a_copy_of_the_split_layer(repositories):
