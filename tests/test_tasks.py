@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="nothing here depends on transformers: tested with 5 alone"
 )
 
-NUM_ITEMS = {0: 1000, 1: 2000}  # by seed
+NUM_ITEMS = {0: 1500, 1: 3000}  # by seed
 NUM_ROWS = 1500
 PAIRED, CIRCULAR = ("perception", "cognition"), ("choice_en", "choice_cn")
 WORDED = tuple(task for task in TASKS if task != "choice_cn")
