@@ -3,18 +3,16 @@
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from servers import free_port, running
 
 from answering import Answerer, load
 from app import build, launch, write_examples
@@ -38,25 +36,12 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def url(tmp_path_factory) -> Iterator[str]:
+    port = free_port()
     command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            assert server.poll() is None, server.stdout.read()
-            try:
-                httpx.get(address)
-                break
-            except httpx.ConnectError:
-                time.sleep(0.5)
+    with running(command, address, tmp_path_factory.mktemp("app") / "output.txt", ROOT):
         yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")

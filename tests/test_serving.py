@@ -2,23 +2,19 @@
 
 import base64
 import io
-import os
 import re
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import openai
 import pytest
 import torch
 import transformers
 from PIL import Image
+from servers import free_port, running
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from minibench.scenes import make_scene
@@ -83,34 +79,6 @@ def scene(index: int) -> Image.Image:
     return make_scene("test", 0, index).draw()
 
 
-def start(repository: str, cwd: Path, folder: Path, port: int, output: Path) -> subprocess.Popen:
-    """A server that computes on one thread, so that the sums are those of this process, and that finds no code of an
-    earlier run."""
-    program = str(Path(sys.executable).with_name("transformers"))
-    where = ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
-    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    with output.open("w") as file:
-        return subprocess.Popen(
-            [program, "serve", repository, "--trust-remote-code", *where],
-            cwd=cwd,
-            env={**os.environ, **own},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-        )
-
-
-def wait_for(address: str, process: subprocess.Popen, output: Path, patience: float = 180) -> None:
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(address, timeout=5).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.2)
-    pytest.fail(f"the server is not up (exit status {process.poll()}); it wrote:\n{output.read_text()[-3000:]}")
-
-
 @pytest.fixture(scope="module")
 def side(tmp_path_factory) -> Path:
     """A repository that holds a side branch for the root's model, unlike the root's own, and the processor."""
@@ -129,24 +97,17 @@ def side(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=["root", "side"])
 def served(request, side, tmp_path_factory) -> Iterator[Served]:
     """A server of the root, started there as docs/serving.md says, or of a side branch, started anywhere."""
-    folder = tmp_path_factory.mktemp("server")
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
     repository, cwd, name = (ROOT, ROOT, ".") if request.param == "root" else (side, folder, str(side))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = start(name, cwd, folder, port, output=folder / "output.txt")
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True).eval()
-        processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
-        wait_for(f"http://127.0.0.1:{port}/health", process, folder / "output.txt")
+    program = str(Path(sys.executable).with_name("transformers"))
+    where = ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    # One thread, so that the sums are those of this process, and no code of an earlier run.
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    model = AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+    command, health = [program, "serve", name, "--trust-remote-code", *where], f"http://127.0.0.1:{port}/health"
+    with running(command, health, folder / "output.txt", cwd, own):
         yield Served(f"http://127.0.0.1:{port}/v1", name, model, processor)
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture
