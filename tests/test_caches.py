@@ -12,6 +12,7 @@ import torch._dynamo
 from conftest import TOKENS_PER_IMAGE, make_llava
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from optimum.quanto.library.extensions import get_extension
 from reference import Prompts, examples, make_dpvr, naive_logits, plans, prompts, real_float64
 from test_generation import (
     RAGGED,
@@ -410,6 +411,17 @@ def test_a_quantizer_that_loses_nothing_changes_nothing(variant: dict, monkeypat
         assert quantized == len(model.model.language_model.layers)
 
 
+@pytest.fixture
+def unpacked_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quanto's unpacking of 4-bit values without its C++, which needs a compiler and minutes to build."""
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", SimpleNamespace(unpack=unpack))
+
+
+@pytest.mark.usefixtures("unpacked_in_python")
 @pytest.mark.parametrize("backend", ["quanto", pytest.param("fp8", marks=needs_5)])
 def test_keys_in_few_bits_cost_no_more_exactness_than_they_cost_llava(backend: str) -> None:
     """Distance of the logits from exact ones, over the same forced answers."""
