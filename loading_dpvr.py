@@ -146,11 +146,16 @@ class SideBranchLoading:
         reset_side_branch(self.side_branch, self.model.language_model.layers, self.config)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, config=None, new_side_branch: bool = False, **kwargs
+    ):
         """Load a DPVR repository, whole or side branch only, or a vanilla LLaVA, which gets a new side branch.
 
         Takes what `PreTrainedModel.from_pretrained` takes, and the fields of `DpvrLlavaConfig`. Of a repository that
         holds the side branch only, the base is loaded from `config.base_model_name_or_path`.
+
+        With `new_side_branch` a repository's own side branch is left aside for a new one, to be trained, of as many
+        layers and begun as the fields say.
 
         Raises:
             ValueError: if the side branch is incomplete, damaged or of another shape, or the base holds no full LLaVA.
@@ -173,7 +178,8 @@ class SideBranchLoading:
         base, branch = pretrained_model_name_or_path, None
         if config.base_model_name_or_path is not None:
             base = config.base_model_name_or_path
-            branch = _read_side_branch(pretrained_model_name_or_path, **where, **hub)
+            if not new_side_branch:
+                branch = _read_side_branch(pretrained_model_name_or_path, **where, **hub)
             kwargs = {name: value for name, value in kwargs.items() if name not in where}
         kwargs["use_safetensors"] = True
         for owner in (vars(config), kwargs):  # a base may be stored in 4 bits, or be asked for so
@@ -181,10 +187,12 @@ class SideBranchLoading:
                 owner["quantization_config"] = with_side_branch_in_float(owner["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
-        model._check_loaded(base, info, branch)
+        model._check_loaded(base, info, branch, new_side_branch)
         return (model, info) if wants_info else model
 
-    def _check_loaded(self, base: str, info: dict, branch: dict[str, torch.Tensor] | None) -> None:
+    def _check_loaded(
+        self, base: str, info: dict, branch: dict[str, torch.Tensor] | None, new_side_branch: bool
+    ) -> None:
         """Refuse a base with holes; take the side branch from `branch`, from the checkpoint, or start it afresh."""
         missing = sorted(info["missing_keys"])
         if holes := [name for name in missing if not is_side_branch(name)]:
@@ -197,13 +205,13 @@ class SideBranchLoading:
         surplus = sorted(name for name in info["unexpected_keys"] if is_side_branch(name))
         if branch is not None:
             self.load_side_branch(branch)
-        elif len(missing) == len(own):
+        elif new_side_branch or len(missing) == len(own):
             self.reset_side_branch()
         elif missing or surplus:
             raise ValueError(
                 f"Expected the {len(own)} weights of {len(self.side_branch)} side layers in {base!r}; missing: "
-                f"{missing[:3]}, surplus: {surplus[:3]}. Remedy: set num_side_layers to the repository's, or save it "
-                "again."
+                f"{missing[:3]}, surplus: {surplus[:3]}. Remedy: set num_side_layers to the repository's, or "
+                "new_side_branch=True to train one of as many."
             )
 
     def load_side_branch(self, weights: dict[str, torch.Tensor]) -> None:

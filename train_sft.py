@@ -268,6 +268,7 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
         dtype=base.dtype,
         attn_implementation=base.attn_implementation or "sdpa",
         quantization_config=get_quantization_config(base),
+        new_side_branch=True,
         **fields,
     )
     if args.method == "dpvr":
@@ -277,7 +278,6 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
                 f"{model.config.routing!r}, which leaves it exactly zero gradient. Remedy: late_fusion, "
                 "persistent_context or kv_substitution."
             )
-        model.reset_side_branch()
         model.side_branch.float()  # small steps are lost in half precision; the base keeps its own
         model.freeze_base()
         model.is_quantized = False  # to Trainer: what it trains is not, whatever the base is held in

@@ -191,8 +191,7 @@ def load(cell: Cell, folder: Path, base: str) -> LlavaForConditionalGeneration:
     method = cell.training["method"] if cell.training else None
     if method in ("dpvr", "full"):
         return DpvrLlavaForConditionalGeneration.from_pretrained(folder)
-    model = DpvrLlavaForConditionalGeneration.from_pretrained(base, **cell.fields)
-    model.reset_side_branch()
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(base, new_side_branch=True, **cell.fields)
     if method == "lora":
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     return prune(model, **cell.pruning) if cell.pruning else model

@@ -191,6 +191,16 @@ def test_another_number_of_side_layers_than_the_repository_holds_is_refused(repo
         DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole", num_side_layers=2)
 
 
+@pytest.mark.parametrize("kind", ["llava", "whole", "side"])
+def test_a_new_side_branch_on_a_repositorys_base_is_the_one_that_its_llava_gets(repositories, kind):
+    fields = {"num_side_layers": 2, "split_layer": 1, "side_branch_init": "identity"}
+    got = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / kind, new_side_branch=True, **fields)
+    llava = make_llava(depth=6, dtype=torch.float32)
+    want = DpvrLlavaForConditionalGeneration.from_llava(llava, **fields).state_dict()
+    assert got.state_dict().keys() == want.keys()
+    assert all(torch.equal(weight, want[name]) for name, weight in got.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["llava", "whole"])
 def test_the_side_branch_alone_is_never_saved_over_the_base_it_needs(repositories, tmp_path, kind):
     repository = copy(repositories / kind, tmp_path / kind)

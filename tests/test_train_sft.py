@@ -70,6 +70,15 @@ def test_a_run_saves_exactly_the_side_branch_and_leaves_the_base_bit_identical(r
 
 
 @NEEDS_TRAINING
+def test_a_branch_of_more_layers_than_the_repositorys_own_is_trained(random_mini, tmp_path):
+    record = run(random_mini, tmp_path / "out", "--num_side_layers", "2", "--side_branch_init", "identity")
+    trained = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert (trained.config.num_side_layers, trained.config.side_branch_init) == (2, "identity")
+    assert record["trainable_parameters"] == sum(p.numel() for p in trained.side_branch.parameters())
+    assert all(layer.mlp.down_proj.weight.any() for layer in trained.side_branch)  # they began as zeros
+
+
+@NEEDS_TRAINING
 @pytest.mark.parametrize("routing", ["late_fusion", "kv_substitution"])
 def test_the_trainer_optimises_the_loss_of_the_routed_model(random_mini, tmp_path, routing):
     paths = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path)]
