@@ -16,6 +16,7 @@ from .tasks import TASKS
 
 TOLERANCE = 0.01
 YES, NO, OPEN, NOT_MEASURED = "yes", "no", "open", "not measured"
+NONE_FITS = "none is so cheap"
 SAID_IN_SHORT = (("plan", "0.45"), ("late_fusion", "0.81"))  # the goal, and late fusion at its own split
 RIVALS = ("vtw", "random_pruning", "fastv", "kv_substitution")
 
@@ -135,21 +136,21 @@ def at_the_same_cost(results: Results) -> list[Finding]:
     """A trained plan and trained late fusion against the best of each rival within the same prefill FLOPs."""
     found = []
     for name, budget in product(("plan", "late_fusion"), budgets(results)):
-        ours = results.row("frontier", f"{budget} {name}")
-        rivals = [best(results, f"{budget} {rival}") for rival in (*RIVALS, "late_fusion") if rival != name]
-        comparisons = [
-            compare(f"{name} - {label.removeprefix(budget).strip()}", ours, theirs, better) for label, theirs in rivals
-        ]
+        rivals = [rival for rival in (*RIVALS, "late_fusion") if rival != name]
+        comparisons = [against_the_best(results, budget, name, rival) for rival in rivals]
         question = f"Does a trained {name} at {budget} of the FLOPs beat what else fits there?"
         found.append(Finding(question, comparisons, in_short=(name, budget) in SAID_IN_SHORT))
     return found
 
 
-def best(results: Results, name: str) -> tuple[str, Measured | None]:
-    """Of the rows of the frontier whose names begin so, the one that scored best; its name."""
-    rows = [row for row in results.tables["frontier"] if row.name.split(",")[0] == name and row.cells]
-    row = max(rows, key=lambda row: row.mean, default=None)
-    return (row.name, row) if row else (name, None)
+def against_the_best(results: Results, budget: str, name: str, rival: str) -> Comparison:
+    """A row of the frontier against the one that scored best of those a rival has within the same budget."""
+    rows = [row for row in results.tables["frontier"] if row.name.split(",")[0] == f"{budget} {rival}"]
+    if not any(row.planned for row in rows):
+        return Comparison(f"{name} - {rival}", None, NONE_FITS)
+    best = max((row for row in rows if row.cells), key=lambda row: row.mean, default=None)
+    label = best.name.removeprefix(budget).strip() if best else rival
+    return compare(f"{name} - {label}", results.row("frontier", f"{budget} {name}"), best, better)
 
 
 def plans(results: Results) -> list[Comparison]:

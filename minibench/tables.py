@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell
-from .findings import NOT_MEASURED, Comparison, Finding, findings
+from .findings import NONE_FITS, NOT_MEASURED, Comparison, Finding, findings
 from .latency_report import table as markdown
 from .pareto import draw
 from .record import publish, run_record
@@ -82,7 +82,7 @@ def render_table(results: Results, table: str, with_tasks: bool = True) -> str:
 def _cells(row: Measured, results: Results, tasks: tuple[str, ...]) -> list[str]:
     name = NAMES.get(row.name, row.name)
     if not row.cells:
-        missing = NOT_MEASURED if row.planned else "none is so cheap"
+        missing = NOT_MEASURED if row.planned else NONE_FITS
         return [name, missing, *[""] * (len(tasks) + 5)]
     seeds = f", {len(row.cells)} of {len(row.planned)} seeds" if len(row.planned) > 1 else ""
     spread = f" ± {100 * row.std:.1f}" if row.std is not None else ""

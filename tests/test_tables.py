@@ -149,12 +149,15 @@ def test_answers_follow_the_interval():
 
 def test_a_rival_is_the_best_of_its_kind_within_the_budget(folder):
     grid = json.loads((folder / "grid.json").read_text())
-    rows = [("0.70 plan", "late1"), ("0.70 fastv, after 3", "late2"), ("0.70 fastv, after 2", "vanilla")]
-    grid["tables"]["frontier"] = [{"name": name, "cells": [cell]} for name, cell in rows]
+    rows = {"plan": ["late1"], "fastv, after 3": ["late2"], "fastv, after 2": ["vanilla"], "vtw": ["full"]}
+    rows["kv_substitution"] = []
+    grid["tables"]["frontier"] = [{"name": f"0.70 {name}", "cells": cells} for name, cells in rows.items()]
     (folder / "grid.json").write_text(json.dumps(grid))
     labels = {one.label: one for finding in findings(Results(folder)) for one in finding.comparisons}
     assert labels["plan - fastv, after 2"].interval[0] == pytest.approx(-3 / 4 / 8)
-    assert "plan - fastv, after 3" not in labels and labels["plan - kv_substitution"].answer == "not measured"
+    assert "plan - fastv, after 3" not in labels
+    assert labels["plan - vtw"].answer == "not measured"
+    assert labels["plan - kv_substitution"].answer == labels["plan - random_pruning"].answer == "none is so cheap"
 
 
 def test_the_weak_spot_is_where_late_fusion_loses_more_than_elsewhere(folder):
