@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import LlavaProcessor, PreTrainedModel, Trainer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from loading_dpvr import is_side_branch
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -32,6 +33,7 @@ def save(trainer: Trainer, processor: LlavaProcessor, method: str, record: dict[
     are moved leaves no weights in place, so that nothing loads half old, and the whole new save in `.saving-*`.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    unset_hf_deepspeed_config()  # under ZeRO-3 the model to save would be made in shards, with processes that wait
     if trainer.accelerator.is_main_process:
         os.makedirs(output_dir, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=output_dir))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ CONFIGS = Path(train_sft.__file__).parent / "configs"
 LINEAR = ["--optim", "sgd", "--max_grad_norm", "0", "--learning_rate", "10", "--logging_steps", "1"]
 TWO_PROCESSES = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 TWO_PROCESSES += ["--main_process_port", "0"]  # any free one
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="needs DeepSpeed and a C++ compiler: pip install deepspeed"
+)
 # accelerate knows FSDP on GPUs only: its state of several processes on CPUs is made FSDP's here
 FSDP_ON_CPUS = """
 import runpy, sys
@@ -44,7 +48,7 @@ runpy.run_path({script!r}, run_name="__main__")
 def launch(*arguments: str, script: str = train_sft.__file__, options: list[str]) -> None:
     """`accelerate launch` in two processes; its own --cpu starts one, whatever --num_processes says."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, *TWO_PROCESSES]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command += [script, *arguments, "--use_cpu", "true"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -108,7 +112,7 @@ def test_two_processes_follow_the_curve_of_one_to_the_same_files_and_weights(ran
 
 
 @NEEDS_TRAINING
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
 def test_a_process_without_pictures_keeps_step_with_one_that_has_them(random_mini, tmp_path, half_text, way):
     shared, script = ["--model_name_or_path", random_mini, *half_text], Path(train_sft.__file__)
     if way == "fsdp":
