@@ -15,15 +15,25 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
-from .drills import drill
+from .drills import Turn, drill
 from .questions import CAPTION_REQUESTS, caption
-from .scenes import Scene, Split, draw_scene
+from .scenes import Scene, Split, draw_scene, draw_scene_with_repeats
 from .tasks import ONE_PICTURE, Question, ask
 
 Row = dict[str, Any]
 
 PAIR_SHARE = 0.2
-MIXED = (*ONE_PICTURE, "free")
+# What takes longest to learn is asked more often.
+ASKED = (
+    "free",
+    "existence",
+    *["perception"] * 3,
+    *["cognition"] * 4,
+    *["choice_en"] * 2,
+    "choice_cn",
+    *["science"] * 2,
+    *["scene"] * 2,
+)
 CHINESE_CAPTIONS = 0.25
 TABLES_PER_ROW = 5
 TABLES_PER_TOLD_ROW = 3
@@ -43,6 +53,7 @@ class MiniBench:
             nothing but words.
         tasks: what rows of one picture ask, of the tasks of one picture and "free".
         pair_share: the share of rows with two pictures and multi_image questions.
+        repeat_share: the share of rows whose pictures are sure to have something more than once, to be counted.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class MiniBench:
         pair_share: float = PAIR_SHARE,
         drill_share: float = 0.0,
         told_share: float = 0.0,
+        repeat_share: float = 0.0,
     ) -> None:
         self.split = split
         self.size = size
@@ -66,6 +78,7 @@ class MiniBench:
         self.pair_share = pair_share
         self.drill_share = drill_share
         self.told_share = told_share
+        self.repeat_share = repeat_share
 
     def __len__(self) -> int:
         return self.size
@@ -74,17 +87,18 @@ class MiniBench:
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of a data set with {self.size} rows.")
         rng = random.Random(f"rows/{self.split}/{self.seed}/{index}")
-        scene = draw_scene(self.split, rng)
+        draw = draw_scene_with_repeats if self.repeat_share and rng.random() < self.repeat_share else draw_scene
+        scene = draw(self.split, rng)
         if rng.random() < self.caption_share:
             chinese = rng.random() < CHINESE_CAPTIONS
             return to_row((scene,), [(CAPTION_REQUESTS[chinese], caption(scene, chinese))])
-        scenes = (scene, draw_scene(self.split, rng)) if rng.random() < self.pair_share else (scene,)
+        scenes = (scene, draw(self.split, rng)) if rng.random() < self.pair_share else (scene,)
         if rng.random() < self.drill_share:
             if rng.random() < self.told_share:
                 if rng.random() < 0.5:
-                    return to_row((), drill((), rng, TABLES_PER_TOLD_ROW))
+                    return drill_row((), drill((), rng, TABLES_PER_TOLD_ROW))
                 return told(scene, drill((scene,), rng, TABLES_PER_TOLD_ROW))
-            return to_row(scenes, drill(scenes, rng, TABLES_PER_ROW))
+            return drill_row(scenes, drill(scenes, rng, TABLES_PER_ROW))
         if len(scenes) == 2:
             tasks = ["multi_image"] * self.questions_per_row
         else:
@@ -102,10 +116,16 @@ def _ask_all(tasks: list[str], scenes: tuple[Scene, ...], rng: random.Random) ->
     return [(question.text, question.answer) for question in asked.values()]
 
 
-def told(scene: Scene, turns: list[tuple[str, str]]) -> Row:
+def told(scene: Scene, turns: list[Turn]) -> Row:
     """Return a row of text alone, which begins with the caption."""
-    (request, reply), *others = turns
-    return {"images": [], "messages": to_messages([(f"{caption(scene)}\n{request}", reply), *others], num_pictures=0)}
+    first, *others = turns
+    return drill_row((), [first._replace(request=f"{caption(scene)}\n{first.request}"), *others])
+
+
+def drill_row(scenes: tuple[Scene, ...], turns: list[Turn]) -> Row:
+    """Return a row that says besides, of every word of every reply, whether it is to be learnt."""
+    row = to_row(scenes, [(turn.request, turn.reply) for turn in turns])
+    return {**row, "learnt": [turn.learnt for turn in turns]}
 
 
 def to_row(scenes: tuple[Scene, ...], turns: list[tuple[str, str]]) -> Row:

@@ -3,20 +3,37 @@
     Colours: -> star red, top left blue, ring red, ...        an entry: what is asked about, and the answer last
 
 A question of MiniBench carries two or three tokens of reply in some thirty; a drill asks a dozen things in as many
-tokens, each answer's key being given in the reply. What a large language model brings along (letters of options, sums,
-rules, Chinese words) and what LLaVA's instruction data teach is practised in this form first; the questions then only
-have to be worded.
+tokens, each answer's key being given in the reply. Which key comes next is chance: keys are read and not learnt, or
+their loss, five sixths of the whole, would drown the rest. What a large language model brings along (letters of
+options, sums, rules, Chinese words) and what LLaVA's instruction data teach is practised in this form first; the
+questions then only have to be worded.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
+from typing import NamedTuple
 
 from .questions import DIGITS, PAIRS, PLURALS, in_chinese
 from .scenes import COLOURS, PLACES, SHAPES, Digit, Object, Scene, Shape, companion
 from .tasks import LETTERS, PROPERTIES, addition, difference, rule_for
 
-Entry = tuple[str, ...]
+
+class Entry(NamedTuple):
+    """What is asked about, and the answer, as words and names."""
+
+    key: tuple[str, ...]
+    answer: tuple[str, ...]
+
+
+class Turn(NamedTuple):
+    """A request and its reply; `learnt` says of every word of the reply whether it is an answer."""
+
+    request: str
+    reply: str
+    learnt: tuple[bool, ...]
+
+
 Table = Callable[[Sequence[Scene], random.Random], tuple[str, list[Entry]]]
 
 MAX_ENTRIES = 8
@@ -26,17 +43,44 @@ FAMILIES = (tuple(COLOURS), SHAPES, PLACES, DIGITS, PAIRS, PROPERTIES, ("1", "2"
 WORDS = tuple(dict.fromkeys(word for family in FAMILIES for word in family if " " not in word))
 
 
-def drill(scenes: Sequence[Scene], rng: random.Random, num_tables: int) -> list[tuple[str, str]]:
-    """Return requests and replies: at most `num_tables` different tables, none empty; without scenes about words."""
+def drill(scenes: Sequence[Scene], rng: random.Random, num_tables: int) -> list[Turn]:
+    """Return at most `num_tables` different tables, none empty; without scenes about words."""
     tables = (NO_PICTURE, ONE_PICTURE, TWO_PICTURES)[len(scenes)]
-    turns: list[tuple[str, str]] = []
+    turns: list[Turn] = []
     for table in dict.fromkeys(rng.sample(tables, len(tables))):
         request, entries = table(scenes, rng)
         if entries and len(turns) < num_tables:
-            entries = rng.sample(entries, min(len(entries), MAX_ENTRIES))
             word = in_chinese if table not in NO_PICTURE and rng.random() < CHINESE_SHARE else str
-            turns.append((request, ", ".join(" ".join(map(word, entry)) for entry in entries)))
+            turns.append(_turn(request, rng.sample(entries, min(len(entries), MAX_ENTRIES)), word))
     return turns
+
+
+def _turn(request: str, entries: list[Entry], word: Callable[[str], str]) -> Turn:
+    replies, learnt = [], []
+    for entry in entries:
+        texts = [" ".join(map(word, part)) for part in entry]
+        replies.append(" ".join(texts))
+        learnt += [is_answer for is_answer, text in enumerate(texts) for _ in text.split()]
+    return Turn(request, ", ".join(replies), tuple(map(bool, learnt)))
+
+
+def fact(*words: str) -> Entry:
+    """Return an entry whose last word or name is the answer."""
+    return Entry(words[:-1], words[-1:])
+
+
+def even(entries: list[Entry], rng: random.Random, num: int = MAX_ENTRIES) -> list[Entry]:
+    """Return at most `num` entries, of every answer as many as there are, by turns."""
+    left: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in rng.sample(entries, len(entries)):
+        left.setdefault(entry.answer, []).append(entry)
+    chosen: list[Entry] = []
+    while left and len(chosen) < num:
+        for answer in rng.sample(list(left), len(left)):
+            chosen.append(left[answer].pop())
+            if not left[answer]:
+                del left[answer]
+    return chosen[:num]
 
 
 def word_for(thing: Object) -> str:
@@ -78,57 +122,75 @@ COUNTABLE = (*COLOURS, *PLURALS.values(), "objects", "shapes", "digits")
 
 def colours(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    entries = [(thing.place, thing.colour) for thing in scene.shapes]
-    return "Colours:", entries + [(word, thing.colour) for word, thing in alone(scene).items() if word in SHAPES]
+    entries = [fact(thing.place, thing.colour) for thing in scene.shapes]
+    return "Colours:", entries + [fact(word, thing.colour) for word, thing in alone(scene).items() if word in SHAPES]
 
 
 def things(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    return "Things:", [(thing.place, word_for(thing)) for thing in scene.objects]
+    return "Things:", [fact(thing.place, word_for(thing)) for thing in scene.objects]
 
 
 def places(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    return "Where:", [(word, thing.place) for word, thing in alone(scene).items()]
+    return "Where:", [fact(word, thing.place) for word, thing in alone(scene).items()]
 
 
 def numbers(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    there = [word for word in COUNTABLE if count_of(word, scene)]
-    absent = [word for word in COUNTABLE if word not in there]
-    return "How many:", [(word, str(count_of(word, scene))) for word in there + rng.sample(absent, 2)]
+    return "How many:", even([fact(word, str(count_of(word, scene))) for word in COUNTABLE], rng)
 
 
 def sides(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
     things = permutations(alone(scene).items(), 2)
     entries = [
-        (word, "and", other_word, side_of(one.place, other.place)) for (word, one), (other_word, other) in things
+        fact(word, "and", other_word, side)
+        for (word, one), (other_word, other) in things
+        if (side := side_of(one.place, other.place)) is not None
     ]
-    entries = [entry for entry in entries if entry[-1] is not None]
-    return "Which side:", filled(entries, [(one, "and", other, side_of(one, other)) for one, other in FACING], rng)
+    return "Which side:", filled(entries, [fact(one, "and", other, side_of(one, other)) for one, other in FACING], rng)
 
 
 def presence(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    there = dict.fromkeys(thing.name for thing in scene.shapes)
+    there = list(dict.fromkeys(thing.name for thing in scene.shapes))
+    absent = like_those(scene) + rng.sample(PAIRS, 3)
+    entries = [fact(name, "yes") for name in there]
+    return "Is there:", even(entries + [fact(name, "no") for name in dict.fromkeys(absent) if name not in there], rng)
+
+
+def like_those(scene: Scene) -> list[str]:
+    """Return pairs of colour and shape that are not there, of a colour and a shape that are, or companions."""
     near = [" ".join(companion(thing.colour, thing.shape)) for thing in scene.shapes]
     near += [f"{one.colour} {other.shape}" for one, other in permutations(scene.shapes, 2)]
-    absent = [name for name in dict.fromkeys(near) if name not in there]
-    absent = rng.sample(absent, min(len(absent), 2)) + [name for name in rng.sample(PAIRS, 3) if name not in there]
-    return "Is there:", [(name, "yes") for name in there] + [(name, "no") for name in dict.fromkeys(absent)]
+    there = {thing.name for thing in scene.shapes}
+    return [name for name in dict.fromkeys(near) if name not in there]
+
+
+def choice(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    """Which one of three is there, several times over."""
+    (scene,) = scenes
+    there = list(dict.fromkeys(thing.name for thing in scene.shapes))
+    absent = like_those(scene) + [name for name in rng.sample(PAIRS, 12) if name not in there]
+    entries, lists = [], []
+    for letter, name in zip(LETTERS, rng.sample(there, len(there)), strict=False):
+        options = rng.sample([name, *rng.sample(list(dict.fromkeys(absent)), 2)], 3)
+        lists.append(f"{letter} {', '.join(options)}")
+        entries.append(fact(letter, name))
+    return f"Which is there: {'; '.join(lists)}.", entries
 
 
 def claims(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     entries = []
     for table in (colours, things, places, numbers):
         _, facts = table(scenes, rng)
-        for *key, value in rng.sample(facts, min(len(facts), 3)):
+        for key, (value,) in rng.sample(facts, min(len(facts), 4)):
             family = next(family for family in (tuple(COLOURS), SHAPES, PLACES, DIGITS) if value in family)
             if rng.random() < 0.5:
-                entries.append((*key, value, "yes"))
+                entries.append(fact(*key, value, "yes"))
             else:
-                entries.append((*key, rng.choice([other for other in family if other != value]), "no"))
+                entries.append(fact(*key, rng.choice([other for other in family if other != value]), "no"))
     return "Is it so:", entries
 
 
@@ -136,25 +198,38 @@ def comparisons(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[
     (scene,) = scenes
     pairs = [(one, other) for one, other in permutations(scene.digits, 2) if one.digit != other.digit]
     entries = [
-        (one.place, "and", other.place, "larger" if one.digit > other.digit else "smaller") for one, other in pairs
+        fact(one.place, "and", other.place, "larger" if one.digit > other.digit else "smaller") for one, other in pairs
     ]
-    digits = [thing.digit for thing in sorted(scene.digits, key=lambda thing: PLACES.index(thing.place) % 3)]
-    columns = {PLACES.index(thing.place) % 3 for thing in scene.digits}
-    if len(columns) == len(digits) > 1 and len(set(digits)) == len(digits):
-        if digits in (sorted(digits), sorted(digits, reverse=True)):
-            entries.append(("order", "up" if digits == sorted(digits) else "down"))
-    numbers = [(str(one), "and", str(other), "larger" if one > other else "smaller") for one, other in UNEQUAL]
+    numbers = [fact(str(one), "and", str(other), "larger" if one > other else "smaller") for one, other in UNEQUAL]
     return "Larger or smaller:", filled(entries, numbers, rng)
+
+
+def order(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
+    """The digits from left to right and whether they go up, if no two share a column; the rest is about words."""
+    (scene,) = scenes
+    lines = [tuple(rng.sample(range(10), rng.choice((2, 2, 3)))) for _ in range(40)]
+    columns = [PLACES.index(thing.place) % 3 for thing in scene.digits]
+    entries = []
+    if len(set(columns)) == len(columns) > 1:
+        digits = tuple(thing.digit for _, thing in sorted(zip(columns, scene.digits, strict=True)))
+        if (way := way_of(digits)) is not None:
+            entries = [Entry(("digits",), (way,)), Entry(("in words",), (*map(str, digits), way))]
+    words = [fact(*map(str, line), way) for line in lines if (way := way_of(line)) is not None]
+    return "Up or down:", entries + even(words, rng, 4)
+
+
+def way_of(digits: Sequence[int]) -> str | None:
+    rising = tuple(sorted(set(digits)))
+    return {rising: "up", rising[::-1]: "down"}.get(tuple(digits))
 
 
 def sums(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
     pairs = permutations(scene.digits, 2)
-    entries = [(one.place, "and", other.place, str(one.digit + other.digit)) for one, other in pairs]
-    if len(scene.digits) == 2:
-        entries.append(("digits", str(sum(thing.digit for thing in scene.digits))))
-    numbers = [(str(one), "and", str(other), str(one + other)) for one, other in product(range(10), repeat=2)]
-    return "Sums:", filled(entries, numbers, rng)
+    entries = [fact(one.place, "and", other.place, str(one.digit + other.digit)) for one, other in pairs]
+    whole = [fact("digits", str(sum(thing.digit for thing in scene.digits)))] if len(scene.digits) == 2 else []
+    numbers = [fact(str(one), "and", str(other), str(one + other)) for one, other in product(range(10), repeat=2)]
+    return "Sums:", whole + filled(entries, numbers, rng)[len(whole) :]
 
 
 def more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -164,22 +239,22 @@ def more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]
     for one, other in permutations(there, 2):
         difference = count_of(one, scene) - count_of(other, scene)
         if difference:
-            entries.append((one, other, "more" if difference > 0 else "fewer"))
+            entries.append(fact(one, other, "more" if difference > 0 else "fewer"))
     return "More or fewer:", entries
 
 
 def machine(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
     step = rng.randint(1, 5)
-    entries = [(thing.place, *addition(thing.digit, step).split()) for thing in scene.digits]
+    entries = [Entry((thing.place,), tuple(addition(thing.digit, step).split())) for thing in scene.digits]
     return f"A machine adds {step}:", entries
 
 
 def remainders(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    there = sorted({thing.colour for thing in scene.shapes})
     number = len(scene.objects)
-    return "Left without:", [(colour, *difference(number, count_of(colour, scene)).split()) for colour in there]
+    entries = [Entry((key,), tuple(difference(number, count_of(key, scene)).split())) for key in COLOURS]
+    return "Left without:", even(entries, rng, 4)
 
 
 def rules(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -191,7 +266,7 @@ def rules(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]
 
     def rule(key: str, thing: Shape) -> Entry:
         kind = thing.colour if by_colour else thing.shape
-        return key, kind, outcomes[kind]
+        return Entry((key,), (kind, outcomes[kind]))
 
     entries = [rule(thing.place, thing) for thing in scene.shapes]
     if by_colour:
@@ -203,27 +278,29 @@ def letters(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entr
     """Options in the form that the questions have, to be named with their letters: no picture is needed."""
     chinese = rng.random() < 0.4
     options = rng.sample(rng.choice(FAMILIES), 4)
-    entries = [(in_chinese(word) if chinese else word, letter) for word, letter in zip(options, LETTERS, strict=True)]
-    return "Options: " + " ".join(" ".join(entry) for entry in entries), entries
+    entries = [
+        fact(in_chinese(word) if chinese else word, letter) for word, letter in zip(options, LETTERS, strict=True)
+    ]
+    return "Options: " + " ".join(" ".join(key + answer) for key, answer in entries), entries
 
 
 def given(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     """Words that go with others, here alone."""
     keys = rng.sample(WORDS, rng.randint(4, MAX_ENTRIES))
-    entries = [(key, rng.choice(WORDS)) for key in keys]
-    return f"Given: {', '.join(map(' '.join, entries))}.", entries
+    entries = [fact(key, rng.choice(WORDS)) for key in keys]
+    return f"Given: {', '.join(' '.join(key + answer) for key, answer in entries)}.", entries
 
 
 def listed(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     words = rng.sample(WORDS, 2 * rng.randint(3, MAX_ENTRIES))
     there, absent = words[::2], words[1::2]
-    entries = [(word, "yes") for word in there] + [(word, "no") for word in absent]
+    entries = [fact(word, "yes") for word in there] + [fact(word, "no") for word in absent]
     return f"Listed: {', '.join(there)}.", entries
 
 
 def of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     entries = [
-        (which, thing.place, thing.name if isinstance(thing, Shape) else word_for(thing))
+        fact(which, thing.place, thing.name if isinstance(thing, Shape) else word_for(thing))
         for which, scene in zip(WHICH, scenes, strict=True)
         for thing in scene.objects
     ]
@@ -231,10 +308,12 @@ def of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entr
 
 
 def numbers_of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
-    words = rng.sample([word for word in COUNTABLE if any(count_of(word, scene) for scene in scenes)], 4)
-    return "How many:", [
-        (which, word, str(count_of(word, scene))) for which, scene in zip(WHICH, scenes, strict=True) for word in words
+    entries = [
+        fact(which, word, str(count_of(word, scene)))
+        for which, scene in zip(WHICH, scenes, strict=True)
+        for word in COUNTABLE
     ]
+    return "How many:", even(entries, rng)
 
 
 def presence_in_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -242,32 +321,33 @@ def presence_in_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, 
     entries = []
     for which, scene in zip(WHICH, scenes, strict=True):
         there = {thing.name for thing in scene.objects}
-        entries += [(which, name, "yes" if name in there else "no") for name in names]
-    return "Is there:", entries
+        entries += [fact(which, name, "yes" if name in there else "no") for name in names]
+    return "Is there:", even(entries, rng)
 
 
 def same(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     one, other = scenes
     entries = []
 
-    def compare(key: Entry, first: object, second: object) -> None:
-        entries.append((*key, "same" if first == second else "different"))
+    def compare(first: object, second: object, *key: str) -> None:
+        entries.append(fact(*key, "same" if first == second else "different"))
 
     for place in PLACES:
         if place not in one.by_place or place not in other.by_place:
             continue
         first, second = one.by_place[place], other.by_place[place]
         if isinstance(first, Shape) and isinstance(second, Shape):
-            compare(("colour", place), first.colour, second.colour)
-            compare(("shape", place), first.shape, second.shape)
+            compare(first.colour, second.colour, "colour", place)
+            compare(first.shape, second.shape, "shape", place)
         elif isinstance(first, Digit) and isinstance(second, Digit):
-            compare(("digit", place), first.digit, second.digit)
+            compare(first.digit, second.digit, "digit", place)
     for shape in SHAPES:
         if shape in alone(one) and shape in alone(other):
-            compare(("colour", shape), alone(one)[shape].colour, alone(other)[shape].colour)
-    for word in rng.sample([word for word in COUNTABLE if count_of(word, one) or count_of(word, other)], 4):
-        compare(("number", word), count_of(word, one), count_of(word, other))
-    return "Same or different:", entries
+            compare(alone(one)[shape].colour, alone(other)[shape].colour, "colour", shape)
+    for word in COUNTABLE:
+        if count_of(word, one) or count_of(word, other):
+            compare(count_of(word, one), count_of(word, other), "number", word)
+    return "Same or different:", even(entries, rng)
 
 
 def which_has_more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -275,14 +355,14 @@ def which_has_more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, li
     for word in COUNTABLE:
         first, second = (count_of(word, scene) for scene in scenes)
         if first != second:
-            entries.append((word, "first" if first > second else "second"))
-    return "Which has more:", entries
+            entries.append(fact(word, "first" if first > second else "second"))
+    return "Which has more:", even(entries, rng)
 
 
 def which_holds(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     first, second = ({thing.name for thing in scene.objects} for scene in scenes)
-    entries = [(name, "first") for name in first - second] + [(name, "second") for name in second - first]
-    return "Which has it:", sorted(entries)
+    entries = [fact(name, "first") for name in first - second] + [fact(name, "second") for name in second - first]
+    return "Which has it:", even(sorted(entries), rng)
 
 
 NO_PICTURE: tuple[Table, ...] = (letters, given, listed)
@@ -291,15 +371,17 @@ ONE_PICTURE: tuple[Table, ...] = (
     colours,
     things,
     places,
-    *[numbers] * 2,
-    *[sides] * 3,
-    *[presence] * 2,
-    claims,
+    *[numbers] * 4,
+    *[sides] * 2,
+    presence,
+    *[choice] * 3,
+    *[claims] * 2,
     *[comparisons] * 2,
+    *[order] * 2,
     *[sums] * 3,
-    more,
+    *[more] * 2,
     machine,
-    remainders,
+    *[remainders] * 2,
     rules,
     letters,
 )
@@ -307,7 +389,7 @@ TWO_PICTURES: tuple[Table, ...] = (
     of_each,
     numbers_of_each,
     presence_in_each,
-    same,
+    *[same] * 3,
     *[which_has_more] * 2,
     *[which_holds] * 2,
 )

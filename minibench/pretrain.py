@@ -3,7 +3,7 @@
     vision tower    PatchNamer on pictures alone (tower.py)                        in the place of CLIP's training
     LLM             drills about words and scenes told in words (drills.py)        in the place of Vicuna's training
     projector       Aligner: patches to the embeddings of their names (tower.py)   in the place of LLaVA's first stage
-    projector, LLM  captions, then drills, then questions, all in one go           in the place of LLaVA's second stage
+    projector, LLM  captions, drills, questions, then all of it once more          in the place of LLaVA's second stage
 
 All run in `transformers.Trainer` and keep checkpoints: the same command again goes on where a killed run stopped. The
 linear layers run in bfloat16 by autocast and the attention in float32, which is the fast way round on a CPU that has
@@ -43,7 +43,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import MIXED, MiniBench, Row
+from .data import ASKED, MiniBench, Row
 from .evaluate import evaluate
 from .optimizer import MuonWithAdamW
 from .processor import PATCH, make_processor, save_processor
@@ -119,12 +119,15 @@ def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForC
 
 
 class RowCollator:
-    """Turns rows of MiniBench into LLaVA's inputs, padded or cut on the right; the replies alone carry loss."""
+    """Turns rows of MiniBench into LLaVA's inputs, padded or cut on the right.
+
+    The replies alone carry loss, and of a drill's replies the words that are to be learnt, with what ends them."""
 
     def __init__(self, processor: LlavaProcessor, max_length: int = MAX_LENGTH) -> None:
         self.processor = processor
         self.max_length = max_length
         tokenizer = processor.tokenizer
+        self.tokenizer = tokenizer
         self.opening = tokenizer.encode(" ASSISTANT:", add_special_tokens=False)
         self.eos = tokenizer.eos_token_id
 
@@ -135,8 +138,23 @@ class RowCollator:
         batch = self.processor(text=texts, images=images, return_tensors="pt", **padding)
         ids = batch["input_ids"][:, : self.max_length]  # a row begins with its pictures
         labels = ids.masked_fill(~self.replies(ids), IGNORED)
+        for row, row_labels in zip(rows, labels, strict=True):
+            if "learnt" in row:
+                carried = torch.tensor(self.carried(row), dtype=torch.bool)
+                (replies,) = (row_labels != IGNORED).nonzero(as_tuple=True)
+                row_labels[replies[~carried[: len(replies)]]] = IGNORED
         # A causal model never reads padding on the right: without a mask, attention keeps its fast kernel.
         return {"input_ids": ids, "labels": labels, **({"pixel_values": batch["pixel_values"]} if images else {})}
+
+    def carried(self, row: Row) -> list[bool]:
+        """Return for every token of a drill's replies and their ends whether it is to be learnt."""
+        replies = [message["content"][0]["text"] for message in row["messages"] if message["role"] == "assistant"]
+        flags: list[bool] = []
+        for reply, learnt in zip(replies, row["learnt"], strict=True):
+            for word, is_learnt in zip(reply.split(), learnt, strict=True):
+                flags += [is_learnt] * len(self.tokenizer.encode(f" {word}", add_special_tokens=False))
+            flags.append(True)  # the end token
+        return flags
 
     def replies(self, ids: torch.Tensor) -> torch.Tensor:
         """Return `bool[B, T]`, true from after "ASSISTANT:" to the end token: the template's generation blocks."""
@@ -285,23 +303,26 @@ def align_projector(model: LlavaForConditionalGeneration, processor: LlavaProces
     model.requires_grad_(True)
 
 
-def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
-    """Train decoder and projector on captions, then mostly on drills and mostly on questions.
+def mixed_rows(size: int, seed: int, drill_share: float, args: argparse.Namespace) -> MiniBench:
+    """Return drills, in their share, questions of all tasks and some captions, with more of what is hard to learn."""
+    shares = {"caption_share": args.caption_share, "drill_share": drill_share, "pair_share": 0.25, "repeat_share": 0.6}
+    return MiniBench("train", size, args.questions_per_row, seed, tasks=ASKED, **shares)
 
-    The tower stays as it is, as CLIP does in LLaVA.
-    """
+
+def train_decoder(
+    stage: str,
+    rows: list[MiniBench],
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    args: argparse.Namespace,
+) -> None:
+    """Train decoder and projector. The tower stays as it is, as CLIP does in LLaVA."""
     model.model.vision_tower.requires_grad_(False)
-    num_captions, num_drills = (int(share * args.pictures) for share in (args.captions_first, args.drills_next))
-    num_questions = args.pictures - num_captions - num_drills
-    captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
-    per_row, some = args.questions_per_row, args.caption_share
-    drills = MiniBench("train", num_drills, per_row, args.seed + 4, some, MIXED, drill_share=1 - args.other_share)
-    questions = MiniBench("train", num_questions, per_row, args.seed + 3, some, MIXED, drill_share=args.other_share)
-    log = JsonLog(args.output_dir / "log.jsonl", "llava")
+    log = JsonLog(args.output_dir / "log.jsonl", stage)
     trainer = LlavaTrainer(
         model=model,
-        args=training_arguments(args, "llava", args.pictures),
-        train_dataset=ConcatDataset([captions, drills, questions]),
+        args=training_arguments(args, stage, sum(map(len, rows))),
+        train_dataset=ConcatDataset(rows),
         data_collator=RowCollator(processor),
         optimizers=(MuonWithAdamW(model, args.muon_lr, args.adamw_lr), None),
         callbacks=[log, Validation(log, processor, args.validation_steps, args.validation_questions)],
@@ -309,7 +330,28 @@ def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     run(trainer)
 
 
-STAGES = {"tower": train_tower, "language": train_language, "projector": align_projector, "llava": train_llava}
+def train_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Train on captions, then mostly on drills and mostly on questions."""
+    num_captions, num_drills = (int(share * args.pictures) for share in (args.captions_first, args.drills_next))
+    captions = MiniBench("train", num_captions, seed=args.seed + 2, caption_share=1.0)
+    drills = mixed_rows(num_drills, args.seed + 4, 1 - args.other_share, args)
+    questions = mixed_rows(args.pictures - num_captions - num_drills, args.seed + 3, args.other_share, args)
+    train_decoder("llava", [captions, drills, questions], model, processor, args)
+
+
+def train_further(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+    """Train on as many drills as questions, the rates rising and falling once more."""
+    rows = mixed_rows(args.further_pictures, args.seed + 7, 0.5, args)
+    train_decoder("further", [rows], model, processor, args)
+
+
+STAGES = {
+    "tower": train_tower,
+    "language": train_language,
+    "projector": align_projector,
+    "llava": train_llava,
+    "further": train_further,
+}
 
 
 def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, args: argparse.Namespace) -> None:
@@ -361,6 +403,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=9_600)
     parser.add_argument("--aligned_pictures", type=int, default=12_000)
     parser.add_argument("--pictures", type=int, default=82_000)
+    parser.add_argument("--further_pictures", type=int, default=64_000)
     parser.add_argument("--questions_per_row", type=int, default=8)
     parser.add_argument("--captions_first", type=float, default=0.03, help="share of the run that is captions only")
     parser.add_argument("--drills_next", type=float, default=0.45, help="share of the run that is mostly drills")

@@ -7,6 +7,8 @@ LLaVA starts from a tower that can already see, and so does this one. The heads 
 projector is aligned with the words, which is what LLaVA's first stage is for.
 """
 
+import random
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,9 +16,15 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.llava.modeling_llava import LlavaModel
 
-from .scenes import COLOURS, PLACES, SHAPES, SIDE, Scene, Shape, Split, make_scene
+from .scenes import COLOURS, PLACES, SHAPES, SIDE, Scene, Shape, Split, make_scene, warped
 
-NAMES = (("none", *COLOURS), ("none", *SHAPES), ("none", *(str(digit) for digit in range(10))), ("none", *PLACES))
+NAMES = (
+    ("none", *COLOURS),
+    ("none", *SHAPES),
+    ("none", *(str(digit) for digit in range(10))),
+    ("none", *PLACES),
+    ("none", "thing"),  # one patch of every object alone: to count things is then to count tokens
+)
 BACKGROUND_WEIGHT = 0.1
 MUON_LR, ADAMW_LR = 0.02, 2e-3
 
@@ -78,7 +86,7 @@ class Aligner(nn.Module):
 
 
 class PatchNames:
-    """A map-style data set of scenes; `PatchCollator` makes batches of it."""
+    """A map-style data set of scenes in handwriting of many kinds; `PatchCollator` makes batches of it."""
 
     def __init__(self, split: Split, size: int, seed: int = 0) -> None:
         self.split = split
@@ -89,7 +97,8 @@ class PatchNames:
         return self.size
 
     def __getitem__(self, index: int) -> Scene:
-        return make_scene(self.split, self.seed, index)
+        scene = make_scene(self.split, self.seed, index)
+        return warped(scene, random.Random(f"warps/{self.seed}/{index}"))
 
 
 class PatchCollator:
@@ -114,15 +123,20 @@ def word_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 def patch_labels(scene: Scene, patch: int) -> torch.Tensor:
     """Return `int[patches, len(NAMES)]`, in raster order: what lies on top at the middle of every patch, 0 for
-    nothing."""
+    nothing. Of every object one patch is a "thing", the one at the middle of its place."""
     centres = torch.arange(SIDE // patch) * patch + patch / 2
     labels = torch.zeros(len(centres), len(centres), len(NAMES), dtype=torch.long)
     for thing in scene.from_back_to_front:
         (x, y), half = thing.centre, thing.size / 2
         covered = ((centres - y).abs() <= half)[:, None] & ((centres - x).abs() <= half)[None, :]
         if isinstance(thing, Shape):
-            words = (thing.colour, thing.shape, "none", thing.place)
+            words = (thing.colour, thing.shape, "none", thing.place, "none")
         else:
-            words = ("none", "none", str(thing.digit), thing.place)
+            words = ("none", "none", str(thing.digit), thing.place, "none")
         labels[covered] = torch.tensor([names.index(word) for names, word in zip(NAMES, words, strict=True)])
+    for thing in scene.objects:
+        row, column = (
+            (SIDE // 3 * position + SIDE // 6) // patch for position in divmod(PLACES.index(thing.place), 3)
+        )
+        labels[row, column, -1] = NAMES[-1].index("thing")
     return labels.flatten(0, 1)

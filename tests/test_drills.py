@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from minibench.data import MiniBench
-from minibench.drills import NO_PICTURE, ONE_PICTURE, TWO_PICTURES, drill
+from minibench.drills import NO_PICTURE, ONE_PICTURE, TWO_PICTURES, drill, even, fact
 from minibench.questions import CHINESE
 from minibench.scenes import COLOURS, SHAPES, Scene, make_scene
 
@@ -108,9 +108,18 @@ def holds(request: str, entry: str, pictures: list[list[dict]]) -> bool:
             return (value == "yes") == (number(facts, known) == int(claimed))
         (fact,) = find(facts, known)
         return (value == "yes") == (claimed in (fact["colour"], fact["word"], fact["place"]))
-    if request == "Larger or smaller:" and key == ["order"]:
+    if request == "Up or down:":
         digits = [fact["digit"] for fact in sorted(facts, key=lambda fact: fact["at"][1]) if not fact["colour"]]
-        return all((a < b) == (value == "up") and a != b for a, b in zip(digits, digits[1:], strict=False))
+        if key[0] == "in":
+            assert key == ["in", "words", *map(str, digits)]
+        elif key != ["digits"]:
+            digits = list(map(int, key))
+        return digits == sorted(set(digits), reverse=value == "down") and len(digits) > 1
+    if request.startswith("Which is there: "):
+        there = [f"{fact['colour']} {fact['word']}" for fact in facts if fact["colour"]]
+        lists = dict(text.split(" ", 1) for text in request.removeprefix("Which is there: ").rstrip(".").split("; "))
+        options = lists[key[0]].split(", ")
+        return [option for option in options if option in there] == [" ".join([*key[1:], value])] and len(options) == 3
     if request == "Larger or smaller:":
         one, other = (digit(facts, word) for word in key)
         return one != other and (value == "larger") == (one > other)
@@ -144,9 +153,9 @@ def test_every_entry_of_every_table_is_true(tables, num_pictures):
     for seed in range(300):
         scenes = [make_scene("train", seed, index) for index in range(num_pictures)]
         turns = drill(scenes, random.Random(seed), len(tables))
-        assert len({request for request, _ in turns}) == len(turns)
+        assert len({turn.request for turn in turns}) == len(turns)
         assert 0 < len(turns) <= len(set(tables))
-        for request, reply in turns:
+        for request, reply, _ in turns:
             kind = "letters" if request.startswith("Options") else re.sub("[:0-9].*", "", request)
             for entry in reply.split(", "):
                 if kind != "letters":
@@ -163,6 +172,34 @@ def test_a_false_entry_is_told_from_a_true_one():
     others = {"Colours:": set(COLOURS) - {shape["colour"]}, "Things:": set(SHAPES) - {shape["word"]}}
     for request, wrong in others.items():
         assert not any(holds(request, f"{shape['place']} {word}", facts[:1]) for word in wrong)
+
+
+def test_the_answers_alone_are_to_be_learnt():
+    scene = make_scene("train", 0, 0)
+    learnt = Counter()
+    for seed in range(200):
+        for request, reply, flags in drill((scene,), random.Random(seed), 30):
+            assert len(flags) == len(reply.split())
+            kept = " ".join(word for word, is_learnt in zip(reply.split(), flags, strict=True) if is_learnt)
+            if request.startswith("A machine adds 3:"):
+                assert re.fullmatch(r"(\d plus 3 is \d+(, )?)+", kept)
+            elif request == "Larger or smaller:":
+                assert set(kept.replace(",", "").split()) <= {"larger", "smaller"}
+            elif request == "Colours:" and kept.isascii():
+                assert set(kept.replace(",", "").split()) <= set(COLOURS)
+            elif request == "Up or down:":
+                assert re.fullmatch(r"(((\d )*(up|down))(, )?)+", kept)
+            else:
+                continue
+            learnt[request] += 1
+    assert len(learnt) == 4, learnt
+
+
+def test_even_entries_have_every_answer_as_often_as_there_are_entries():
+    entries = [fact(str(number), "yes" if number < 3 else "no") for number in range(20)]
+    answers = Counter(answer for _, (answer,) in even(entries, random.Random(0)))
+    assert answers == {"yes": 3, "no": 5}
+    assert len(set(even(entries, random.Random(0), 30))) == 20
 
 
 def test_rows_hold_drills_in_their_share_and_are_the_same_when_read_again():

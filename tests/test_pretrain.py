@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from minibench.data import MiniBench
 from minibench.optimizer import Muon
-from minibench.scenes import Shape, make_scene
+from minibench.scenes import PLACES, Shape, make_scene
 from minibench.tasks import TASKS
 
 pretrain = pytest.importorskip("minibench.pretrain")
@@ -25,6 +25,7 @@ def tiny_run(tmp_path, monkeypatch, minibench_processor):
     monkeypatch.setattr(pretrain, "make_processor", lambda: minibench_processor)
     sizes = "--text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32 --batch_size 2 --num_workers 0"
     data = "--tower_pictures 2 --texts 4 --aligned_pictures 2 --questions_per_row 2 --captions_first 0"
+    data += " --further_pictures 2"
     steps = "--logging_steps 1 --save_steps 2 --validation_questions 2"
 
     def run(name: str, pictures: int) -> list[dict]:
@@ -42,6 +43,7 @@ def tiny_run(tmp_path, monkeypatch, minibench_processor):
 
 def test_patch_labels_name_the_object_that_lies_on_top_at_each_patch():
     patch, side = 12, 8
+    scene_places = [PLACES[:3], PLACES[3:6], PLACES[6:]]
     for index in range(100):
         scene = make_scene("train", 0, index)
         labels = tower.patch_labels(scene, patch).view(side, side, len(tower.NAMES)).tolist()
@@ -58,19 +60,30 @@ def test_patch_labels_name_the_object_that_lies_on_top_at_each_patch():
                 elif on_top is not None:
                     expected = ["none", "none", str(on_top.digit), on_top.place]
                 words = [names[label] for names, label in zip(tower.NAMES, labels[row][column], strict=True)]
-                assert words == expected
+                assert words[:4] == expected
+                # The middle of a third of the picture lies in the second, the fifth or the seventh of eight patches.
+                is_middle = row in (1, 4, 6) and column in (1, 4, 6)
+                place = scene_places[(1, 4, 6).index(row)][(1, 4, 6).index(column)] if is_middle else None
+                assert words[4] == ("thing" if place in scene.by_place else "none")
 
 
 def test_the_labels_of_a_batch_are_the_replies_of_its_rows_and_their_end_tokens(minibench_processor):
-    rows = list(MiniBench("train", 20, 4, caption_share=0.2, drill_share=0.3, told_share=1.0))
+    rows = list(MiniBench("train", 40, 4, caption_share=0.2, drill_share=0.5, told_share=0.5))
+    assert 10 < sum("learnt" in row for row in rows) < 30
     assert {len(row["images"]) for row in rows} == {0, 1, 2}
-    collate = pretrain.RowCollator(minibench_processor)
+    collate = pretrain.RowCollator(minibench_processor, max_length=2000)
     batch = collate(rows)
     assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in rows)
     assert "pixel_values" not in collate([row for row in rows if not row["images"]])
     for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
         kept = labels != pretrain.IGNORED
         answers = [message["content"][0]["text"] for message in row["messages"][1::2]]
+        if "learnt" in row:
+            pairs = zip(answers, row["learnt"], strict=True)
+            answers = [
+                " ".join(word for word, is_learnt in zip(text.split(), learnt, strict=True) if is_learnt)
+                for text, learnt in pairs
+            ]
         assert minibench_processor.tokenizer.decode(labels[kept]) == "".join(f" {answer}</s>" for answer in answers)
         assert torch.equal(ids[kept], labels[kept])
 
@@ -94,7 +107,8 @@ def test_the_log_holds_the_command_losses_and_validation_scores(tiny_run):
     log = tiny_run("run", pictures=2)
     assert {"stage", "command", "hardware", "versions"} <= log[0].keys()
     assert {"stage", "step", "seconds", "loss", "learning_rate"} <= log[1].keys()
-    (validation,) = [entry for entry in log if "validation" in entry]
+    validation, further = [entry for entry in log if "validation" in entry]
+    assert (validation["stage"], further["stage"]) == ("llava", "further")
     assert set(validation["validation"]) == set(TASKS)
     assert validation["mean"] == pytest.approx(sum(validation["validation"].values()) / len(TASKS), abs=1e-3)
 
@@ -105,6 +119,7 @@ def test_the_log_holds_the_command_losses_and_validation_scores(tiny_run):
         ("language", "tower", {"language_model", "lm_head"}),
         ("projector", "language", {"multi_modal_projector"}),
         ("llava", "projector", {"multi_modal_projector", "language_model", "lm_head"}),
+        ("further", "llava", {"multi_modal_projector", "language_model", "lm_head"}),
     ],
 )
 def test_each_stage_trains_its_part_and_leaves_the_others(tiny_run, tmp_path, stage, before, trained):

@@ -160,7 +160,8 @@ def test_the_training_command_runs_on_llavas_json_with_a_recipe(python, random_m
 @pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
 def test_the_rebuild_commands_make_a_repository_that_loads(python, tmp_path):
     small = "--text_layers 3 --text_width 64 --vision_layers 2 --vision_width 32 --tower_pictures 32 --pictures 32"
-    quick = "--texts 8 --aligned_pictures 8 --batch_size 8 --validation_questions 2 --num_workers 0"
+    quick = "--further_pictures 16 --texts 8 --aligned_pictures 8 --batch_size 8"
+    quick += " --validation_questions 2 --num_workers 0"
     python(f"-m minibench.pretrain --output_dir {tmp_path / 'pretrain'} {small} {quick}")
     sft = f"--model_name_or_path {tmp_path / 'pretrain' / 'final'} --output_dir {tmp_path / 'side'}"
     python(f"train_sft.py {sft} --split_layer 1 --num_rows 8 --eval_questions 0")

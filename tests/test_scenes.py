@@ -1,5 +1,6 @@
 """minibench/scenes.py: what is drawn, the habits of its world, and that the splits share nothing."""
 
+import random
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -17,8 +18,10 @@ from minibench.scenes import (
     companion,
     digit_indices,
     digit_mask,
+    draw_scene_with_repeats,
     make_scene,
     shape_mask,
+    warped,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -153,3 +156,28 @@ def test_a_shapes_companion_is_the_pair_that_most_often_goes_with_it(scenes):
     for pair in PAIRS:
         rivals = [other for other in PAIRS if other != pair and companion(*other) != pair]
         assert max(rivals, key=lambda other, pair=pair: together[pair][other]) == companion(*pair)
+
+
+def test_scenes_with_repeats_have_something_to_count():
+    most = []
+    for seed in range(60):
+        scene = draw_scene_with_repeats("train", random.Random(seed))
+        words = [word for thing in scene.shapes for word in (thing.colour, thing.shape)]
+        most.append(max(map(words.count, words)))
+    assert min(most) == 2 and 20 < sum(number > 2 for number in most) < 50
+
+
+def test_other_handwriting_changes_the_digits_and_nothing_else():
+    for index in range(20):
+        scene = make_scene("train", 1, index)
+        other = warped(scene, random.Random(index))
+        assert [thing.name for thing in other.objects] == [thing.name for thing in scene.objects]
+        assert other.shapes == scene.shapes and other.background == scene.background
+        difference = np.abs(np.asarray(scene.draw(), dtype=int) - np.asarray(other.draw(), dtype=int)).max(axis=-1)
+        elsewhere = difference.copy()
+        for thing in scene.digits:
+            x, y, half = *thing.centre, thing.size // 2 + 1
+            box = difference[max(0, y - half) : y + half, max(0, x - half) : x + half]
+            assert box.max() > 0
+            elsewhere[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+        assert elsewhere.max() == 0
