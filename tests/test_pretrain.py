@@ -75,6 +75,9 @@ def test_the_labels_of_a_batch_are_the_replies_of_its_rows_and_their_end_tokens(
     batch = collate(rows)
     assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in rows)
     assert "pixel_values" not in collate([row for row in rows if not row["images"]])
+    cut = pretrain.RowCollator(minibench_processor)(rows)["labels"]
+    assert cut.shape[1] == pretrain.MAX_LENGTH < batch["labels"].shape[1]
+    assert torch.equal(cut, batch["labels"][:, : pretrain.MAX_LENGTH])
     for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
         kept = labels != pretrain.IGNORED
         answers = [message["content"][0]["text"] for message in row["messages"][1::2]]
