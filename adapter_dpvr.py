@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaModel
-from transformers.utils import cached_file, can_return_tuple
+from transformers.utils import cached_file
 
 from configuration_dpvr import DPVR_FIELDS, JOINT, DpvrLlavaConfig, LayerPlan
 from loading_dpvr import make_side_branch, reset_side_branch
-from routing_dpvr import routed_forward
 from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
-from two_stream_dpvr import check_support
+from two_stream_dpvr import check_support, routed_forward, stock_class
+from versions_dpvr import argument_names
 
 PEFT_TYPE = "DPVR"
 PICKLE_NAME = "adapter_model.bin"
@@ -109,8 +109,9 @@ class DpvrLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.side_branch = nn.ModuleDict()
-        self.plans = {}
+        self.plans: dict[str, LayerPlan] = {}
         self.merged_adapters = []
+        self.stock = stock_class(base_layer)
 
     def __getattr__(self, name: str) -> Any:
         """The model around it asks for the tower, the embeddings, the image features, ... of its LlavaModel."""
@@ -153,18 +154,31 @@ class DpvrLayer(nn.Module, BaseTunerLayer):
             "Remedy: keep the adapter, or take it off with unload()."
         )
 
-    @can_return_tuple
-    def forward(self, input_ids: torch.Tensor | None = None, pixel_values: torch.Tensor | None = None, **kwargs: Any):
-        """As `LlavaModel.forward`, under the active adapter's plan."""
+    @property
+    def active_branch(self) -> str | None:
+        """The name of the side branch that runs, or None where the base does."""
         active = [name for name in self.active_adapters if name in self.plans]
-        if self.disable_adapters or not active:
-            if hasattr(self.base_layer, "side_branch"):  # a DPVR model, which has a routing of its own
-                return self.base_layer(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-            depth = len(self.base_layer.language_model.layers)
-            branch, plan = nn.ModuleList(), LayerPlan(depth, (JOINT,) * depth)
-        else:
-            branch, plan = self.side_branch[active[0]], self.plans[active[0]]
-        return routed_forward(self.base_layer, branch, plan, input_ids=input_ids, pixel_values=pixel_values, **kwargs)
+        return active[0] if active and not self.disable_adapters else None
+
+    @property
+    def plan(self) -> LayerPlan:
+        """What every decoder layer does."""
+        if self.active_branch is not None:
+            return self.plans[self.active_branch]
+        if hasattr(self.base_layer, "side_branch"):
+            return self.base_layer.plan
+        depth = len(self.base_layer.language_model.layers)
+        return LayerPlan(depth, (JOINT,) * depth)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's, under the active adapter's plan."""
+        if self.active_branch is None and hasattr(self.base_layer, "side_branch"):
+            return self.base_layer(*args, **kwargs)
+        arguments = dict(zip(argument_names(self.stock.forward), args, strict=False)) | kwargs
+        return_dict = arguments.pop("return_dict", None)
+        branch = nn.ModuleList() if self.active_branch is None else self.side_branch[self.active_branch]
+        output = routed_forward(self.base_layer, self.stock.forward, branch, self.plan, arguments)
+        return output.to_tuple() if return_dict is False else output
 
 
 class DpvrModel(BaseTuner):

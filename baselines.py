@@ -18,21 +18,23 @@ masks, ragged rows, the cache and decoding are those of the method itself, on th
 Axes: B batch, T tokens of a chunk, V image tokens, N keys, H heads, D width.
 """
 
-from functools import partial
-from typing import Literal
+import copy
+from functools import partial, wraps
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import can_return_tuple
 
 from configuration_dpvr import JOINT, TEXT, LayerPlan
 from costs_dpvr import CostFormulas
-from routing_dpvr import routed_forward
-from two_stream_dpvr import TwoStreamPass, check_support, two_stream_forward, visible_keys
+from generation_dpvr import routed
+from text_to_image import attention_inputs
+from two_stream_dpvr import RoutedLayer, TwoStreamPass, check_support, routed_forward
+from versions_dpvr import argument_names
 
 RANKS = ("attention", "random")
 
@@ -73,29 +75,42 @@ def prune(
     return PrunedLlava(model, layer, keep, rank, seed)
 
 
-class PrunedLlava(CostFormulas, LlavaForConditionalGeneration):
+class PrunedModel(LlavaModel):
+    """A LLaVA without its head that prunes; a twin of the one it is made of."""
+
+    @classmethod
+    def of(cls, llava: LlavaModel, pruning: "PrunedLlava") -> "PrunedModel":
+        """Share all of a LLaVA's parts but a side branch."""
+        model = copy.copy(llava)
+        model.__class__, model.pruning = cls, None
+        vars(model)["_modules"] = {name: part for name, part in llava._modules.items() if name != "side_branch"}
+        vars(model)["pruning"] = pruning
+        return model
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.pruning.plan
+
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any):
+        arguments = dict(zip(argument_names(LlavaModel.forward), args, strict=False)) | kwargs
+        make_pass = partial(PruningPass, pruning=self.pruning, valid=arguments.get("attention_mask"))
+        return routed_forward(self, LlavaModel.forward, nn.ModuleList(), self.plan, arguments, make_pass=make_pass)
+
+
+class PrunedLlava(CostFormulas, routed(LlavaForConditionalGeneration)):
     """LLaVA with fewer image tokens from layer `layer` on; made by `prune`, where the arguments are described."""
 
     def __init__(self, llava: LlavaForConditionalGeneration, layer: int, keep: float, rank: str, seed: int):
         super(LlavaForConditionalGeneration, self).__init__(llava.config)
-        self.model, self.lm_head = llava.model, llava.lm_head
-        self.generation_config, self.training = llava.generation_config, llava.training
         self.layer, self.keep, self.rank, self.seed = layer, keep, rank, seed
         depth = llava.config.text_config.num_hidden_layers
         self.plan = LayerPlan(layer, (JOINT,) * layer + (TEXT,) * (depth - layer))
+        self.model, self.lm_head = PrunedModel.of(llava.model, self), llava.lm_head
+        self.generation_config, self.training = llava.generation_config, llava.training
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> LlavaCausalLMOutputWithPast:
+    @wraps(LlavaForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any):
         """LLaVA's forward; the last token given with an image is the one whose attention ranks.
 
         So generate with a cache, as is the default: without one every new token would rank anew.
@@ -107,27 +122,10 @@ class PrunedLlava(CostFormulas, LlavaForConditionalGeneration):
             ValueError: as DPVR's forward, and for labels and hidden states, which belong to training and probing.
         """
         for name in ("labels", "output_hidden_states"):
-            value = kwargs.pop(name, None)
+            value = kwargs.get(name)
             if value is not None and value is not False:
                 raise ValueError(f"Expected no {name} for an inference-only baseline; got them. Remedy: drop them.")
-        output = routed_forward(
-            self.model,
-            nn.ModuleList(),
-            self.plan,
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            logits_to_keep=logits_to_keep,
-            run_plan=partial(pruned_forward, pruning=self),
-            **{**kwargs, "return_dict": True},
-        )
-        logits = self.lm_head(output.last_hidden_state)
-        return LlavaCausalLMOutputWithPast(
-            logits=logits, past_key_values=output.past_key_values, image_hidden_states=output.image_hidden_states
-        )
+        return super().forward(*args, **kwargs)
 
     def num_kept(self, num_image_tokens: int) -> int:
         """Image tokens of a row that the later layers see."""
@@ -164,73 +162,74 @@ class PrunedLlava(CostFormulas, LlavaForConditionalGeneration):
         return batch_size * entries * per_entry * (dtype or self.dtype).itemsize
 
 
+class Watch:
+    """In a cache's place: looks at the keys that a layer reads."""
+
+    def __init__(self, cache: Cache | None) -> None:
+        self.cache = cache
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any):
+        both = (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
+        self.keys = both[0]
+        return both
+
+
 class PruningPass(TwoStreamPass):
-    """A forward pass that finds out on the way which tokens leave: the image stream is the tokens to drop."""
+    """A forward pass that finds out on the way which tokens leave: the second stream is the tokens to drop.
 
-    def drop(self, dropped: torch.Tensor) -> None:
-        """Sort the chunk anew: the second stream is no longer the image but what is marked in bool (B, T)."""
-        self._sort(dropped, dropped.device)
-        if self.static:
-            self._make_room(self.cache)
+    Args:
+        pruning: how many tokens leave, and by what rank.
+        valid: the padding mask (B, past + T), if any.
+    """
 
-    def last_token_attention(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    def __init__(self, *args: Any, pruning: PrunedLlava, valid: torch.Tensor | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pruning, self.valid = pruning, valid
+
+    def shared_layer(
+        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
+    ) -> Any:
+        """As without pruning; the last of these layers also ranks the tokens."""
+        if layer.index < self.plan.split_layer - 1:
+            return super().shared_layer(layer, hidden, arguments, cache)
+        watch = Watch(cache)
+        out = super().shared_layer(layer, hidden, arguments, watch)
+        if self.pruning.rank == "attention":
+            self.scores = self._last_token_attention(layer, hidden, arguments, watch.keys)
+        else:
+            self.scores = random_scores(self.image_mask, self.pruning.seed)
+        return out
+
+    def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Sort the chunk anew: the second stream is no longer the image but what is dropped."""
+        self.sort(self.image_mask & ~best_image_tokens(self.scores, self.image_mask, self.pruning.keep))
+        super().leave(layer, hidden, arguments)
+
+    def query_slots(self, kind: str) -> torch.Tensor:
+        """As without pruning, and of kind "last" each row's last token."""
+        if kind != "last":
+            return super().query_slots(kind)
+        if self.valid is None or self.valid.ndim != 2:
+            return self.all_slots[:, -1:]
+        place = torch.arange(self.length, device=self.valid.device)
+        return self.all_slots.gather(1, (self.valid[:, -self.length :] * place).argmax(1, keepdim=True))
+
+    def _last_token_attention(
+        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], keys: torch.Tensor
+    ) -> torch.Tensor:
         """What each row's last token gives the chunk's tokens in `layer`, the mean over heads, float (B, T).
 
-        `states` (B, T, D) are the layer's input; its keys are in the cache.
+        `hidden` (B, T, D) are the layer's input; it has cached `keys`.
         """
-        attention, rows = layer.self_attn, torch.arange(self.batch_size, device=states.device)
-        last = torch.full_like(rows, self.length - 1)
-        if self.valid is not None:
-            last = (self.valid[:, self.past :] * torch.arange(self.length, device=states.device)).argmax(1)
-        query = attention.q_proj(layer.input_layernorm(states[rows, last]))  # (B, H * head_dim)
-        query = query.view(self.batch_size, -1, 1, attention.head_dim)
-        cos, sin = (table.expand(self.batch_size, -1, -1)[rows, last][:, None] for table in self.rotary("joint"))
-        query, _ = apply_rotary_pos_emb(query, query[:, :0], cos, sin)
-        keys = self.scratch.layers[attention.layer_idx].keys  # (B, H / group, N, head_dim)
-        query = query.view(self.batch_size, keys.shape[1], -1, attention.head_dim)  # (B, H / group, group, head_dim)
-        scores = query @ keys.transpose(2, 3) * attention.scaling  # (B, H / group, group, N)
-        seen = visible_keys(last[:, None] + self.past, self.place_slots("joint"), self.valid)  # (B, 1, 1, N)
-        given = scores.masked_fill(~seen, -torch.inf)
-        given = given.softmax(-1, dtype=torch.promote_types(given.dtype, torch.float32)).mean((1, 2))
-        return given[:, self.past : self.past + self.length]
-
-
-def pruned_forward(
-    language_model: nn.Module,
-    side_branch: nn.ModuleList,
-    plan: LayerPlan,
-    inputs_embeds: torch.Tensor,
-    image_mask: torch.Tensor | None,
-    *,
-    pruning: PrunedLlava,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    cache: Cache | None = None,
-    tail: int | None = None,
-    output_hidden_states: bool = False,
-) -> tuple[torch.Tensor, None]:
-    """`two_stream_forward` for a chunk whose images are to be pruned; any other goes on as the cache has it."""
-    inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
-    if image_mask is None:
-        return two_stream_forward(language_model, side_branch, plan, inputs_embeds, None, tail=tail, **inputs)
-    if inputs["cache"] is None:  # a throw-away one: its keys rank
-        inputs["cache"] = DynamicCache()
-    this = PruningPass(language_model, plan, inputs_embeds, image_mask, *inputs.values())
-    hidden, layers = inputs_embeds, language_model.layers
-    for layer in layers[: plan.split_layer]:
-        before, hidden = hidden, this.run(layer, hidden, "joint")
-    if pruning.rank == "attention":
-        scores = this.last_token_attention(layers[plan.split_layer - 1], before)
-    else:
-        scores = random_scores(image_mask, pruning.seed)
-    this.drop(image_mask & ~best_image_tokens(scores, image_mask, pruning.keep))
-
-    streams = this.streams
-    kept, dropped = streams.pick(hidden, streams.text), streams.pick(hidden, streams.image)
-    for layer in layers[plan.split_layer :]:
-        kept = this.run(layer, kept, "text", tail if layer is layers[-1] else None)
-    this.write_record()
-    return language_model.norm(streams.merge(kept, dropped) if tail is None else kept[:, -tail:]), None
+        last, known = self.query_slots("last"), self.past + self.length
+        of_last = {name: value for name, value in arguments.items() if name != "attention_mask"}
+        found = attention_inputs(
+            layer.stock, self.streams.pick(hidden, last), self.arguments(of_last, "last"), keys[:, :, :known]
+        )
+        seen = torch.arange(known, device=last.device) <= last  # (B, K)
+        if self.valid is not None and self.valid.ndim == 2:
+            seen &= self.valid[:, :known].bool()
+        return found.weights(seen[:, None, None])[:, :, 0, self.past :].mean(1)
 
 
 def best_image_tokens(scores: torch.Tensor, image_mask: torch.Tensor, keep: float) -> torch.Tensor:

@@ -11,18 +11,21 @@ or resets the rows of a cache does the same to it. A static cache is cut to size
 Axes: B batch, T tokens, X text tokens, V image tokens, L decoder layers, S side layers, N keys, H heads.
 """
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 try:
     from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from .versions_dpvr import LINE_4
 except ImportError:
     from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from versions_dpvr import LINE_4
 
 KINDS = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}  # of a decoder layer, by its keys
-LINE_4 = transformers.__version__.startswith("4.")  # it crops to a length, and counts the tokens of all layers alike
 
 
 class ExtraLayer(DynamicLayer):
@@ -47,6 +50,21 @@ class ExtraLayer(DynamicLayer):
         self.layers[0].prefetch()
 
 
+@dataclass
+class ChunkNotes:
+    """What the layers of one chunk of text share while it runs.
+
+    Attributes:
+        places: "text" and "context" -> int64 (B, K), the slots of the keys that such layers hold in this chunk.
+        masks: (stock mask, kind of layer, the same mask for that kind's keys).
+        states: the states before each layer, where they were asked for.
+    """
+
+    places: dict[str, torch.Tensor]
+    masks: list[tuple[Any, str, Any]] = field(default_factory=list)
+    states: list[torch.Tensor] | None = None
+
+
 class SideBranchKeys(ExtraLayer):
     """The keys of a side layer: images only, read when another image comes; a growing layer in any cache."""
 
@@ -60,15 +78,16 @@ class CacheRecord(ExtraLayer):
 
     Written when a chunk brings an image. Tokens that came later are plain text, one key each in joint, text and
     context layers, so decoding writes nothing here. In a static cache the tables reach to the layers' ends, as if text
-    followed, and padding is marked: a decoded token needs them and its own slot, nothing else.
+    followed.
 
     Args:
         plan: the layer plan that filled the cache.
         batch_size: B.
         length: slots seen when this is written.
         last_image: slots up to the end of the last image token.
-        plain: nothing is padded and no row has filler.
-        tables: kind of layer -> int64 (B, N or room), slots in the order of the keys; -1 at filler.
+        plain: nothing is padded and no row has padding slots.
+        tables: "text", "context" and "image" -> int64 (B, N or room), slots in the order of the keys; -1 at padding
+            slots. Joint layers hold every slot in order.
         num_keys: kind of layer -> N.
     """
 
@@ -87,6 +106,7 @@ class CacheRecord(ExtraLayer):
         self.plan, self.max_batch_size = plan, batch_size
         self.length, self.last_image, self.plain = length, last_image, plain
         self.tables, self.num_keys = tables or {}, num_keys or {}
+        self.step: ChunkNotes | None = None  # of the text chunk that runs on this cache
 
     @staticmethod
     def find(cache: Cache | None) -> "CacheRecord | None":
@@ -94,35 +114,8 @@ class CacheRecord(ExtraLayer):
         record = cache.layers[-1] if cache is not None and cache.layers else None
         return record if isinstance(record, CacheRecord) and record.plan is not None else None
 
-    @staticmethod
-    def of(cache: Cache | None, plan: LayerPlan) -> "CacheRecord | None":
-        """The record on `cache` for going on under `plan`, or None if it is empty or has seen no image.
-
-        Raises:
-            ValueError: if another plan filled the cache, or its layers do not hold what is noted.
-        """
-        if cache is None or not cache.layers:
-            return None
-        record, static = CacheRecord.find(cache), is_static(cache)
-        if record is None:
-            if isinstance(cache.layers[-1], CacheRecord) or isinstance(cache.layers[0], StaticKeys):
-                as_it_was_made(cache, len(plan.modes))  # it was reset, or its prefill was broken off
-            return None
-        past = None if static else cache.get_seq_length()  # a static cache would have to ask the device
-        if past == 0:
-            as_it_was_made(cache, len(plan.modes))
-            return None
-        if record.plan != plan:
-            raise ValueError(
-                f"Expected a cache filled under the layer plan in use, {plan}; got one filled under {record.plan}. "
-                "Remedy: prefill again after changing the routing or its layers."
-            )
-        if not static:
-            record._check(cache, past)
-        return record
-
-    def _check(self, cache: Cache, past: int) -> None:
-        """Refuse a cache that was cropped into its last image, or layer by layer."""
+    def check(self, cache: Cache, past: int) -> None:
+        """Raise ValueError for a cache that was cropped into its last image, or layer by layer."""
         if past < self.last_image:
             raise ValueError(
                 f"Expected at least the {self.last_image} cached tokens that end with the last image; got {past}. "
@@ -137,7 +130,7 @@ class CacheRecord(ExtraLayer):
                 )
 
     def slots(self, kind: str, past: int) -> torch.Tensor:
-        """The slots (B, N) of the keys that layers of this kind hold, `past` tokens into the sequence."""
+        """The slots (B, N) of the keys that text, context or side layers hold, `past` tokens into the sequence."""
         table, held = self.tables[kind], self.num_keys[kind]
         if kind == "image":
             return table
@@ -213,7 +206,34 @@ class ShorterLayer(DynamicLayer):
         super().crop(max(0, max_length + held))
 
 
-def as_it_was_made(cache: Cache, depth: int) -> None:
+def continue_cache(cache: Cache | None, plan: LayerPlan) -> CacheRecord | None:
+    """Make `cache` ready for a chunk under `plan`, and return its record, or None where it has seen no image.
+
+    Raises:
+        ValueError: if another plan filled the cache, or its layers do not hold what is noted.
+    """
+    if cache is None or not cache.layers:
+        return None
+    record, static = CacheRecord.find(cache), is_static(cache)
+    if record is None:
+        if isinstance(cache.layers[-1], CacheRecord) or isinstance(cache.layers[0], StaticKeys):
+            restore_empty(cache, len(plan.modes))  # it was reset, or its prefill was broken off
+        return None
+    past = None if static else cache.get_seq_length()  # a static cache would have to ask the device
+    if past == 0:
+        restore_empty(cache, len(plan.modes))
+        return None
+    if record.plan != plan:
+        raise ValueError(
+            f"Expected a cache filled under the layer plan in use, {plan}; got one filled under {record.plan}. "
+            "Remedy: prefill again after changing the routing or its layers."
+        )
+    if not static:
+        record.check(cache, past)
+    return record
+
+
+def restore_empty(cache: Cache, depth: int) -> None:
     """Take off an empty cache what was put on it for an earlier prompt."""
     room = cache.layers[0].max_cache_len if is_static(cache) else 0
     cache.layers[depth:] = []

@@ -27,7 +27,7 @@ from transformers import LlavaForConditionalGeneration
 
 from adapter_dpvr import FIELDS
 from answered_prompts import Batch
-from saturation import Rows
+from saturation import ProbeBatch
 
 
 class Plan(NamedTuple):
@@ -64,16 +64,16 @@ def effects(
     """
     totals, count = {plan: [0.0, 0] for plan in plans}, 0
     for inputs, labels in tqdm(batches, desc=description, unit="batch"):
-        this = Rows(model, inputs, labels)
+        this = ProbeBatch(model, inputs, labels)
         expected, hidden = this.answers_in(this.vanilla()), this.embeds
         count += len(labels)
-        for split, layer in enumerate(this.decoder.layers):
+        for split in range(len(this.decoder.layers)):
             readings = [plan.fusion_layers for plan in plans if plan.split_layer == split]
-            for reading, states in this.withdraw(hidden, split, readings, side_layer=layer):
+            for reading, states in this.withdraw(hidden, split, readings, with_side_layer=True):
                 distance, changed = this.compare(expected, this.answers_in(states))
                 totals[Plan(split, reading)][0] += sum(distance)
                 totals[Plan(split, reading)][1] += sum(changed)
-            hidden = this.run(layer, hidden, "joint")
+            hidden = this.joint(split, hidden)
     if count == 0:
         raise ValueError("Expected prompts with a picture to measure plans on; got none. Remedy: other rows, or more.")
     return {plan: Effect(kl / count, changed / count) for plan, (kl, changed) in totals.items()}

@@ -24,15 +24,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlavaForConditionalGeneration
-from transformers.modeling_outputs import ModelOutput
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import LlavaForConditionalGeneration
 
 from answered_prompts import IGNORED_LABEL
 from configuration_dpvr import JOINT, LayerPlan
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from text_to_image import text_to_image_attention
-from two_stream_dpvr import SUPPORTED_DECODERS, TwoStreamPass, visible_keys
+from text_to_image import attention_inputs, text_to_image_attention
+from two_stream_dpvr import SUPPORTED_DECODERS, RoutedLayer, TwoStreamPass, decoder_of, routed_twin, stock_class
 
 GRAPHS = ("text_only", "late_fusion")
 Lens = Callable[[int, torch.Tensor], torch.Tensor]
@@ -102,13 +100,14 @@ def measure(
     Raises:
         ValueError: for a decoder of another kind, rows without a picture and rows without an answer.
     """
-    this = Rows(model, inputs, labels)
+    this = ProbeBatch(model, inputs, labels)
     final, hidden = this.vanilla(), this.embeds
     answered = this.answers_in(final)  # (answer tokens of all rows, vocabulary)
     samples = [Sample() for _ in labels]
-    for index, layer in enumerate(this.decoder.layers):
-        _add_attention(samples, this, layer, hidden, chunk)
-        before, hidden = hidden, this.run(layer, hidden, "joint")
+    for index in range(len(this.decoder.layers)):
+        for sample, mass in zip(samples, this.attention_mass(index, hidden, chunk), strict=True):
+            sample.attention_mass.append(mass.tolist())
+        before, hidden = hidden, this.joint(index, hidden)
         _add_states(samples, this, before, hidden, final, chunk)
         if lens is not None:
             tuned = lens(index, hidden)
@@ -142,11 +141,13 @@ def measure_routed(model: DpvrLlavaForConditionalGeneration, inputs: dict[str, t
     return RoutedSample(smallest, torch.equal(states[routing], states["none"]), mass[routing], mass["none"])
 
 
-class Rows(TwoStreamPass):
+class ProbeBatch:
     """Prompts with their answers on their way through the decoder, layer by layer.
 
     Attributes:
+        decoder, lm_head: the model's.
         image, valid: bool (B, T), image tokens and tokens that are no padding.
+        answers: bool (B, T - 1), at the tokens that predict the answers.
         embeds: float (B, T, D), what the first layer takes.
     """
 
@@ -154,14 +155,15 @@ class Rows(TwoStreamPass):
         self, model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> None:
         """Take a batch as `measure` does, and refuse what it refuses."""
-        llava, self.decoder, self.lm_head = model.model, model.model.language_model, model.lm_head
+        owner, self.lm_head = model.model, model.lm_head
+        self.decoder = decoder_of(owner)[1]
         if self.decoder.config.model_type not in SUPPORTED_DECODERS:
             raise ValueError(
                 f"Expected a LLaVA on a decoder of type {SUPPORTED_DECODERS}; got {self.decoder.config.model_type!r}. "
                 "Remedy: measure another one."
             )
-        valid = inputs["attention_mask"].bool()
-        self.image = (inputs["input_ids"] == model.config.image_token_id) & valid
+        self.valid = inputs["attention_mask"].bool()
+        self.image = (inputs["input_ids"] == model.config.image_token_id) & self.valid
         self.answers = labels[:, 1:] != IGNORED_LABEL  # (B, T - 1), at the tokens that predict them
         for what, found in (("a picture", self.image), ("an answer", self.answers)):
             if not found.any(1).all():
@@ -169,24 +171,50 @@ class Rows(TwoStreamPass):
                 raise ValueError(
                     f"Expected {what} in every row; got none in rows {rows}. Remedy: leave these rows out."
                 )
-        features = llava.get_image_features(pixel_values=inputs["pixel_values"])
-        features = features.pooler_output if isinstance(features, ModelOutput) else features  # transformers 5, 4
-        features = torch.cat(list(features))
-        embeds = llava.get_input_embeddings()(inputs["input_ids"])
-        self.embeds = embeds.masked_scatter(self.image[..., None], features.to(embeds.dtype))
-        places = (valid.long().cumsum(1) - 1).clamp(min=0)
-        plan = LayerPlan(len(self.decoder.layers), (JOINT,) * len(self.decoder.layers))
-        super().__init__(self.decoder, plan, self.embeds, self.image, valid, places, cache=None)
+        self._calls: list[tuple[RoutedLayer, dict]] = []  # the layers, and what the stock decoder would give them
+        places = (self.valid.long().cumsum(1) - 1).clamp(min=0)
+        stock_class(owner).forward(
+            routed_twin(owner, self._note), **inputs, position_ids=places, use_cache=False, return_dict=True
+        )
+        for layer, _ in self._calls:
+            layer.run = None  # which leads back here: a circle would keep what was measured in memory
+        depth = len(self._calls)
+        plan = LayerPlan(depth, (JOINT,) * depth)
+        self.streams = TwoStreamPass(nn.ModuleList(), plan, self.image, padded=(~self.valid).any())
+        self.streams.start(None)
+
+    def _note(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict, cache: None) -> torch.Tensor:
+        if not self._calls:
+            self.embeds = hidden
+        self._calls.append((layer, arguments))
+        return hidden
+
+    def joint(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """States (B, T, D) after a layer of the vanilla graph, of those before it."""
+        layer, arguments = self._calls[index]
+        return _states(layer.call(hidden, arguments, None))
 
     def vanilla(self) -> torch.Tensor:
         """States (B, T, D) after the last layer of the vanilla graph."""
         hidden = self.embeds
-        for layer in self.decoder.layers:
-            hidden = self.run(layer, hidden, "joint")
+        for index in range(len(self._calls)):
+            hidden = self.joint(index, hidden)
         return hidden
 
+    def attention_mass(self, index: int, hidden: torch.Tensor, chunk: int) -> list[torch.Tensor]:
+        """Per row, the share (H,) of attention that the text after an image gives to images, from states (B, T, D)."""
+        layer, arguments = self._calls[index]
+        found, mass = attention_inputs(layer.stock, hidden, arguments), []
+        at = torch.arange(hidden.shape[1], device=hidden.device)
+        for part in at.split(chunk):
+            causal = (at <= part[:, None]) & self.valid[:, None, :] | (at == part[:, None])  # (B, chunk, T)
+            weights = found.weights(causal[:, None], slice(int(part[0]), int(part[-1]) + 1))
+            mass.append((weights * self.image[:, None, None, :]).sum(-1))
+        queries = self.valid & ~self.image & (self.image.cumsum(1) > 0)
+        return [row[:, tokens].mean(1) for row, tokens in zip(torch.cat(mass, dim=2), queries, strict=True)]
+
     def withdraw(
-        self, hidden: torch.Tensor, split: int, readings: Iterable[Reading], *, side_layer: nn.Module | None = None
+        self, hidden: torch.Tensor, split: int, readings: Iterable[Reading], *, with_side_layer: bool = False
     ) -> Iterator[tuple[Reading, torch.Tensor]]:
         """Each reading, and states (B, T, D) after the last layer, of which those from `split` on run on text alone.
 
@@ -194,27 +222,28 @@ class Rows(TwoStreamPass):
             hidden: (B, T, D), after `split` layers.
             readings: each the deep layers, in order, that read the image even so; what they begin with in common is
                 computed once.
-            side_layer: what the image passes through before it is read; None hands it on as it is.
+            with_side_layer: whether the image passes through the layer at the split before it is read.
         """
-        readings, image = list(readings), self.streams.pick(hidden, self.streams.image)
-        if side_layer is not None and any(readings):
-            image = self.run(side_layer, image, "image")
-        states: dict[Reading, torch.Tensor] = {(): self.streams.pick(hidden, self.streams.text)}
-        for index, layer in list(enumerate(self.decoder.layers))[split:]:
+        readings, streams = list(readings), self.streams.streams
+        image = streams.pick(hidden, streams.image)
+        if with_side_layer and any(readings):
+            layer, arguments = self._calls[split]
+            image = _states(layer.call(image, self.streams.arguments(arguments, "image"), None))
+        states: dict[Reading, torch.Tensor] = {(): streams.pick(hidden, streams.text)}
+        for index in range(split, len(self._calls)):
             so_far = dict.fromkeys(tuple(at for at in reading if at <= index) for reading in readings)
-            states = {key: self._deep_layer(index, layer, states, key, image) for key in so_far}
+            states = {key: self._deep_layer(index, states, key, image) for key in so_far}
         for reading in readings:
-            yield reading, self.streams.merge(states[reading], image)
+            yield reading, streams.merge(states[reading], image)
 
     def _deep_layer(
-        self, index: int, layer: nn.Module, states: dict[Reading, torch.Tensor], key: Reading, image: torch.Tensor
+        self, index: int, states: dict[Reading, torch.Tensor], key: Reading, image: torch.Tensor
     ) -> torch.Tensor:
         """Text (B, X, D) after a layer; `key` is what has read the image by now, this layer too if it is the last."""
+        layer, arguments = self._calls[index]
         if not key or key[-1] != index:
-            return self.run(layer, states[key], "text")
-        self.scratch = DynamicCache()
-        self.write_keys(layer, image, self.rotary("image"))
-        return self.run(layer, states[key[:-1]], "context")
+            return _states(self.streams.read(layer, states[key], arguments, None))
+        return _states(self.streams.read(layer, states[key[:-1]], arguments, None, image=image))
 
     def add_means(self, curves: list[dict[str, list[float]]], values: torch.Tensor) -> None:
         """Append to each row's curves the mean of values (B, T) over its image and over its text tokens."""
@@ -236,7 +265,7 @@ class Rows(TwoStreamPass):
         return [kl.mean().item() for kl in distance.split(counts)], [bool(c.any()) for c in changed.split(counts)]
 
 
-def log_probabilities(this: Rows, states: torch.Tensor) -> torch.Tensor:
+def log_probabilities(this: ProbeBatch, states: torch.Tensor) -> torch.Tensor:
     """Log-probabilities float32 (N, vocabulary) of the next token after states (N, D) of any layer."""
     return this.lm_head(this.decoder.norm(states)).float().log_softmax(-1)
 
@@ -247,7 +276,7 @@ def kl_divergence(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
 
 
 def _add_states(
-    samples: list[Sample], this: Rows, before: torch.Tensor, after: torch.Tensor, final: torch.Tensor, chunk: int
+    samples: list[Sample], this: ProbeBatch, before: torch.Tensor, after: torch.Tensor, final: torch.Tensor, chunk: int
 ) -> None:
     """What states (B, T, D) before and after a layer say by themselves: their cosine, and the logit lens."""
     cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)  # (B, T)
@@ -256,7 +285,7 @@ def _add_states(
 
 
 def _add_lens(
-    curves: list[dict[str, list[float]]], this: Rows, states: torch.Tensor, final: torch.Tensor, chunk: int
+    curves: list[dict[str, list[float]]], this: ProbeBatch, states: torch.Tensor, final: torch.Tensor, chunk: int
 ) -> None:
     """KL from the final distribution to a lens's at the same tokens, of states (B, T, D)."""
     parts = zip(final[this.valid].split(chunk), states[this.valid].split(chunk), strict=True)
@@ -266,28 +295,12 @@ def _add_lens(
     this.add_means(curves, distance)
 
 
-def _add_attention(samples: list[Sample], this: Rows, layer: nn.Module, hidden: torch.Tensor, chunk: int) -> None:
-    """Per row and head, the mean share of attention that text after an image gives to images, before a layer."""
-    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    shape = (*normed.shape[:-1], -1, attention.head_dim)
-    query, key = (
-        projection(normed).view(shape).transpose(1, 2) for projection in (attention.q_proj, attention.k_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, *this.rotary("joint"))
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # (B, H, T, head width)
-    slots = this.query_slots("joint")
-    mass = []
-    for rows, at in zip(query.split(chunk, dim=2), slots.split(chunk, dim=1), strict=True):
-        scores = (rows @ key.transpose(-1, -2)).float() * attention.scaling  # (B, H, chunk, T)
-        scores = scores.masked_fill(~visible_keys(at, slots, this.valid), float("-inf"))
-        mass.append((scores.softmax(-1) * this.image[:, None, None, :]).sum(-1))
-    queries = this.valid & ~this.image & (this.image.cumsum(1) > 0)
-    for sample, row, tokens in zip(samples, torch.cat(mass, dim=2), queries, strict=True):
-        sample.attention_mass.append(row[:, tokens].mean(1).tolist())
+def _states(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _add_withdrawal(
-    samples: list[Sample], this: Rows, hidden: torch.Tensor, split: int, answered: torch.Tensor
+    samples: list[Sample], this: ProbeBatch, hidden: torch.Tensor, split: int, answered: torch.Tensor
 ) -> None:
     """What becomes of the answers when images go no further than states (B, T, D) after `split` layers."""
     readings = {(): "text_only", (len(this.decoder.layers) - 1,): "late_fusion"}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from answered_prompts import Batch
-from saturation import Rows, kl_divergence, log_probabilities
+from saturation import ProbeBatch, kl_divergence, log_probabilities
 
 LEARNING_RATE = 1e-3
 CHUNK = 128  # tokens whose logits are held at a time
@@ -58,11 +58,11 @@ class TunedLens(nn.Module):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_batches)
         for inputs, labels in tqdm(batches, total=num_batches, desc="Tuned lens", unit="batch"):
             with torch.no_grad():
-                this = Rows(model, inputs, labels)
+                this = ProbeBatch(model, inputs, labels)
                 final, hidden = this.vanilla()[this.valid], this.embeds
-            for index, layer in enumerate(this.decoder.layers[:-1]):
+            for index in range(len(lens.maps)):
                 with torch.no_grad():
-                    hidden = this.run(layer, hidden, "joint")
+                    hidden = this.joint(index, hidden)
                 lens._learn(this, index, hidden[this.valid], final)
             torch.nn.utils.clip_grad_norm_(lens.parameters(), 1.0)
             optimizer.step()
@@ -75,7 +75,7 @@ class TunedLens(nn.Module):
             )
         return lens.requires_grad_(False)
 
-    def _learn(self, this: Rows, layer: int, states: torch.Tensor, final: torch.Tensor) -> None:
+    def _learn(self, this: ProbeBatch, layer: int, states: torch.Tensor, final: torch.Tensor) -> None:
         """Add to the gradient of a layer's map, chunk by chunk; the head's own weights get none."""
         for part, goal in zip(states.split(CHUNK), final.split(CHUNK), strict=True):
             with torch.no_grad():

@@ -15,39 +15,737 @@ Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/a
         |
     norm, lm_head
 
-`two_stream_forward` runs any layer plan (configuration_dpvr.py) on stock decoder layers. A `context` layer writes the
-image's keys and values into that layer's cache and then runs the stock layer on the text alone: attention does not
-care in which order keys lie as long as the mask knows where each belongs. So every token keeps its slot, its index in
-the whole sequence, and the one rule for all masks is: a query at slot p sees valid keys at slots <= p.
+Nothing of the base model is written again. Its own forward runs on twins (same class, weights and attributes) whose
+decoder layers are `RoutedLayer`s; each picks its stream's tokens out of what the stock decoder made for all T:
 
-    a context layer, "u u I I t t" (text u, t around image I)        keys   I I u u t t
-                                                               query u      . . x . . .
-                                                                     u      . . x x . .
-                                                                     t      x x x x x .
-                                                                     t      x x x x x x
+    outer model's own forward      tower, projector, merging               on a twin whose decoder is
+        decoder's own forward      cache, masks, rotary tables             a twin whose layers are routed
+            RoutedLayer            states, tables, ids: its tokens; mask: the rows of its queries, the columns of its
+                                   keys; then the stock layer runs
+
+A context layer writes the image's keys before the text's own: attention does not care in which order keys lie as long
+as the mask knows where each belongs (streams_dpvr.py). A chunk of text on a cache that has seen images takes a twin
+that only picks columns, and a single token after a prompt without padding the stock decoder itself.
 
 Axes: B batch, T all tokens of a chunk, X its text tokens, V its image tokens, D width, H heads, L layers.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.modeling_outputs import ModelOutput
 
 try:
-    from .cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from .cache_dpvr import (
+        KINDS,
+        CacheRecord,
+        ChunkNotes,
+        SideBranchKeys,
+        continue_cache,
+        fit_static_layers,
+        is_static,
+        let_line_4_crop,
+    )
     from .configuration_dpvr import CONTEXT, JOINT, RESET, DpvrLlavaConfig, LayerPlan
+    from .images_dpvr import find_images
+    from .streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
+    from .versions_dpvr import CACHE_NAMES, LINE_4, argument_names, cache_in
 except ImportError:
-    from cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from cache_dpvr import (
+        KINDS,
+        CacheRecord,
+        ChunkNotes,
+        SideBranchKeys,
+        continue_cache,
+        fit_static_layers,
+        is_static,
+        let_line_4_crop,
+    )
     from configuration_dpvr import CONTEXT, JOINT, RESET, DpvrLlavaConfig, LayerPlan
+    from images_dpvr import find_images
+    from streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
+    from versions_dpvr import CACHE_NAMES, LINE_4, argument_names, cache_in
 
-KEYS_OF = ("joint", "text", "image", "context")  # kinds of layers, by the tokens whose keys they hold
+DECODER_NAMES = ("language_model", "text_model")  # what outer models call their decoder
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2")
 SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
+TOKEN_AXES = {"position_ids": -1, "token_type_ids": -1, "mm_token_type_ids": -1, "position_embeddings": -2}
+MASK = "attention_mask"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+eagerly = torch.compiler.disable(recursive=False)  # sorting tokens is not compiled; the stock layers may be
+KEYS_OF = ("text", "image", "context")  # kinds of layers whose keys are not simply all tokens' in order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Twins of stock modules
+
+
+def twin(module: nn.Module, *, hooks: bool = True, **parts: nn.Module) -> nn.Module:
+    """A module of the same class, weights and attributes with other parts; the module itself does not change.
+
+    Without `hooks` it has none of those on the module: for a call that stops on the way.
+    """
+    new = copy.copy(module)
+    if not hooks:
+        vars(new).update({name: type(value)() for name, value in vars(module).items() if name in HOOKS})
+    vars(new)["_modules"] = {**module._modules, **parts}
+    for name, value in vars(module).items():  # a forward that accelerate has wrapped is bound to the module
+        if isinstance(value, MethodType) and value.__self__ is module:
+            vars(new)[name] = MethodType(value.__func__, new)
+        elif isinstance(value, partial) and value.args[:1] == (module,):
+            vars(new)[name] = partial(value.func, new, *value.args[1:], **value.keywords)
+    return new
+
+
+class RoutedLayer(nn.Module):
+    """In a decoder layer's place among its decoder's: `run` decides what the stock layer gets to see.
+
+    Args:
+        layer: the stock layer, not registered as a part: its weights have one owner.
+        index: its place in the decoder.
+        run: called with this, the states that the layer before gave, the layer's other arguments, and the cache.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, run: Callable) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():  # the decoder may ask it for its attention's type
+            if not name.startswith("_") and not callable(value):
+                vars(self)[name] = value
+        names = argument_names(type(layer).forward)
+        vars(self).update(stock=layer, index=index, run=run, names=names)
+        self.cache_name = next(name for name in CACHE_NAMES if name in names)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """As the stock layer's."""
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        hidden, cache = arguments.pop(self.names[0]), arguments.pop(self.cache_name, None)
+        return self.run(self, hidden, arguments, cache)
+
+    def call(
+        self, states: torch.Tensor, arguments: dict[str, Any], cache: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The stock layer itself."""
+        return self.stock(states, **arguments, **{self.cache_name: cache})
+
+    def keys_and_values(
+        self, states: torch.Tensor, arguments: dict[str, Any], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values (B, H, N, head width) that the stock layer would cache for states (B, N, D).
+
+        To be called within the layer's own call where something gathers its weights for that. No query is projected.
+        """
+        attention = self.stock.self_attn
+        width = attention.q_proj.out_features // attention.config.num_attention_heads
+        layer = twin(self.stock, self_attn=twin(attention, hooks=False, q_proj=Nothing(width)))
+        arguments = {**{name: _on(value, device) for name, value in arguments.items()}, MASK: None}
+        tap = KeyTap()
+        try:
+            type(layer).forward(layer, states.to(device), **arguments, **{self.cache_name: tap})
+        except KeysTaken:
+            pass
+        return tap.taken
+
+
+class Nothing(nn.Module):
+    """In a projection's place: one head of zeros, for a layer whose queries nobody reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states.new_zeros(()).expand(*states.shape[:-1], self.width)
+
+
+class KeysTaken(Exception):
+    """A layer has made its keys; nothing more is wanted of it."""
+
+
+class KeyTap:
+    """In a cache's place: takes the keys and values that a layer writes, and stops it there."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> None:
+        self.taken = keys, values
+        raise KeysTaken
+
+
+class WriteFirst:
+    """In a cache's place: before what a layer writes, writes the keys that it makes of other states.
+
+    Args:
+        cache: the cache itself, or None.
+        layer: the layer that is given this for its cache.
+        others: the other states (B, N, D), each with the layer's arguments for them.
+    """
+
+    def __init__(
+        self, cache: Cache | None, layer: RoutedLayer, others: list[tuple[torch.Tensor, dict[str, Any]]]
+    ) -> None:
+        self.cache, self.layer, self.others = cache, layer, others
+
+    def write(self, device: torch.device, layer_idx: int, *args: Any, **kwargs: Any) -> list:
+        """Write the keys of the other states, and return them, each with its values."""
+        made = [self.layer.keys_and_values(states, arguments, device) for states, arguments in self.others]
+        for keys, values in made if self.cache is not None else ():
+            self.cache.update(keys, values, layer_idx, *args, **kwargs)
+            if self.cache.offloading:  # more keys of this layer follow
+                self.cache.layers[layer_idx].prefetch()
+        return made
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Cache.update`."""
+        made = self.write(keys.device, layer_idx, *args, **kwargs)
+        if self.cache is not None:
+            return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        both = zip(*made, (keys, values), strict=True)
+        return tuple(torch.cat(parts, dim=-2) for parts in both)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple of them, on a device."""
+    if isinstance(value, tuple):
+        return tuple(_on(part, device) for part in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def decoder_of(owner: nn.Module) -> tuple[str, nn.Module]:
+    """The decoder in an outer model, and its name there.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for name in DECODER_NAMES:
+        decoder = owner._modules.get(name)
+        if decoder is not None and isinstance(decoder._modules.get("layers"), nn.ModuleList):
+            return name, decoder
+    raise ValueError(
+        f"Expected a model with a decoder called {' or '.join(DECODER_NAMES)}; got {type(owner).__name__}. Remedy: a "
+        "vision-language model of transformers, such as LLaVA."
+    )
+
+
+def stock_class(owner: nn.Module) -> type:
+    """The library's class of an outer model, whose forward routes nothing; a DPVR model's is the one it inherits."""
+    return type(owner).__base__ if hasattr(owner, "side_branch") else type(owner)
+
+
+@torch.compiler.disable
+def routed_twin(owner: nn.Module, run: Callable) -> nn.Module:
+    """A twin of an outer model, whose decoder's layers are routed."""
+    name, decoder = decoder_of(owner)
+    layers = nn.ModuleList(RoutedLayer(layer, index, run) for index, layer in enumerate(decoder.layers))
+    return twin(owner, **{name: twin(decoder, layers=layers)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: a chunk with images, layer by layer
+
+
+class TwoStreamPass:
+    """One chunk with image tokens on its way through a decoder under a layer plan (paper Algorithm 1).
+
+    A layer's kind says which tokens query and which keys it holds: "joint" T of T, "text" X of X, "image" V of V (the
+    side branch), "context" X of V + X.
+
+    Args:
+        side_branch: the trainable layers; their `layer_idx` follow the decoder's.
+        plan: where the image leaves the stack, and the mode of every layer.
+        image_mask: bool (B, T), True at image tokens.
+        record: of the cache that is continued, if it has seen images.
+        padded: bool (), whether the attention mask leaves tokens out; None without one.
+        tail: if the states of these last tokens alone are wanted, all of them text, only they query in the last layer.
+        keep_states: whether to keep the states (B, T, D) before each layer, in `states`.
+    """
+
+    def __init__(
+        self,
+        side_branch: nn.ModuleList,
+        plan: LayerPlan,
+        image_mask: torch.Tensor,
+        *,
+        record: CacheRecord | None = None,
+        padded: torch.Tensor | None = None,
+        tail: int | None = None,
+        keep_states: bool = False,
+    ) -> None:
+        self.side_branch, self.plan, self.image_mask, self.record = side_branch, plan, image_mask, record
+        self.padded, self.tail = padded, tail
+        self.states: list[torch.Tensor] | None = [] if keep_states else None
+        self.streams: Streams | None = None
+        self.picked: dict[tuple, tuple[Any, Any]] = {}
+
+    # -- before the first layer ---------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def start(self, cache: Cache | None) -> None:
+        """Sort the chunk into streams, and give the cache room for them."""
+        self.cache, self.past = cache, 0 if cache is None else int(cache.get_seq_length())
+        self.sort(self.image_mask)
+
+    def sort(self, second: torch.Tensor) -> None:
+        """Sort the chunk into text and a second stream, marked in bool (B, T): the image, or what a baseline drops."""
+        batch_size, self.length = second.shape
+        counts, at_end = second.sum(1), (second.flip(1).cumsum(1) == 0).sum(1).min()
+        padded = torch.zeros_like(at_end) if self.padded is None else self.padded.to(at_end)
+        fewest, most, text_at_end, padded = torch.stack([counts.min(), counts.max(), at_end, padded]).tolist()
+        self.last_image = self.past + self.length - text_at_end
+        self.streams = Streams.sort(second, self.past, num_text=self.length - fewest, num_image=most)
+        self.picked.clear()
+        self.even = fewest == most and (self.record is None or self.record.plain)  # no padding slots
+        self.plain = self.even and not padded
+        self.all_slots = torch.arange(self.past, self.past + self.length, device=second.device).expand(batch_size, -1)
+        if self.cache is not None:
+            self._make_room(self.cache)
+
+    def _make_room(self, cache: Cache) -> None:
+        """Give the cache its decoder layers, and those of a static one their sizes."""
+        while len(cache.layers) < len(self.plan.modes):
+            cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+        if is_static(cache):
+            num_text, num_image = self.streams.text.shape[1], self.streams.image.shape[1]
+            new_keys = {"joint": self.length, "text": num_text, "context": num_image + num_text}
+            fit_static_layers(cache, self.plan, self.record, self.past, new_keys, self.length)
+
+    # -- a layer ------------------------------------------------------------------------------------------------------
+
+    @eagerly
+    def __call__(
+        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """One layer of the plan; between deep layers goes what the layer has computed, not always all T tokens."""
+        index, split = layer.index, self.plan.split_layer
+        if index == 0:
+            self.start(cache)
+        if index < split:
+            self._keep(hidden)
+            return self.shared_layer(layer, hidden, arguments, cache)
+        if index == split:
+            self._keep(hidden)
+            self.leave(layer, hidden, arguments)
+        else:
+            self._receive(hidden, self.plan.modes[index - 1])
+            self._keep(None)
+        out = self._deep_layer(layer, arguments, cache)
+        if index < len(self.plan.modes) - 1:
+            return out
+        states, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        self._receive(states, self.plan.modes[-1])
+        self._write_record()
+        states = self.streams.merge(self.text, self.image)
+        return states if rest is None else (states, *rest)
+
+    def shared_layer(
+        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """A layer below the split, with all tokens (B, T, D)."""
+        return layer.call(hidden, arguments, cache)
+
+    @eagerly
+    def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """The streams part with states (B, T, D) before the first deep layer; Algorithm 1, phase 2."""
+        self.text, self.image = (self.streams.pick(hidden, at) for at in (self.streams.text, self.streams.image))
+        if self.plan.reads_side_branch:
+            self.image = self._run_side_branch(self.image, self.arguments(arguments, "image"), layer.cache_name)
+
+    @eagerly
+    def _deep_layer(
+        self, layer: RoutedLayer, arguments: dict[str, Any], cache: Cache | None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        mode, tail = self.plan.modes[layer.index], self.tail if layer.index == len(self.plan.modes) - 1 else None
+        if mode in (JOINT, RESET):
+            return self.joint(layer, self.streams.merge(self.text, self.image), arguments, cache)
+        image = self.image if mode == CONTEXT else None
+        if tail is None or tail >= self.text.shape[1]:
+            return self.read(layer, self.text, arguments, cache, image=image)
+        out = self.read(layer, self.text, arguments, cache, image=image, tail=tail)
+        if isinstance(out, tuple):
+            return (torch.cat([self.text[:, :-tail], out[0]], dim=1), *out[1:])
+        return torch.cat([self.text[:, :-tail], out], dim=1)
+
+    def joint(
+        self, layer: RoutedLayer, states: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """A layer with all tokens (B, T, D), on the stock decoder's own arguments."""
+        return layer.call(states, arguments, cache)
+
+    @eagerly
+    def read(
+        self,
+        layer: RoutedLayer,
+        text: torch.Tensor,
+        arguments: dict[str, Any],
+        cache: Cache | None,
+        *,
+        image: torch.Tensor | None = None,
+        tail: int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """A layer with text (B, X, D) alone, or reading keys made of image states (B, V, D).
+
+        With `tail` only the last `tail` tokens query and come back.
+        """
+        kind, others = "text", []
+        if image is not None:
+            kind = "context"
+            others.append((image, self.arguments(arguments, "image")))
+        if tail is not None:
+            others.append((text[:, :-tail], self.arguments(arguments, kind, slice(None, -tail))))
+            text = text[:, -tail:]
+        writer = WriteFirst(cache, layer, others) if others else cache
+        if text.shape[1] == 0:  # a chunk of nothing but image tokens has no text to run
+            if others:
+                writer.write(image.device, layer.stock.self_attn.layer_idx)
+            return text
+        part = slice(None) if tail is None else slice(-tail, None)
+        return layer.call(text, self.arguments(arguments, kind, part), writer)
+
+    def _receive(self, states: torch.Tensor, mode: str) -> None:
+        """Sort what the layer before gave into the streams."""
+        if mode in (JOINT, RESET):
+            self.text = self.streams.pick(states, self.streams.text)
+            if mode == JOINT:
+                self.image = self.streams.pick(states, self.streams.image)
+        else:
+            self.text = states
+
+    def _keep(self, states: torch.Tensor | None) -> None:
+        if self.states is not None:
+            self.states.append(self.streams.merge(self.text, self.image) if states is None else states)
+
+    def _run_side_branch(self, image: torch.Tensor, arguments: dict[str, Any], cache_name: str) -> torch.Tensor:
+        """Algorithm 1, phase 2: the image tokens of a row among themselves, at their own positions, (B, V, D)."""
+        if self.cache is not None:
+            layers, depth = self.cache.layers, len(self.plan.modes)
+            if self.record is None:
+                layers[depth:] = [SideBranchKeys(layers) for _ in self.side_branch]
+            elif len(layers) - depth - 1 != len(self.side_branch):
+                raise ValueError(
+                    f"Expected a cache filled with a side branch of {len(self.side_branch)} layers; got one of "
+                    f"{len(layers) - depth - 1}. Remedy: prefill again after changing the side branch."
+                )
+        like = next(self.side_branch.parameters())  # PEFT trains in float32 on a base of half precision
+        branch = image.to(like.device, like.dtype)
+        arguments = {name: _on(value, like.device) for name, value in arguments.items()}
+        for layer in self.side_branch:
+            branch = layer(branch, **arguments, **{cache_name: self.cache})
+            branch = branch[0] if isinstance(branch, tuple) else branch
+        return branch.to(image.device, image.dtype)
+
+    # -- a layer's arguments, for one stream --------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def arguments(self, full: dict[str, Any], kind: str, part: slice = slice(None)) -> dict[str, Any]:
+        """The arguments that the stock decoder made for all T tokens, for those that query in a layer of this kind.
+
+        Args:
+            part: of these, the ones that query in this call.
+
+        Raises:
+            ValueError: for an argument over all tokens that is not known.
+        """
+        return {name: self._argument(name, value, kind, part) for name, value in full.items()}
+
+    def _argument(self, name: str, value: Any, kind: str, part: slice) -> Any:
+        if value is None and name != MASK:
+            return value
+        key = (name, id(value), kind, part.start, part.stop)  # `value` is kept, so that its id stays its own
+        if key not in self.picked:
+            self.picked[key] = value, self._pick(name, value, kind, part)
+        return self.picked[key][1]
+
+    def _pick(self, name: str, value: Any, kind: str, part: slice) -> Any:
+        if name == MASK:
+            return self._mask(value, kind, part)
+        at = self.query_slots(kind)[:, part]
+        if name in TOKEN_AXES:
+            parts = value if isinstance(value, tuple) else (value,)
+            parts = tuple(self.streams.pick(tensor, at, TOKEN_AXES[name]) for tensor in parts)
+            return parts if isinstance(value, tuple) else parts[0]
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and self.length in value.shape:
+            raise ValueError(
+                f"Expected arguments of a decoder layer that are known to go by tokens, {(*TOKEN_AXES, MASK)}; got "
+                f"{name!r} of shape {tuple(value.shape)} for {self.length} tokens. Remedy: leave it out, or use the "
+                "model without a routing."
+            )
+        return value
+
+    def query_slots(self, kind: str) -> torch.Tensor:
+        """Slots (B, Q) of the tokens that query in a layer of this kind."""
+        return {"joint": self.all_slots, "image": self.streams.image}.get(kind, self.streams.text)
+
+    def key_slots(self, kind: str) -> torch.Tensor:
+        """Slots (B, K) of the keys a text, context or side layer sees, in the order in which they lie in its cache."""
+        image, text = self.streams.image, self.streams.text
+        new = [image, text] if kind == "context" else [self.query_slots(kind)]
+        if self.record is not None:
+            new = [self.record.slots(kind, self.past), *new]
+        elif kind != "image":  # a cache that has seen no image holds one key per token
+            new = [torch.arange(self.past, device=text.device).expand(len(text), -1), *new]
+        return torch.cat(new, dim=1)
+
+    def _mask(self, full: Any, kind: str, part: slice) -> Any:
+        """The mask of these queries and the keys of the layer; None stands for what the sdpa kernel does by itself."""
+        queries, keys = self.query_slots(kind)[:, part], self.key_slots(kind)
+        static = is_static(self.cache) and kind != "image"
+        if static:  # some places are empty yet
+            keys = nn.functional.pad(keys, (0, max(0, self._num_places(kind) - keys.shape[1])), value=-1)
+        if full is not None:
+            # a sliding window's mask may start later than the sequence
+            first = 0 if static else max(0, self.past + self.length - full.shape[-1])
+            return mask_of_keys(full, shifted(self.past, queries), shifted(first, keys))
+        if self.even and not static and self._is_causal(kind, queries.shape[1], whole=part == slice(None)):
+            return None
+        return visible_keys(queries, keys)
+
+    def _is_causal(self, kind: str, num_queries: int, whole: bool) -> bool:
+        """Whether the n-th query sees the first n keys and nothing else, or the one query all."""
+        if num_queries == 1:  # but if it is all the text there is, images may follow it
+            return not (whole and kind == "context")
+        return self.past == 0 and kind != "context" and whole
+
+    def _num_places(self, kind: str) -> int:
+        """Keys that a layer of this kind has room for, in a static cache."""
+        rooms = zip(self.plan.modes, self.cache.layers, strict=False)
+        return next((layer.max_cache_len for mode, layer in rooms if KINDS[mode] == kind), 0)
+
+    # -- after the last layer -----------------------------------------------------------------------------------------
+
+    def _write_record(self) -> None:
+        """Note on the cache where the keys of this chunk lie."""
+        if self.cache is None:
+            return
+        tables, end = {kind: self.key_slots(kind) for kind in KEYS_OF}, self.past + self.length
+        num_keys = {"joint": end, **{kind: table.shape[1] for kind, table in tables.items()}}
+        if is_static(self.cache):  # as if text followed, to the layers' ends
+            for kind in ("text", "context"):
+                missing = max(0, self._num_places(kind) - num_keys[kind])
+                later = torch.arange(end, end + missing, device=tables[kind].device)
+                tables[kind] = torch.cat([tables[kind], later.expand(len(tables[kind]), -1)], dim=1)
+        notes = {"length": end, "last_image": self.last_image, "plain": self.plain}
+        CacheRecord(self.plan, len(self.image_mask), **notes, tables=tables, num_keys=num_keys).put_on(self.cache)
+        let_line_4_crop(self.cache, self.plan, num_keys, end)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: a chunk of text after images
+
+
+def text_after_images(
+    layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """A layer of a chunk of text on a cache that has seen images: all tokens, and the columns of its kind's keys."""
+    record = CacheRecord.find(cache)
+    kind, full = KINDS[record.plan.modes[layer.index]], arguments.get(MASK)
+    if record.step.states is not None:
+        record.step.states.append(hidden)
+    if kind != "joint":
+        arguments = {**arguments, MASK: _columns(record, kind, full, hidden.shape[1])}
+    return layer.call(hidden, arguments, cache)
+
+
+def _columns(record: CacheRecord, kind: str, full: Any, length: int) -> Any:
+    for stock, of_kind, mask in record.step.masks:
+        if stock is full and of_kind == kind:
+            return mask
+    places = record.step.places[kind]
+    if full is not None:
+        mask = mask_of_keys(full, None, places)
+    else:  # one token, which sees all there is but padding slots
+        mask = None if record.plain else (places >= 0)[:, None, None, :].expand(-1, -1, length, -1)
+    record.step.masks.append((full, kind, mask))
+    return mask
+
+
+def _text_twin(owner: nn.Module) -> nn.Module:
+    """The twin that runs text after images; it stays on the outer model, so that a compiled step finds it again."""
+    made = vars(owner).get("_text_twin")
+    if made is None or not _is_current(made, owner):
+        made = vars(owner)["_text_twin"] = routed_twin(owner, text_after_images)
+    return made
+
+
+def _is_current(made: nn.Module, owner: nn.Module) -> bool:
+    """Whether no part of the outer model was replaced since its twin was made."""
+    name, decoder = decoder_of(owner)
+    twins = made._modules[name]
+    pairs = [(made._modules, owner._modules, name), (twins._modules, decoder._modules, "layers")]
+    if any(mine.keys() != its.keys() or mine[k] is not its[k] for mine, its, but in pairs for k in mine if k != but):
+        return False
+    layers = twins.layers
+    return len(layers) == len(decoder.layers) and all(
+        routed.stock is layer for routed, layer in zip(layers, decoder.layers, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: an outer model's forward
+
+
+def routed_forward(
+    owner: nn.Module,
+    stock_forward: Callable[..., ModelOutput],
+    side_branch: nn.ModuleList,
+    plan: LayerPlan,
+    arguments: dict[str, Any],
+    *,
+    make_pass: Callable[..., TwoStreamPass] = TwoStreamPass,
+) -> ModelOutput:
+    """Run the forward of a vision-language model without its head under a layer plan.
+
+    Args:
+        owner: tower, projector and decoder; nothing in it is changed.
+        stock_forward: its forward as the library has it, called on the model or on a twin.
+        side_branch: decoder layers of its shapes, whose `layer_idx` follow the decoder's.
+        plan: what every decoder layer does.
+        arguments: of the stock forward, by name, and `kept_logits`: the tokens whose states are wanted, as
+            `logits_to_keep`. With n > 0, only the last n query in the last layer; what stands at others is not theirs.
+        make_pass: what takes a chunk with images through the layers.
+
+    Returns:
+        What the stock forward returns. Past the split image tokens are context, not queries: their last_hidden_state
+        is the side branch's output, and predicts nothing, as do hidden_states there until a joint layer moves it on.
+
+    Raises:
+        ValueError: for image tokens and pixels that do not match, masks of a wrong shape, what a routing does not
+            support, and a cache that was filled under another plan; the message names expected, got and remedy.
+    """
+    arguments = dict(arguments)
+    kept, cache = arguments.pop("kept_logits", 0), cache_in(arguments)
+    image_mask = find_images(owner, arguments)
+    record = continue_cache(cache, plan)
+    if plan.is_vanilla or (image_mask is None and record is None):
+        output = stock_forward(owner, **arguments)
+        if image_mask is not None and cache_in(output) is not None:
+            CacheRecord(plan, len(image_mask)).put_on(cache_in(output))  # no other plan goes on with it
+        output.last_hidden_state = _with_gradient(output.last_hidden_state, side_branch)
+        return output
+    _check(owner, plan, arguments, cache)
+    if image_mask is None:
+        return _text_chunk(owner, stock_forward, record, arguments, cache)
+    return _image_chunk(owner, stock_forward, side_branch, plan, arguments, image_mask, record, kept, make_pass)
+
+
+@eagerly
+def _image_chunk(
+    owner: nn.Module,
+    stock_forward: Callable[..., ModelOutput],
+    side_branch: nn.ModuleList,
+    plan: LayerPlan,
+    arguments: dict[str, Any],
+    image_mask: torch.Tensor,
+    record: CacheRecord | None,
+    kept: int | torch.Tensor,
+    make_pass: Callable[..., TwoStreamPass],
+) -> ModelOutput:
+    """A chunk with images, on a twin of its own; what it calls may be compiled, it may not."""
+    if arguments.get("use_cache") is None and owner.training:
+        arguments["use_cache"] = False
+    mask, wanted = arguments.get(MASK), _states_wanted(owner, arguments)
+    this = make_pass(
+        side_branch,
+        plan,
+        image_mask,
+        record=record,
+        padded=None if mask is None else (mask == 0).any() if _is_flat(mask) else torch.tensor(True),
+        tail=None if wanted else _text_tail(kept, image_mask),
+        keep_states=bool(wanted),
+    )
+    _text_twin(owner)
+    made = routed_twin(owner, this)
+    output = stock_forward(made, **arguments)
+    for name, value in vars(made).items():  # what the stock forward notes on its model, as rope_deltas
+        if not name.startswith("_") and name in vars(owner) and vars(owner)[name] is not value and not callable(value):
+            vars(owner)[name] = value
+    return _with_states(output, this.states, wanted)
+
+
+def _text_chunk(
+    owner: nn.Module,
+    stock_forward: Callable[..., ModelOutput],
+    record: CacheRecord,
+    arguments: dict[str, Any],
+    cache: Cache,
+) -> ModelOutput:
+    """A chunk of text on a cache that has seen images; a single token asks nothing of the device."""
+    ids, mask, static = arguments.get("input_ids"), arguments.get(MASK), is_static(cache)
+    length = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
+    flat = mask is None or _is_flat(mask)
+    if not static and length > 1 and record.plain and mask is not None:
+        record.plain = flat and bool(mask.all())
+    config = decoder_of(owner)[1].config
+    if length == 1 and flat and not static and config._attn_implementation == "sdpa":
+        if record.plain:
+            return stock_forward(owner, **{**arguments, MASK: None})
+        if mask is not None and not set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+            arguments[MASK] = mask.bool()[
+                :, None, None, :
+            ]  # as the stock decoder makes it, which would ask for padding
+    places = record.tables
+    if static:
+        if LINE_4 and arguments.get("cache_position") is None:  # else the stock decoder asks for it
+            arguments["cache_position"] = cache.get_seq_length() + torch.arange(length, device=places["text"].device)
+    else:
+        past = cache.get_seq_length()
+        new = torch.arange(past, past + length, device=places["text"].device).expand(len(places["text"]), -1)
+        places = {kind: torch.cat([record.slots(kind, past), new], dim=1) for kind in ("text", "context")}
+    wanted = _states_wanted(owner, arguments)
+    record.step = ChunkNotes(places, states=[] if wanted else None)
+    output = stock_forward(_text_twin(owner), **arguments)
+    states, record.step = record.step.states, None
+    return _with_states(output, states, wanted)
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
+
+
+def _states_wanted(owner: nn.Module, arguments: dict[str, Any]) -> bool | int | list[int]:
+    """Take the wish for hidden states from the arguments: the stock recorder would see one stream, not all tokens."""
+    wanted = arguments.get("output_hidden_states")
+    wanted = owner.config.output_hidden_states if wanted is None else wanted
+    arguments |= {"output_hidden_states": False, "return_dict": True}
+    return wanted
+
+
+def _with_states(
+    output: ModelOutput, states: list[torch.Tensor] | None, wanted: bool | int | list[int]
+) -> ModelOutput:
+    if states is not None:
+        states = [*states, output.last_hidden_state]
+        if not isinstance(wanted, bool):  # from transformers 5.24 on some may be chosen
+            chosen = {at % len(states) for at in ([wanted] if isinstance(wanted, int) else wanted)}
+            states = [state if at in chosen else None for at, state in enumerate(states)]
+        output.hidden_states = tuple(states)
+    return output
+
+
+def _text_tail(kept: int | torch.Tensor, image_mask: torch.Tensor) -> int | None:
+    """How many of the last tokens hold all that are kept, if none of these is an image token; else None."""
+    length = image_mask.shape[1]
+    tail = length - int((kept % length).min()) if isinstance(kept, torch.Tensor) else min(kept, length)
+    return None if tail == 0 or bool(image_mask[:, -tail:].any()) else tail
+
+
+def _with_gradient(states: torch.Tensor, side_branch: nn.ModuleList) -> torch.Tensor:
+    """States of a batch without pictures, tied to the side branch that they did not use: its gradient is zero.
+
+    A trainer that meets such a batch would otherwise find nothing to differentiate.
+    """
+    trained = [weight for weight in side_branch.parameters() if weight.requires_grad]
+    if not trained or not torch.is_grad_enabled() or states.requires_grad:
+        return states
+    return states + 0.0 * sum(weight.flatten()[0] for weight in trained).to(states)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the method does not run on
 
 
 def check_support(config: DpvrLlavaConfig) -> None:
@@ -74,11 +772,10 @@ def check_support(config: DpvrLlavaConfig) -> None:
         )
     for part in (config, text):
         if "flash" in (implementation := str(part._attn_implementation)):
-            raise ValueError(unsupported_attention(implementation))
+            raise ValueError(_unsupported_attention(implementation))
 
 
-def unsupported_attention(implementation: str) -> str:
-    """The error message."""
+def _unsupported_attention(implementation: str) -> str:
     return (
         f"Expected attn_implementation to be one of {SUPPORTED_ATTENTION}; got {implementation!r}. Remedy: use "
         "'sdpa', which runs the flash kernel wherever no mask is needed; a context layer needs one, which "
@@ -86,379 +783,34 @@ def unsupported_attention(implementation: str) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Slots: which token lies where, in the streams of this chunk and in the cache
-
-
-@dataclass
-class Streams:
-    """One chunk of T tokens sorted into a text and an image stream.
-
-    A slot is a token's index in the whole sequence; -1 marks filler, put in front of the rows of a ragged batch that
-    have fewer tokens in a stream than the longest row.
-    """
-
-    text: torch.Tensor  # int64 (B, X), slots
-    image: torch.Tensor  # int64 (B, V), slots
-    merge_index: torch.Tensor  # int64 (B, T), each token's entry in cat([text, image])
-    first: int | torch.Tensor  # slot of the chunk's first token
-
-    @classmethod
-    def sort(cls, image_mask: torch.Tensor, first: int, num_text: int, num_image: int) -> "Streams":
-        """Sort the tokens of `image_mask`, bool (B, T): True at image tokens, the counts are the largest of a row."""
-        text_count, image_count = (~image_mask).cumsum(1), image_mask.cumsum(1)  # (B, T)
-        text_entry = num_text - text_count[:, -1:] + text_count - 1
-        image_entry = num_text + num_image - image_count[:, -1:] + image_count - 1
-        merge_index = torch.where(image_mask, image_entry, text_entry)
-        slots = torch.arange(first, first + image_mask.shape[1], device=image_mask.device).expand_as(merge_index)
-        entries = slots.new_full((len(slots), num_text + num_image), -1).scatter(1, merge_index, slots)
-        return cls(entries[:, :num_text], entries[:, num_text:], merge_index, first)
-
-    @classmethod
-    def text_alone(cls, batch_size: int, length: int, first: int | torch.Tensor, device: torch.device) -> "Streams":
-        """A chunk without image tokens."""
-        slots = consecutive(first, length, device).expand(batch_size, -1)
-        return cls(slots, slots[:, :0], slots - first, first)
-
-    @property
-    def has_image(self) -> bool:
-        return self.image.shape[1] > 0
-
-    def pick(self, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """The (B, N, D) states at `slots` (B, N) of joint states (B, T, D); filler repeats the first token's."""
-        if not self.has_image:
-            return states[:, : slots.shape[1]]
-        index = (slots - self.first).clamp(min=0).to(states.device)
-        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-
-    def merge(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Text (B, X, D) and image (B, V, D) states back in the order of the tokens, (B, T, D)."""
-        if not self.has_image:
-            return text
-        both = torch.cat([text, image.to(text.device)], dim=1)
-        return both.gather(1, self.merge_index[..., None].to(both.device).expand(-1, -1, both.shape[-1]))
-
-
-def consecutive(first: int | torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
-    """int64 (count,): first, first + 1, ...; a `first` on the device stays there."""
-    if isinstance(first, torch.Tensor):
-        return first + torch.arange(count, device=device)
-    return torch.arange(first, first + count, device=device)
-
-
-def visible_keys(queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """The one rule: a query sees valid keys at its slot or before it. Padding and filler see themselves, never NaN.
-
-    Args:
-        queries, keys: int64 (B, Q) and (B, K) slots.
-        valid: bool (B, all slots), False at padding, or None.
-
-    Returns:
-        bool (B, 1, Q, K).
-    """
-    seen = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
-    if valid is not None:
-        seen &= valid.gather(1, keys.clamp(0, valid.shape[1] - 1))[:, None, :]
-    return (seen | (keys[:, None, :] == queries[:, :, None]))[:, None]
-
-
-def as_attention_mask(seen: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor | BlockMask:
-    """`seen` (B, 1, Q, K) in the form in which an attention implementation takes it."""
-    if implementation == "sdpa":
-        return seen
-    if implementation == "eager":
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    batch_size, _, num_queries, num_keys = seen.shape
-
-    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return seen[row, 0, query, key]
-
-    return create_block_mask(mask_mod, batch_size, None, num_queries, num_keys, device=seen.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: one forward pass over a layer plan
-
-
-class TwoStreamPass:
-    """The state of one forward pass: streams, masks, rotary tables, and the cache that the layers write to.
-
-    A layer's kind says which tokens query and which keys it holds: "joint" T of T, "text" X of X, "image" V of V (the
-    side branch), "context" X of V + X.
-    """
-
-    def __init__(
-        self,
-        language_model: nn.Module,
-        plan: LayerPlan,
-        inputs_embeds: torch.Tensor,
-        image_mask: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-    ):
-        self.plan, self.cache = plan, cache
-        self.batch_size, self.length = inputs_embeds.shape[:2]
-        self.record, self.static = CacheRecord.of(cache, plan), is_static(cache)
-        self.past: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
-        self.valid = None if attention_mask is None else attention_mask.bool()
-        if self.static and self.length == 1 and image_mask is None:  # the next token: its slot stays on the device
-            self.past, self.valid = self.past.clone(), None
-        else:
-            self.past = int(self.past)
-        self._sort(image_mask, inputs_embeds.device)
-        if cache is not None and not isinstance(self.past, torch.Tensor):
-            self._make_room(cache)
-        if position_ids is None:
-            position_ids = consecutive(self.past, self.length, inputs_embeds.device)[None]
-        self.cos, self.sin = language_model.rotary_emb(inputs_embeds, position_ids=position_ids)
-        self.implementation, self.dtype = language_model.config._attn_implementation, inputs_embeds.dtype
-        self.masks: dict[tuple[str, int], torch.Tensor | BlockMask] = {}
-        self.tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        # keys that a layer needs beside those of its input go through a cache; without the user's, a throw-away one
-        self.scratch = DynamicCache() if cache is None else cache
-
-    def _sort(self, image_mask: torch.Tensor | None, device: torch.device) -> None:
-        """Sort the chunk into streams; an image chunk asks the device for its counts, a decoded token asks nothing."""
-        self.plain = self.record is None or self.record.plain
-        if image_mask is None:
-            self.streams = Streams.text_alone(self.batch_size, self.length, self.past, device)
-            if self.length > 1 and self.valid is not None:
-                self.plain = self.plain and bool(self.valid.all())
-            return
-        counts = image_mask.sum(1)
-        padding = counts.new_zeros(()) if self.valid is None else (~self.valid).sum()
-        text_at_end = (image_mask.flip(1).cumsum(1) == 0).sum(1).min()
-        fewest, most, padding, text_at_end = torch.stack([counts.min(), counts.max(), padding, text_at_end]).tolist()
-        self.last_image = self.past + self.length - text_at_end
-        self.streams = Streams.sort(image_mask, self.past, num_text=self.length - fewest, num_image=most)
-        self.plain = self.plain and padding == 0 and fewest == most
-
-    def _make_room(self, cache: Cache) -> None:
-        """Give the cache its decoder layers, and those of a static one their sizes."""
-        while len(cache.layers) < len(self.plan.modes):
-            cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
-        if self.static:
-            num_text, num_image = self.streams.text.shape[1], self.streams.image.shape[1]
-            new_keys = {"joint": self.length, "text": num_text, "context": num_image + num_text}
-            fit_static_layers(cache, self.plan, self.record, self.past, new_keys, self.length)
-
-    def write_record(self) -> None:
-        """Note on the cache where the keys of an image chunk lie, and that a text chunk brought padding."""
-        if self.cache is None:
-            return
-        if self.streams.has_image:
-            tables, end = {kind: self.key_slots(kind) for kind in KEYS_OF}, self.past + self.length
-            num_keys = {kind: table.shape[1] for kind, table in tables.items()}
-            if self.static:
-                tables = {kind: self._to_the_end(kind, table) for kind, table in tables.items()}
-            notes = {"length": end, "last_image": self.last_image, "plain": self.plain}
-            CacheRecord(self.plan, self.batch_size, **notes, tables=tables, num_keys=num_keys).put_on(self.cache)
-            let_line_4_crop(self.cache, self.plan, num_keys, end)
-        elif self.record is not None and not self.plain and self.length > 1:
-            self.record.plain = False
-            if self.static:
-                self.record.tables = {kind: self._less_padding(table) for kind, table in self.record.tables.items()}
-
-    def _to_the_end(self, kind: str, table: torch.Tensor) -> torch.Tensor:
-        """The slots (B, N) of the keys in a static layer, and those of the text to come in the places left."""
-        end = self.past + self.length
-        later = consecutive(end, self._num_places(kind) - table.shape[1], table.device).expand(len(table), -1)
-        return torch.cat([self._less_padding(table), later], dim=1)
-
-    def _less_padding(self, table: torch.Tensor) -> torch.Tensor:
-        """Slots (B, N) with -1 for those that the attention mask leaves out."""
-        if self.valid is None:
-            return table
-        known = self.valid.shape[1]
-        return table.masked_fill((table < known) & ~self.valid.gather(1, table.clamp(0, known - 1)), -1)
-
-    def _num_places(self, kind: str) -> int:
-        """Keys that a layer of this kind has room for, in a static cache; as many as it holds in a growing one."""
-        if self.static and kind != "image":
-            for mode, layer in zip(self.plan.modes, self.cache.layers, strict=False):
-                if KINDS[mode] == kind:
-                    return layer.max_cache_len
-        return self.key_slots(kind).shape[1]
-
-    def query_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, Q) of the tokens that query in a layer of this kind."""
-        if kind == "joint":
-            return self._slots(self.past, self.length)
-        return self.streams.image if kind == "image" else self.streams.text
-
-    def key_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, K) of the keys a layer of this kind sees, in the order in which they lie in its cache."""
-        image, text = self.streams.image, self.streams.text
-        new = [self.query_slots(kind)] if kind != "context" else [image, text]
-        if self.record is not None:
-            new = [self.record.slots(kind, self.past), *new]
-        elif kind != "image":  # a cache that has seen no image holds one key per token
-            new = [self._slots(0, self.past), *new]
-        return torch.cat(new, dim=1)
-
-    def place_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, K) of all places of a layer of this kind; in a static cache some are still empty."""
-        if not self.static or kind == "image":
-            return self.key_slots(kind)
-        if not self.streams.has_image:
-            return self.record.tables[kind]
-        held = self.key_slots(kind)
-        return nn.functional.pad(held, (0, self._num_places(kind) - held.shape[1]), value=-1)
-
-    def num_queries(self, kind: str) -> int:
-        return {"joint": self.length, "image": self.streams.image.shape[1]}.get(kind, self.streams.text.shape[1])
-
-    def _slots(self, first: int | torch.Tensor, count: int) -> torch.Tensor:
-        return consecutive(first, count, self.cos.device).expand(self.batch_size, -1)
-
-    def mask(self, kind: str, num_queries: int) -> torch.Tensor | BlockMask | None:
-        """The mask (B, 1, Q, K) of the last queries, or None where the sdpa kernel's own causality is right."""
-        if self.implementation == "sdpa" and self.plain and self._is_causal(kind, num_queries):
-            return None
-        if (kind, num_queries) not in self.masks:
-            queries = self.query_slots(kind)[:, -num_queries:]
-            seen = visible_keys(queries, self.place_slots(kind), self.valid)
-            self.masks[kind, num_queries] = as_attention_mask(seen, self.implementation, self.dtype)
-        return self.masks[kind, num_queries]
-
-    def _is_causal(self, kind: str, num_queries: int) -> bool:
-        """Whether, without padding, the n-th query sees the first n keys and nothing else, or the one query all."""
-        all_query, empty_places = num_queries == self.num_queries(kind), self.static and kind != "image"
-        if num_queries == 1:
-            images_may_follow = kind == "context" and self.streams.has_image and all_query
-            return not (images_may_follow or empty_places)
-        return not isinstance(self.past, torch.Tensor) and self.past == 0 and all_query and kind != "context"
-
-    def rotary(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, (B or 1, Q, head_dim), at the positions of the tokens that query."""
-        if kind == "joint" or not self.streams.has_image:
-            return self.cos, self.sin
-        if kind not in self.tables:
-            tables = (table.expand(self.batch_size, -1, -1) for table in (self.cos, self.sin))
-            self.tables[kind] = tuple(self.streams.pick(table, self.query_slots(kind)) for table in tables)
-        return self.tables[kind]
-
-    def run(self, layer: nn.Module, states: torch.Tensor, kind: str, tail: int | None = None) -> torch.Tensor:
-        """A stock decoder layer on one stream (B, N, D); with `tail`, only its last `tail` tokens query."""
-        if states.shape[1] == 0:  # a chunk of nothing but image tokens has no text to run
-            return states
-        cos, sin = self.rotary(kind)
-        cache = self.scratch if kind == "context" else self.cache
-        if tail is not None and tail < states.shape[1]:
-            cache = self.scratch
-            self.write_keys(layer, states[:, :-tail], (cos[:, :-tail], sin[:, :-tail]))
-            states, cos, sin = states[:, -tail:], cos[:, -tail:], sin[:, -tail:]
-        return layer(
-            states,
-            attention_mask=self.mask(kind, states.shape[1]),
-            position_embeddings=(cos, sin),
-            past_key_values=cache,
+def _check(owner: nn.Module, plan: LayerPlan, arguments: dict[str, Any], cache: Cache | None) -> None:
+    """Refuse what would be wrong under a plan, before any work."""
+    decoder = decoder_of(owner)[1]
+    implementation = decoder.config._attn_implementation
+    if implementation not in SUPPORTED_ATTENTION:
+        raise ValueError(_unsupported_attention(implementation))
+    ids, embeds, mask = (arguments.get(name) for name in ("input_ids", "inputs_embeds", MASK))
+    tokens = ids if ids is not None else embeds
+    on_cpu = tokens.device.type == "cpu"
+    if implementation == "flex_attention" and on_cpu and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise ValueError(
+            "Expected a GPU or a CPU with AVX-512 for flex_attention, whose compiled kernel gives wrong and changing "
+            f"results on others; got {torch.backends.cpu.get_cpu_capability()}. Remedy: attn_implementation='sdpa'."
         )
-
-    def write_keys(self, layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Write the keys and values that `layer` makes of `states` (B, N, D) into its cache, without querying."""
-        attention, normed = layer.self_attn, layer.input_layernorm(states)
-        shape = (*normed.shape[:-1], -1, attention.head_dim)
-        keys = attention.k_proj(normed).view(shape).transpose(1, 2)  # (B, H, N, head_dim)
-        values = attention.v_proj(normed).view(shape).transpose(1, 2)
-        keys, _ = apply_rotary_pos_emb(keys, keys[:, :0], *(table.to(keys.device) for table in rotary))
-        self.scratch.update(keys, values, attention.layer_idx)
-        if self.scratch.offloading:  # more keys of this layer follow
-            self.scratch.layers[attention.layer_idx].prefetch()
-
-    def run_side_branch(self, side_branch: nn.ModuleList, image: torch.Tensor) -> torch.Tensor:
-        """Algorithm 1, phase 2: the image tokens of a row among themselves, at their own positions, (B, V, D)."""
-        if self.cache is not None:
-            layers, depth = self.cache.layers, len(self.plan.modes)
-            if self.record is None:
-                layers[depth:] = [SideBranchKeys(layers) for _ in side_branch]
-            elif len(layers) - depth - 1 != len(side_branch):
-                raise ValueError(
-                    f"Expected a cache filled with a side branch of {len(side_branch)} layers; got one of "
-                    f"{len(layers) - depth - 1}. Remedy: prefill again after changing the side branch."
-                )
-        branch = image.to(next(side_branch.parameters()).dtype)  # PEFT trains in float32 on a base of half precision
-        for layer in side_branch:
-            branch = self.run(layer, branch, "image")
-        return branch.to(image.dtype)
-
-
-def two_stream_forward(
-    language_model: nn.Module,
-    side_branch: nn.ModuleList,
-    plan: LayerPlan,
-    inputs_embeds: torch.Tensor,
-    image_mask: torch.Tensor | None,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    cache: Cache | None = None,
-    tail: int | None = None,
-    output_hidden_states: bool = False,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-    """Run a layer plan on a stock decoder (paper Algorithm 1, generalised to plans; see configuration_dpvr.py).
-
-    Args:
-        language_model: a stock decoder of a type in `SUPPORTED_DECODERS`: its `layers`, `norm` and `rotary_emb` are
-            used.
-        side_branch: the trainable layers; their `layer_idx` follow the decoder's.
-        plan: where the image leaves the stack, and the mode of every layer.
-        inputs_embeds: float (B, T, D), image features in place.
-        image_mask: bool (B, T), True at image tokens, or None when this chunk has none.
-        attention_mask: (B, past + T), 0 at padding on either side; None means that nothing is padded. For a single new
-            token after an unpadded prefill it is not read.
-        position_ids: int64 (B or 1, T), the rotary positions; None counts on from the cache's length.
-        cache: read and extended. A joint or context layer adds T keys to it, a text layer X, a side layer V.
-        tail: only the final states of the last `tail` tokens are wanted, all of them text; not with hidden states.
-        output_hidden_states: also return the states (B, T, D) before each layer, and the normed ones after the last.
-            Past the split an image token shows the side branch's output until a joint layer moves it on.
-
-    Returns:
-        The normed states after the last layer, (B, T, D) or (B, tail, D), and the hidden states if asked for.
-
-    Raises:
-        ValueError: if gradient checkpointing is on (it would drop the keys that context layers read), or if the cache
-            was filled under another plan.
-    """
-    _refuse_checkpointing(language_model)
-    this = TwoStreamPass(language_model, plan, inputs_embeds, image_mask, attention_mask, position_ids, cache)
-    streams, layers = this.streams, language_model.layers
-    hidden, seen = inputs_embeds, []
-    for layer in layers[: plan.split_layer]:
-        if output_hidden_states:
-            seen.append(hidden)
-        hidden = this.run(layer, hidden, "joint")
-
-    text, image = streams.pick(hidden, streams.text), streams.pick(hidden, streams.image)
-    if streams.has_image and plan.reads_side_branch:
-        image = this.run_side_branch(side_branch, image)
-
-    for index, mode in list(enumerate(plan.modes))[plan.split_layer :]:
-        layer, last = layers[index], tail if index == len(layers) - 1 else None
-        if output_hidden_states:
-            seen.append(hidden if index == plan.split_layer else streams.merge(text, image))
-        if mode in (JOINT, RESET):
-            hidden = this.run(layer, streams.merge(text, image), "joint")
-            text = streams.pick(hidden, streams.text)
-            image = streams.pick(hidden, streams.image) if mode == JOINT else image
-        elif mode == CONTEXT:
-            if streams.has_image:
-                this.write_keys(layer, image, this.rotary("image"))
-            text = this.run(layer, text, "context", last)
-        else:
-            text = this.run(layer, text, "text", last)
-
-    this.write_record()
-    if tail is not None:
-        return language_model.norm(text[:, -tail:]), None
-    states = language_model.norm(streams.merge(text, image))
-    return states, (*seen, states) if output_hidden_states else None
-
-
-def _refuse_checkpointing(language_model: nn.Module) -> None:
-    if language_model.training and any(layer.gradient_checkpointing for layer in language_model.layers):
+    if arguments.get("output_attentions") or owner.config.output_attentions:
+        raise ValueError(
+            f"Expected output_attentions=False under the plan {plan}, whose layers differ in their keys; got True. "
+            "Remedy: set_routing('none'), or disable_adapter()."
+        )
+    if decoder.training and any(layer.gradient_checkpointing for layer in decoder.layers):
         raise ValueError(
             "Expected gradient checkpointing to be off; got it on. Remedy: gradient_checkpointing=False. It saves "
             "nothing here: no activation is kept below the first layer that reads the trainable side branch."
         )
+    if mask is not None and _is_flat(mask) and not is_static(cache):
+        expected = (tokens.shape[0], (0 if cache is None else cache.get_seq_length()) + tokens.shape[1])
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"Expected an attention_mask of shape (batch, cached + new tokens) = {expected}; got "
+                f"{tuple(mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached answers."
+            )

@@ -32,23 +32,33 @@ from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 
 def naive_logits(
-    model: DpvrLlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor | None = None
+    model: DpvrLlavaForConditionalGeneration,
+    input_ids: Tensor,
+    pixel_values: Tensor | None = None,
+    **custom: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Positions int64 (X,) of the text tokens of one unpadded row of ids (T,), and their logits (X, vocabulary)."""
+    """Places int64 (X,) of the text tokens of one unpadded row of ids (T,), and their logits (X, vocabulary).
+
+    `custom`: `seen` bool (T, T), the keys that a token sees in place of those before it, and `positions` (T,), its
+    rotary position in place of its place in the row.
+    """
     text = (input_ids != model.config.image_token_id).nonzero().flatten()
-    final = naive_states(model, input_ids, pixel_values)[-1]
+    final = naive_states(model, input_ids, pixel_values, **custom)[-1]
     return text, _linear(model.lm_head, _rms_norm(model.model.language_model.norm, final[text]))
 
 
 def naive_states(
-    model: DpvrLlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor | None = None
+    model: DpvrLlavaForConditionalGeneration,
+    input_ids: Tensor,
+    pixel_values: Tensor | None = None,
+    **custom: Tensor,
 ) -> list[Tensor]:
-    """The L + 1 residual streams (T, D), before the first layer and after each."""
+    """The L + 1 residual streams (T, D), before the first layer and after each; `custom` as in `naive_logits`."""
     dpvr, layers = model.config, list(model.model.language_model.layers)
     is_image = input_ids == dpvr.image_token_id
     image, text = is_image.nonzero().flatten(), (~is_image).nonzero().flatten()
     place = torch.arange(len(input_ids))
-    block = _Block(model)
+    block = _Block(model, **custom)
 
     h = model.model.language_model.embed_tokens.weight[input_ids]  # (T, D)
     if len(image):
@@ -101,7 +111,10 @@ def naive_states(
 class _Block:
     """A decoder layer written out: norm, attention by position, residual, norm, SwiGLU, residual."""
 
-    def __init__(self, model: DpvrLlavaForConditionalGeneration):
+    def __init__(
+        self, model: DpvrLlavaForConditionalGeneration, seen: Tensor | None = None, positions: Tensor | None = None
+    ):
+        self.seen, self.positions = seen, positions
         fields = model.config.text_config.to_dict()
         self.heads, self.kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
         self.head_width = fields.get("head_dim") or fields["hidden_size"] // self.heads
@@ -115,6 +128,8 @@ class _Block:
         keys = self._rotate(self._split(_linear(attention.k_proj, kv_in)), context_place)  # (C, kv heads, d)
         values = self._split(_linear(attention.v_proj, kv_in))
         hidden_from = context_place[None, :] > x_place[:, None]  # (Q, C)
+        if self.seen is not None:
+            hidden_from = ~self.seen[x_place][:, context_place]
         read = []
         for head in range(self.heads):
             shared = head * self.kv_heads // self.heads
@@ -132,6 +147,7 @@ class _Block:
     def _rotate(self, heads: Tensor, place: Tensor) -> Tensor:
         """Rotary embedding as complex numbers: pair (i, i + d/2) turns by place * theta^(-2i/d)."""
         half = self.head_width // 2
+        place = place if self.positions is None else self.positions[place]
         angle = place[:, None].double() * self.theta ** (-torch.arange(half).double() / half)  # (T, d/2)
         turned = (
             torch.complex(heads[..., :half], heads[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]

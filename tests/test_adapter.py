@@ -15,9 +15,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from adapter_dpvr import DpvrConfig, DpvrLayer
-from cache_dpvr import LINE_4
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from sharing_dpvr import save_adapter
+from versions_dpvr import LINE_4
 
 PLANS = [
     {"routing": "late_fusion"},

@@ -23,9 +23,11 @@ from benchmark_latency import (
     plan_of,
     sizes,
 )
-from cache_dpvr import LINE_4
 from minibench import bench
 from minibench.latency_report import render_table_6
+from streams_dpvr import Streams
+from two_stream_dpvr import TwoStreamPass
+from versions_dpvr import LINE_4
 
 SMALL = ["--shape", "64x4", "--rounds", "1", "--warmup", "0", "--new_tokens", "2", "--text_tokens", "16"]
 WIDTH, IMAGE = 64, 576
@@ -107,36 +109,26 @@ def test_13b_is_counted_and_not_run(capsys):
 @pytest.mark.parametrize("method", [method for method in METHODS if method != FLASH])
 @torch.no_grad()
 def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b, monkeypatch):
-    """Slots and masks are made as on a device, the weights and states have no storage; which tokens FastV keeps, and
-    the marks of the images, are told to it."""
+    """Weights and states have no storage; how many image tokens there are, and which FastV keeps, is told."""
     llava, split = of_7b
     llava.set_attn_implementation("eager")  # whose products are counted
-    model, consecutive, as_mask = (
-        make_method(method, llava, split),
-        two_stream_dpvr.consecutive,
-        two_stream_dpvr.as_attention_mask,
-    )
-    monkeypatch.setattr(two_stream_dpvr, "consecutive", lambda first, count, device: consecutive(first, count, "cpu"))
-    monkeypatch.setattr(two_stream_dpvr, "as_attention_mask", lambda *args: as_mask(*args).to("meta"))
+    model, sort = make_method(method, llava, split), TwoStreamPass.sort
     image = torch.zeros(1, 704, dtype=torch.bool)
     image[:, 1:577] = True
+
+    def sort_on_meta(this: TwoStreamPass, second: torch.Tensor) -> None:
+        sort(this, second)
+        slots = (this.streams.text, this.streams.image, this.streams.merge_index)
+        this.streams = Streams(*(tensor.to("meta") for tensor in slots), this.streams.first)
+        this.all_slots = this.all_slots.to("meta")
+
+    monkeypatch.setattr(TwoStreamPass, "sort", sort_on_meta)
+    monkeypatch.setattr(two_stream_dpvr, "find_images", lambda owner, arguments: image)
+    monkeypatch.setattr(baselines, "best_image_tokens", lambda scores, mask, keep: mask & (torch.arange(704) < 289))
     states = torch.empty(1, 704, 4096, dtype=torch.bfloat16, device="meta")
-    options = {"tail": 1, "position_ids": torch.zeros(1, 704, dtype=torch.long, device="meta")}
-    if method in benchmark_latency.PRUNINGS:
-        monkeypatch.setattr(
-            baselines, "best_image_tokens", lambda scores, mask, keep: mask & (torch.arange(704) < 289)
-        )
-        monkeypatch.setattr(
-            baselines, "visible_keys", lambda *args: torch.ones(1, 1, 1, 704, dtype=torch.bool, device="meta")
-        )
-        options["pruning"] = model
-    run = baselines.pruned_forward if method in benchmark_latency.PRUNINGS else two_stream_dpvr.two_stream_forward
-    if method == "vanilla":
-        options["tail"] = None
-    branch = model.model.side_branch if method not in benchmark_latency.PRUNINGS else torch.nn.ModuleList()
     with FlopCounterMode(display=False) as counter:
-        last, _ = run(llava.model.language_model, branch, plan_of(model), states, image, **options)
-        llava.lm_head(last[:, -1:])
+        output = model.model(inputs_embeds=states, kept_logits=0 if method == "vanilla" else 1)
+        llava.lm_head(output.last_hidden_state[:, -1:])
     assert model.prefill_flops(576, 128) == counter.get_total_flops()
 
 

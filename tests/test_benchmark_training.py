@@ -7,8 +7,8 @@ import torch
 
 import benchmark_training
 from benchmark_training import METHODS
-from cache_dpvr import LINE_4
 from minibench import bench
+from versions_dpvr import LINE_4
 
 pytestmark = pytest.mark.skipif(LINE_4, reason="training is for transformers 5.18 and newer")
 SMALL = ["--shape", "64x4", "--steps", "1", "--warmup", "0", "--batch_size", "1", "--text_tokens", "16"]

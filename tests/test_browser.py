@@ -16,8 +16,8 @@ from servers import free_port, running
 
 from answering import Answerer, load
 from app import build, launch, write_examples
-from cache_dpvr import LINE_4
 from minibench.scenes import make_scene
+from versions_dpvr import LINE_4
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium")

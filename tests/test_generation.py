@@ -13,9 +13,9 @@ from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from cache_dpvr import LINE_4
 from configuration_dpvr import ROUTINGS, DpvrLlavaConfig
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from versions_dpvr import LINE_4
 
 TOLERANCE = 1e-9
 RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3], [1, 0, 2, 1]]  # 1 image, 2 side by side, none, 1 in front, 3

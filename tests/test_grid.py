@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from benchmark_accuracy import HERE
-from cache_dpvr import LINE_4
 from configuration_dpvr import DpvrLlavaConfig
 from minibench import grid
 from minibench.cells import BUDGETS, SEEDS, Cell, Costs, Grid, unique_cells
@@ -19,6 +18,7 @@ from minibench.pretrain import parse_args as parse_pretrain_args
 from minibench.processor import save_processor
 from minibench.results import Results
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from versions_dpvr import LINE_4
 
 TRAINED = "late_fusion_split4_layers6.7_seed1"
 CELLS = ["vanilla", TRAINED, "fastv_layer3_keep0.5"]

@@ -28,13 +28,13 @@ from transformers import LlavaForConditionalGeneration
 
 from adapter_dpvr import DpvrConfig
 from answering import load
-from cache_dpvr import LINE_4
 from minibench import lmms
 from minibench.evaluate import evaluate, make_items
 from minibench.processor import load_processor, save_processor
 from minibench.scoring import summarise
 from minibench.tasks import TASKS
 from replies import reply, to_settings
+from versions_dpvr import LINE_4
 
 if sys.version_info >= (3, 11):
     import tomllib

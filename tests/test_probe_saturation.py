@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 import probe_saturation
-from cache_dpvr import LINE_4
 from probe_saturation import main, parse_args
 from saturation_curves import summarise
 from train_sft import main as train
 from train_sft import parse_args as parse_train_args
+from versions_dpvr import LINE_4
 
 pytestmark = pytest.mark.skipif(LINE_4, reason="what it measures is tested on both lines, the script with 5 alone")
 

@@ -84,6 +84,81 @@ def test_prompts_without_padding_are_the_naive_algorithm_too(
     assert_naive(model, batch, model(**batch.inputs).logits)
 
 
+# -- what stock LLaVA reads from its inputs ---------------------------------------------------------------------------
+
+
+def own_mask(length: int, seed: int) -> torch.Tensor:
+    """bool (T, T): a token sees itself and some of those before it."""
+    random = torch.rand(length, length, generator=torch.Generator().manual_seed(seed)) < 0.6
+    return random.tril() | torch.eye(length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("attention", "additive"), [("eager", True), ("sdpa", True), ("sdpa", False)])
+@examples(25)
+@given(plan=plans(), batch=prompts(), seed=st.integers(0, 99))
+@torch.no_grad()
+def test_a_mask_of_ones_own_is_read(attention: str, additive: bool, plan: dict, batch: Prompts, seed: int) -> None:
+    """Bool for sdpa or additive for both; rows of one layout, so that none is padded."""
+    batch = Prompts(batch.layout[:1] * 2, seed=batch.seed)
+    length = len(batch.rows[0])
+    seen = torch.stack([own_mask(length, seed), own_mask(length, seed + 1)])
+    mask = seen[:, None]
+    if additive:
+        mask = torch.zeros(mask.shape).double().masked_fill(~mask, torch.finfo(torch.float64).min)
+    positions = torch.stack([torch.arange(length) // 2, torch.arange(length) * 3])
+    model = make_dpvr(attention=attention, **plan)
+    logits = model(**{**batch.inputs, "attention_mask": mask}, position_ids=positions, use_cache=False).logits
+    for row in range(2):
+        text, want = naive_logits(model, batch.rows[row], batch.images[row], seen=seen[row], positions=positions[row])
+        assert (logits[row, text] - want).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@examples(40)
+@given(plan=plans(), batch=prompts())
+@torch.no_grad()
+def test_rows_packed_by_restarting_their_positions_do_not_see_each_other(
+    attention: str, plan: dict, batch: Prompts
+) -> None:
+    model, rows = make_dpvr(attention=attention, **plan), [row for row in batch.rows if len(row)]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    packed = {"input_ids": torch.cat(rows)[None], "position_ids": positions, "use_cache": False}
+    if any(map(len, batch.images)):
+        packed["pixel_values"] = torch.cat(batch.images)
+    logits = model(**packed).logits[0].split([len(row) for row in rows])
+    for got, row, images in zip(logits, batch.rows, batch.images, strict=True):
+        text, want = naive_logits(model, row, images)
+        assert (got[text] - want).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_what_stock_llava_is_told_of_the_tower_reaches_it_under_a_routing() -> None:
+    """Another layer of the tower, and its class token, which makes an image five tokens long."""
+    model, batch = make_dpvr(routing="kv_substitution"), Prompts([[2, 3]])
+    plain = model(**batch.inputs).logits
+    told = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    ids = torch.cat([batch.rows[0][:2], torch.full((5,), IMAGE_TOKEN_ID), batch.rows[0][-3:]])[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": batch.images[0]}
+    logits = model(**inputs, **told).logits
+    as_config = make_dpvr(routing="kv_substitution")
+    for name, value in told.items():
+        setattr(as_config.config, name, value)
+    assert torch.equal(logits, as_config(**inputs).logits)
+    assert (logits[0, -1] - plain[0, -1]).abs().max() > 1e-3
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    assert torch.equal(model.generate(**inputs, **told, **options), as_config.generate(**inputs, **options))
+
+
+@torch.no_grad()
+def test_token_types_go_by_streams_and_what_goes_by_tokens_unknown_is_refused_by_name() -> None:
+    model, batch = make_dpvr(), Prompts([[2, 3]])
+    ids = batch.inputs["input_ids"]
+    plain = model(**batch.inputs).logits
+    assert torch.equal(model(**batch.inputs, token_type_ids=torch.zeros_like(ids)).logits, plain)
+    with pytest.raises(ValueError, match="got 'importance' of shape .* Remedy"):
+        model(**batch.inputs, importance=torch.zeros(ids.shape))
+
+
 @pytest.mark.parametrize("decoder", [Qwen2Config, MistralConfig])
 @torch.no_grad()
 def test_qwen2_and_mistral_decoders_are_the_naive_algorithm_too(decoder: type) -> None:

@@ -1,0 +1,204 @@
+"""What a model with its head has to know of images under a routing: its loss, its last layer, and `generate`.
+
+    routed(LlavaForConditionalGeneration)        a class that is a stock one, and
+        loss            leaves out labels that image tokens would predict, and image tokens as labels
+        logits_to_keep  goes on to the decoder, whose last layer then queries with those tokens alone
+        generate        repeats a row's pixels with the row; hands on the pixels of the chunk that runs
+
+One implementation for `DpvrLlavaForConditionalGeneration` (modeling_dpvr.py) and for a stock model whose `model` is
+under a PEFT adapter (adapter_dpvr.py). What stands at `model` has a `plan`, the layer plan that it runs.
+
+Axes: B batch, T tokens, N images.
+"""
+
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+
+try:
+    from .images_dpvr import image_marks, images_per_row, tokens_per_image
+    from .versions_dpvr import argument_names, cache_in
+except ImportError:
+    from images_dpvr import image_marks, images_per_row, tokens_per_image
+    from versions_dpvr import argument_names, cache_in
+
+IGNORED_LABEL = -100
+
+
+@lru_cache
+def routed(stock: type) -> type:
+    """A class with the name and the forward of a stock vision-language model with its head, and `RoutedGeneration`."""
+    names = argument_names(stock.forward)
+
+    @wraps(stock.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = without_image_labels(self.model, dict(zip(names, args, strict=False)) | kwargs)
+        if not self.model.plan.is_vanilla:
+            arguments["kept_logits"] = arguments.get("logits_to_keep", 0)
+        return stock.forward(self, **arguments)
+
+    own = {"forward": forward, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (RoutedGeneration, stock), own)
+
+
+def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the labels (B, T) of image tokens, and right after them, left out where a plan runs.
+
+    Past the split image tokens are context and predict nothing.
+    """
+    if arguments.get("labels") is None or model.plan.is_vanilla:
+        return arguments
+    marks = image_marks(model, arguments.get("input_ids"), arguments.get("inputs_embeds"))
+    marks = marks | nn.functional.pad(marks[:, :-1], (1, 0))
+    return {**arguments, "labels": arguments["labels"].masked_fill(marks, IGNORED_LABEL)}
+
+
+class RoutedGeneration:
+    """Mixed in before a stock model with its head by `routed`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; here for trainers that put a forward of their own on the model, as TRL's do."""
+        if kwargs.get("labels") is not None:
+            names = argument_names(type(self).forward)
+            args, kwargs = (), without_image_labels(self.model, dict(zip(names, args, strict=False)) | kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        pixel_values: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict:
+        """Stock inputs, with the pixels of the images whose tokens are in this chunk: a later turn may bring more."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        inputs.pop("pixel_values", None)
+        chunk, cache = inputs.get("input_ids"), cache_in(inputs)
+        decoding = cache is not None and cache.get_seq_length() > 0 and chunk is not None and chunk.shape[1] == 1
+        if pixel_values is None or decoding:
+            return inputs
+        if chunk is not None:
+            pixel_values = self._pixels_of_chunk(pixel_values, input_ids, chunk, kwargs)
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+    def _images_per_row(self, input_ids: torch.Tensor, kwargs: dict) -> list[int] | None:
+        """None where images differ in their number of tokens."""
+        tokens = tokens_per_image(self.config, kwargs)
+        return None if tokens is None else images_per_row(input_ids == self.config.image_token_id, tokens)
+
+    def _pixels_of_chunk(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, chunk: torch.Tensor, kwargs: dict
+    ) -> torch.Tensor | None:
+        """Of the images of whole rows (N, ...), each row's last ones, whose tokens are in the chunk."""
+        if chunk.shape[1] == input_ids.shape[1]:
+            return pixel_values
+        images, new = self._images_per_row(input_ids, kwargs), self._images_per_row(chunk, kwargs)
+        if new is not None and sum(new) == 0:
+            return None
+        if new is None or len(pixel_values) != sum(
+            images
+        ):  # the new images alone, or a mistake that forward will name
+            return pixel_values
+        rows = pixel_values.split(images)
+        return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict]:
+        """Repeat rows for beams and samples; the images of a row stay together, which stock LLaVA may get wrong.
+
+        Called once by `generate`, with the prompt, before any work.
+        """
+        ends_in_image = input_ids is not None and bool(image_marks(self.model, input_ids[:, -1:], None).any())
+        if ends_in_image and not self.model.plan.is_vanilla:
+            raise ValueError(
+                "Expected a prompt that ends in text: past the split image tokens predict nothing; got one that ends "
+                "in an image. Remedy: put the question after the picture, or use the chat template."
+            )
+        kept = vars(self).get("_cache")  # transformers 4 keeps a static cache, which a failed call left empty
+        if kept is not None and not all(
+            layer.is_initialized for layer in kept.layers[: self.config.get_text_config().num_hidden_layers]
+        ):
+            del self._cache
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        images = None if input_ids is None or pixel_values is None else self._images_per_row(input_ids, model_kwargs)
+        repeated = pixel_values
+        if expand_size > 1 and images is not None and sum(images) == len(pixel_values):  # if not, forward will name it
+            repeated = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(images)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | ({} if repeated is None else {"pixel_values": repeated})
+
+    # -- static caches ------------------------------------------------------------------------------------------------
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
+        """Of transformers 5."""
+        self._refuse_flex_attention()
+        return super()._prepare_static_cache(*args, **kwargs)
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Cache:
+        """Of transformers 4, the same."""
+        self._refuse_flex_attention()
+        return super()._get_cache(*args, **kwargs)
+
+    def _refuse_flex_attention(self) -> None:
+        if self.config.get_text_config()._attn_implementation == "flex_attention" and not self.model.plan.is_vanilla:
+            raise ValueError(
+                "Expected sdpa or eager attention for a static cache, whose masks generate makes as tensors; got "
+                "flex_attention. Remedy: set_attn_implementation('sdpa'), or a growing cache."
+            )
+
+    # -- a prefill in chunks ------------------------------------------------------------------------------------------
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self,
+        inputs_tensor: torch.Tensor,
+        model_kwargs: dict,
+        model_input_name: str | None,
+        generation_config: GenerationConfig,
+    ) -> dict:
+        """Of transformers 5: encode the new images before a prefill in chunks, which may cut through them.
+
+        In one piece the forward encodes those of its chunk.
+        """
+        size, pixel_values = generation_config.prefill_chunk_size, model_kwargs.get("pixel_values")
+        if size == 1 and model_kwargs.get("attention_mask") is not None and not self.model.plan.is_vanilla:
+            raise ValueError(
+                "Expected prefill_chunk_size of at least 2 for a padded batch, as a single token is taken for a "
+                "decoded one; got 1. Remedy: 2 or more."
+            )
+        if size is None or pixel_values is None or model_input_name != "input_ids":
+            return model_kwargs
+        cache, mask = cache_in(model_kwargs), model_kwargs.get("attention_mask")
+        num_tokens = generation_config._mask_length if mask is None else mask.shape[1]
+        past = 0 if cache is None or num_tokens > inputs_tensor.shape[1] else int(cache.get_seq_length())
+        pixel_values = self._pixels_of_chunk(pixel_values, inputs_tensor, inputs_tensor[:, past:], model_kwargs)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "pixel_values"}
+        if pixel_values is None:
+            return model_kwargs
+        return self._prepare_multimodal_encoder_kwargs_for_generation({**model_kwargs, "pixel_values": pixel_values})
+
+    def _prefill_chunking(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig, **model_kwargs: Any
+    ) -> dict:
+        """Of transformers 4: it would give every chunk all pixels."""
+        if model_kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "Expected prefill_chunk_size=None for a prompt with images on transformers 4; got "
+                f"{generation_config.prefill_chunk_size}. Remedy: transformers 5, or prefill in one piece."
+            )
+        return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)

@@ -1,0 +1,121 @@
+"""Which token lies where: the two streams of a chunk, and the part of a stock mask that is theirs.
+
+Every token has a slot, its index in the whole sequence. A stream's queries are rows of the mask that the stock decoder
+made for all tokens, its keys are columns of it:
+
+    the stock mask of "u u I I t t"        of text that reads keys in the order I I u u t t
+        query u    x . . . . .                          query u      . . x . . .
+              u    x x . . . .                                u      . . x x . .
+              I    x x x . . .
+              I    x x x x . .
+              t    x x x x x .                                t      x x x x x .
+              t    x x x x x x                                t      x x x x x x
+
+Axes: B batch, T all tokens of a chunk, X its text tokens, V its image tokens, D width, H heads, Q queries, K keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+@dataclass
+class Streams:
+    """One chunk of T tokens sorted into a text and an image stream.
+
+    A slot is a token's index in the whole sequence; -1 marks padding slots, put in front of the rows of a ragged batch
+    that have fewer tokens in a stream than the longest row.
+    """
+
+    text: torch.Tensor  # int64 (B, X), slots
+    image: torch.Tensor  # int64 (B, V), slots
+    merge_index: torch.Tensor  # int64 (B, T), each token's entry in cat([text, image])
+    first: int  # slot of the chunk's first token
+
+    @classmethod
+    def sort(cls, image_mask: torch.Tensor, first: int, num_text: int, num_image: int) -> "Streams":
+        """Sort the tokens of `image_mask`, bool (B, T): True at image tokens, the counts are the largest of a row."""
+        text_count, image_count = (~image_mask).cumsum(1), image_mask.cumsum(1)  # (B, T)
+        text_entry = num_text - text_count[:, -1:] + text_count - 1
+        image_entry = num_text + num_image - image_count[:, -1:] + image_count - 1
+        merge_index = torch.where(image_mask, image_entry, text_entry)
+        slots = torch.arange(first, first + image_mask.shape[1], device=image_mask.device).expand_as(merge_index)
+        entries = slots.new_full((len(slots), num_text + num_image), -1).scatter(1, merge_index, slots)
+        return cls(entries[:, :num_text], entries[:, num_text:], merge_index, first)
+
+    def pick(self, states: torch.Tensor, slots: torch.Tensor, axis: int = 1) -> torch.Tensor:
+        """The entries at `slots` (B, N) along a tensor's token axis, before which comes the batch's, of B or 1.
+
+        A padding slot repeats the first token's.
+        """
+        index, batch_axis = (slots - self.first).clamp(min=0).to(states.device), axis % states.ndim - 1
+        shape = list(states.shape)
+        shape[batch_axis] = index.shape[0]
+        states, shape[batch_axis + 1] = states.expand(shape), index.shape[1]
+        view = [1] * states.ndim
+        view[batch_axis], view[batch_axis + 1] = index.shape
+        return states.gather(batch_axis + 1, index.view(view).expand(shape))
+
+    def merge(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Text (B, X, D) and image (B, V, D) states back in the order of the tokens, (B, T, D)."""
+        both = torch.cat([text, image.to(text.device)], dim=1)
+        return both.gather(1, self.merge_index[..., None].to(both.device).expand(-1, -1, both.shape[-1]))
+
+
+def visible_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Causality by slots, where the stock decoder leaves it to the kernel; padding slots see themselves, never NaN.
+
+    Args:
+        queries, keys: int64 (B, Q) and (B, K) slots.
+
+    Returns:
+        bool (B, 1, Q, K).
+    """
+    seen = (keys[:, None, :] <= queries[:, :, None]) & (keys >= 0)[:, None, :]
+    return (seen | (keys[:, None, :] == queries[:, :, None]))[:, None]
+
+
+def mask_of_keys(full: torch.Tensor | BlockMask, rows: torch.Tensor | None, columns: torch.Tensor) -> Any:
+    """Rows and columns of a stock mask, in its own form; nobody but themselves sees padding slots, which are negative.
+
+    Args:
+        full: bool or additive (B or 1, H or 1, T, K of all tokens), or a `BlockMask`.
+        rows: int64 (B, Q), where the queries lie in the chunk; None stands for all of them, in order.
+        columns: int64 (B, N), where the keys lie in `full`.
+    """
+    if isinstance(full, BlockMask):
+        return _block_mask_of_keys(full, rows, columns)
+    batch_size, num_keys = columns.shape
+    picked = full.expand(batch_size, *full.shape[1:])
+    if rows is not None:
+        at = rows.clamp(min=0)[:, None, :, None]
+        picked = picked.gather(2, at.expand(-1, picked.shape[1], -1, picked.shape[3]))
+    at = columns.clamp(min=0)[:, None, None, :].expand(-1, *picked.shape[1:3], -1)
+    picked, hidden = picked.gather(3, at), (columns < 0)[:, None, None, :]
+    alone = None if rows is None else ((columns[:, None] == rows[..., None]) & (rows < 0)[..., None])[:, None]
+    if picked.dtype == torch.bool:
+        picked = picked & ~hidden
+        return picked if alone is None else picked | alone
+    picked = picked.masked_fill(hidden, torch.finfo(picked.dtype).min)
+    return picked if alone is None else picked.masked_fill(alone, 0.0)
+
+
+def _block_mask_of_keys(full: BlockMask, rows: torch.Tensor | None, columns: torch.Tensor) -> BlockMask:
+    (batch_size, num_keys), stock_mod = columns.shape, full.mask_mod
+    num_queries = full.shape[-2] if rows is None else rows.shape[1]
+    if rows is None:
+        rows = torch.arange(num_queries, device=columns.device).expand(batch_size, -1)
+
+    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        at, place = rows[row, query], columns[row, key]
+        seen = stock_mod(row, head, at.clamp(min=0), place.clamp(min=0)) & (place >= 0)
+        return seen | ((place == at) & (at < 0))
+
+    return create_block_mask(mask_mod, batch_size, None, num_queries, num_keys, device=columns.device)
+
+
+def shifted(first: int, slots: torch.Tensor) -> torch.Tensor:
+    """Slots counted from `first`; padding slots, and those before it, stay negative."""
+    return torch.where(slots < 0, slots, slots - first) if first else slots
