@@ -1,12 +1,13 @@
 """DPVR as a PEFT method: a side branch on a stock LLaVA, added, trained, saved, switched and taken off again.
 
     LlavaForConditionalGeneration                  get_peft_model(llava, DpvrConfig(split_layer=18))
-        model: LlavaModel            ->            model: DpvrLayer
-        lm_head                                        base_layer: LlavaModel      untouched, frozen
-                                                       side_branch.<adapter>       trained and saved, nothing else
+        model: LlavaModel            ->            model: the same, frozen, its class routed (two_stream_dpvr.py)
+        lm_head                                        side_branch: DpvrLayer
+                                                           <adapter>       trained and saved, nothing else
 
-`DpvrLayer` runs the same `routed_forward` as `DpvrLlavaModel`, so both give the same logits, and an adapter fits a
-stock LLaVA and a `DpvrLlavaForConditionalGeneration` alike. Paper section 3.4.
+No module is wrapped or renamed: LlavaModel and the model with the head take a class that routes, of the same name, and
+give it back when the adapter is unloaded. So both have the logits of `DpvrLlavaForConditionalGeneration`, an adapter
+fits either, and LoRA goes on before or after. Paper section 3.4.
 
     import adapter_dpvr                                      # PEFT learns the method's name, "DPVR"
     model = PeftModel.from_pretrained(llava, "me/branch")    # checked against the base before anything is changed
@@ -16,11 +17,13 @@ stock LLaVA and a `DpvrLlavaForConditionalGeneration` alike. Paper section 3.4.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import mixed
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -29,12 +32,26 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import cached_file
 
 from configuration_dpvr import DPVR_FIELDS, JOINT, DpvrLlavaConfig, LayerPlan
+from generation_dpvr import routed
 from loading_dpvr import make_side_branch, reset_side_branch
 from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
-from two_stream_dpvr import check_support, routed_forward, stock_class
-from versions_dpvr import argument_names
+from two_stream_dpvr import check_support, decoder_of, routed_model
 
-PEFT_TYPE = "DPVR"
+
+class PeftTypeName(str):
+    """A method's name that behaves as the members of `peft.PeftType`, an enumeration that takes no more of them."""
+
+    @property
+    def name(self) -> str:
+        return str.__str__(self)
+
+    value = name
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+
+PEFT_TYPE = PeftTypeName("DPVR")
 PICKLE_NAME = "adapter_model.bin"
 TARGET = "model"  # what LlavaForConditionalGeneration calls its LlavaModel
 FIELDS = tuple(name for name in DPVR_FIELDS if name != "base_model_name_or_path")
@@ -65,6 +82,7 @@ class DpvrConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.saved_shapes: Shapes | None = None  # of the weights beside the config, once it was read from a file
+        self.loaded = False  # whether weights were loaded under this config
 
     @classmethod
     def from_pretrained(
@@ -100,49 +118,49 @@ class DpvrConfig(PeftConfig):
         return config
 
 
-class DpvrLayer(nn.Module, BaseTunerLayer):
-    """A `LlavaModel` and the side branches of its adapters; the active one's plan is run."""
+class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
+    """The side branches of a model's adapters, by the adapters' names, and the plans that they are read in."""
 
-    adapter_layer_names = ("side_branch",)
+    adapter_layer_names = ("branches",)
 
-    def __init__(self, base_layer: LlavaModel) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.side_branch = nn.ModuleDict()
         self.plans: dict[str, LayerPlan] = {}
         self.merged_adapters = []
-        self.stock = stock_class(base_layer)
 
-    def __getattr__(self, name: str) -> Any:
-        """The model around it asks for the tower, the embeddings, the image features, ... of its LlavaModel."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+    @property
+    def branches(self) -> nn.ModuleDict:
+        return self
 
-    def update_layer(self, adapter_name: str, peft_config: DpvrConfig) -> None:
-        """Add a side branch, started as the config says."""
-        config = peft_config.for_base(self.base_layer.config)
-        layers = self.base_layer.language_model.layers
+    @property
+    def active_branch(self) -> str | None:
+        """The name of the side branch that runs, or None where the base does."""
+        active = [name for name in self.active_adapters if name in self.plans]
+        return active[0] if active and not self.disable_adapters else None
+
+    def update_layer(self, adapter_name: str, peft_config: DpvrConfig, owner: nn.Module) -> None:
+        """Add a side branch of the decoder of `owner`, started as the config says."""
+        config, layers = peft_config.for_base(owner.config), decoder_of(owner)[1].layers
         like = next(weight for weight in layers[config.split_layer].parameters() if weight.is_floating_point())
         side_branch = make_side_branch(layers, config)
         if all(weight.device.type != "meta" for weight in side_branch.parameters()):  # low_cpu_mem_usage
             side_branch.to(like.device, like.dtype)
             reset_side_branch(side_branch, layers, config)
-        self.side_branch[adapter_name] = side_branch
+        self[adapter_name] = side_branch
         self.plans[adapter_name] = config.layer_plan()
+        self.device = like.device
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) > 1:
+        if len(branches := [name for name in names if name in self]) > 1:
             raise ValueError(
-                f"Expected one side branch at a time; got {names}. Remedy: set_adapter with one of the names."
+                f"Expected one side branch at a time; got {branches}. Remedy: set_adapter with one of the names."
             )
         super().set_adapter(names, inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        like = next(self.base_layer.language_model.layers[self.plans[adapter_name].split_layer].parameters())
-        self.side_branch[adapter_name].to(device or like.device)
+        if adapter_name in self:
+            self[adapter_name].to(device or self.device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -154,31 +172,59 @@ class DpvrLayer(nn.Module, BaseTunerLayer):
             "Remedy: keep the adapter, or take it off with unload()."
         )
 
-    @property
-    def active_branch(self) -> str | None:
-        """The name of the side branch that runs, or None where the base does."""
-        active = [name for name in self.active_adapters if name in self.plans]
-        return active[0] if active and not self.disable_adapters else None
+    unmerge = merge
+
+
+class WithSideBranches:
+    """What a LlavaModel is while it has adapters, before its own class; made by `with_side_branches`.
+
+    A DPVR model's own side branch is at `own_branch` meanwhile, and runs where no adapter does.
+    """
 
     @property
     def plan(self) -> LayerPlan:
         """What every decoder layer does."""
-        if self.active_branch is not None:
-            return self.plans[self.active_branch]
-        if hasattr(self.base_layer, "side_branch"):
-            return self.base_layer.plan
-        depth = len(self.base_layer.language_model.layers)
+        name = self.side_branch.active_branch
+        if name is not None:
+            return self.side_branch.plans[name]
+        if "own_branch" in self._modules:
+            return super().plan
+        depth = len(decoder_of(self)[1].layers)
         return LayerPlan(depth, (JOINT,) * depth)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base's, under the active adapter's plan."""
-        if self.active_branch is None and hasattr(self.base_layer, "side_branch"):
-            return self.base_layer(*args, **kwargs)
-        arguments = dict(zip(argument_names(self.stock.forward), args, strict=False)) | kwargs
-        return_dict = arguments.pop("return_dict", None)
-        branch = nn.ModuleList() if self.active_branch is None else self.side_branch[self.active_branch]
-        output = routed_forward(self.base_layer, self.stock.forward, branch, self.plan, arguments)
-        return output.to_tuple() if return_dict is False else output
+    @property
+    def branch(self) -> nn.ModuleList:
+        name = self.side_branch.active_branch
+        return self._modules.get("own_branch", nn.ModuleList()) if name is None else self.side_branch[name]
+
+
+@lru_cache
+def with_side_branches(own: type) -> type:
+    """The class of a LlavaModel with adapters; `own` is the one that it had."""
+    base = own if hasattr(own, "stock") else routed_model(own)
+    named = {"own": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (WithSideBranches, base), named)
+
+
+def attach(head: nn.Module, owner: nn.Module) -> DpvrLayer:
+    """Make a LlavaModel, and the model with the head around it, run the plans of adapters to come."""
+    if "side_branch" in owner._modules:
+        owner.own_branch = owner._modules.pop("side_branch").requires_grad_(False)
+    owner.side_branch = DpvrLayer()
+    owner.__class__ = with_side_branches(type(owner))
+    if not hasattr(type(head), "own"):
+        head.__class__ = routed(type(head))
+    return owner.side_branch
+
+
+def detach(head: nn.Module, owner: nn.Module) -> None:
+    """Take what `attach` put on off again."""
+    del owner.side_branch
+    owner.__class__ = type(owner).own
+    if "own_branch" in owner._modules:
+        owner.side_branch = owner._modules.pop("own_branch")
+    else:
+        head.__class__ = type(head).own
 
 
 class DpvrModel(BaseTuner):
@@ -196,18 +242,14 @@ class DpvrModel(BaseTuner):
         """Refuse a base that the adapter does not fit, before anything is changed."""
         super()._check_new_adapter_config(config)
         base = dict(self.model.named_children()).get(TARGET)
-        base = base.base_layer if isinstance(base, DpvrLayer) else base
         if not isinstance(base, LlavaModel):
             raise ValueError(
                 f"Expected a LlavaForConditionalGeneration; got {type(self.model).__name__}. Remedy: load the LLaVA "
-                "with its class, or as AutoModelForImageTextToText."
+                "with its class, or as AutoModelForImageTextToText, and add the side branch to that itself: with "
+                "inject_adapter_in_model(lora, llava) LoRA may be in it already."
             )
         self._check_name(next(name for name, known in self.peft_config.items() if known is config))
-        full = config.for_base(base.config)
-        if config.saved_shapes is not None:
-            with torch.device("meta"):
-                side_branch = make_side_branch(base.language_model.layers, full)
-            check_shapes(config.saved_shapes, side_branch, config.base_model_name_or_path)
+        _check_base(config, base)
 
     def _check_name(self, adapter_name: str) -> None:
         """PEFT tells adapters apart by their names in the weights' names, so these must mean nothing else there."""
@@ -228,14 +270,37 @@ class DpvrModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        layer = target if isinstance(target, DpvrLayer) else DpvrLayer(target)
-        layer.update_layer(adapter_name, peft_config)
+        layer = target.side_branch if isinstance(target, WithSideBranches) else attach(parent, target)
+        layer.update_layer(adapter_name, peft_config, target)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own would also hand on a `weight`, which a LlavaModel has not
+    def replace_adapter(self, adapter_name: str, peft_config: DpvrConfig) -> None:
+        """Give a name in use to another side branch with a plan of its own."""
+        owner = getattr(self.model, TARGET)
+        peft_config.inference_mode = self.peft_config[adapter_name].inference_mode
+        _check_base(peft_config, owner)
+        owner.side_branch.update_layer(adapter_name, self._prepare_adapter_config(peft_config, self.config), owner)
+        owner.side_branch.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self.peft_config[adapter_name] = peft_config
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, which passes over modules whose name has the method's prefix."""
+        super().delete_adapter(adapter_name)
+        layer = getattr(self.model, TARGET).side_branch
+        layer.delete_adapter(adapter_name)
+        self.active_adapter = layer.active_adapters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call, where PEFT's own would go past it to its forward."""
+        return self.model(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **_: Any) -> nn.Module:
+        owner = getattr(self.model, TARGET)
+        if merge:
+            owner.side_branch.merge()
+        detach(self.model, owner)
+        del self.model.peft_config
+        return self.model
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -248,13 +313,85 @@ class DpvrModel(BaseTuner):
         """Check weights on whatever way they come: PEFT itself would leave out what does not fit."""
         (layer,) = (module for module in model.modules() if isinstance(module, DpvrLayer))
         shapes = {name: tuple(weight.shape) for name, weight in state_dict.items()}
-        check_shapes(shapes, layer.side_branch[adapter_name], config.base_model_name_or_path)
+        check_shapes(shapes, layer[adapter_name], config.base_model_name_or_path)
+        config.loaded = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_base(config: DpvrConfig, owner: LlavaModel) -> None:
+    """Raise ValueError unless a base fits the config, and the weights that lie beside it."""
+    full = config.for_base(owner.config)
+    if config.saved_shapes is not None:
+        with torch.device("meta"):
+            side_branch = make_side_branch(owner.language_model.layers, full)
+        check_shapes(config.saved_shapes, side_branch, config.base_model_name_or_path)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DpvrConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DpvrModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DpvrModel.prefix
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two of PEFT's doors that know their methods by name (PEFT 0.21)
+
+
+class MixedModel(mixed.MixedModel):
+    """PEFT's tuner of mixed adapters, for a side branch beside LoRA and its kin."""
+
+    prefix = DpvrModel.prefix
+    _check_name = DpvrModel._check_name
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        if isinstance(config, DpvrConfig):
+            DpvrModel._check_new_adapter_config(self, config)
+        else:
+            super()._check_new_adapter_config(config)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if isinstance(peft_config, DpvrConfig):
+            return DpvrModel._prepare_adapter_config(self, peft_config, model_config)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(self, config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, DpvrConfig):
+            DpvrModel._create_and_replace(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for layer in (module for module in model.modules() if isinstance(module, DpvrLayer)):
+            layer.set_adapter(self.active_adapters)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        for layer in (module for module in self.model.modules() if isinstance(module, DpvrLayer)):
+            layer.set_adapter(adapter_name, inference_mode)
+
+
+mixed_model.MixedModel = MixedModel
+mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, PEFT_TYPE)
+_load_adapter = PeftModel.load_adapter
+
+
+@wraps(_load_adapter)
+def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+    """As PEFT's, which leaves the config of a name in use as it is: here the plan comes with the weights."""
+    held = self.peft_config.get(adapter_name)
+    # `from_pretrained` has just made its adapter of the folder's config, or of one that it was given in its place
+    is_new = isinstance(held, DpvrConfig) and not held.loaded and held.inference_mode != is_trainable
+    if isinstance(held, DpvrConfig) and not is_new:
+        hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
+        self.base_model.replace_adapter(adapter_name, DpvrConfig.from_pretrained(model_id, **hub))
+    return _load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+
+
+PeftModel.load_adapter = load_adapter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What lies beside a config
 
 
 def find_weights(repository: str, **where: Any) -> str:

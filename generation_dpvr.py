@@ -41,7 +41,7 @@ def routed(stock: type) -> type:
             arguments["kept_logits"] = arguments.get("logits_to_keep", 0)
         return stock.forward(self, **arguments)
 
-    own = {"forward": forward, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    own = {"forward": forward, "own": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (RoutedGeneration, stock), own)
 
 

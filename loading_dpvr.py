@@ -66,22 +66,33 @@ def reset_side_branch(side_branch: nn.ModuleList, layers: nn.ModuleList, config:
                 _reset_parameter(name, parameter, config.text_config.initializer_range)
             continue
         source = layers[min(config.split_layer + index, len(layers) - 1)]
-        side_layer.load_state_dict(_weights_in_float(source))
+        side_layer.load_state_dict(_weights_in_float(source, side_layer))
         if config.side_branch_init == "identity":
             for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
                 for parameter in projection.parameters():
                     parameter.zero_()
 
 
-def _weights_in_float(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """A decoder layer's weights as numbers; those of a linear layer in 4 bits are what it makes of unit vectors."""
-    weights = {name: weight for name, weight in layer.named_parameters() if weight.is_floating_point()}
-    dtype = next(iter(weights.values())).dtype  # that of the norms, which are never quantised
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-            units = torch.eye(module.in_features, dtype=dtype, device=module.weight.device)
-            bias = 0.0 if module.bias is None else module.bias
+def _weights_in_float(source: nn.Module, like: nn.Module) -> dict[str, torch.Tensor]:
+    """A decoder layer's weights as the numbers that a plain layer `like` it would need to do what it does.
+
+    Those of a linear layer in 4 bits, or with LoRA in it, are what it makes of unit vectors.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    dtype = next(weight.dtype for weight in source.parameters() if weight.is_floating_point())  # a norm's, or LoRA's
+    for name, plain in like.named_modules():
+        module = source.get_submodule(name)
+        if type(plain) is nn.Linear and (type(module) is not nn.Linear or not module.weight.is_floating_point()):
+            device, training = next(module.parameters()).device, module.training
+            units = torch.eye(plain.in_features, dtype=dtype, device=device)
+            module.eval()  # without LoRA's dropout
+            bias = module(torch.zeros_like(units[:1]))  # (1, out_features)
             weights[f"{name}.weight"] = (module(units) - bias).T
+            if plain.bias is not None:
+                weights[f"{name}.bias"] = bias[0]
+            module.train(training)
+        else:
+            weights |= {f"{name}.{key}".lstrip("."): weight for key, weight in module.named_parameters(recurse=False)}
     return weights
 
 

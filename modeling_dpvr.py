@@ -11,41 +11,40 @@ Everything but `side_branch` is a stock `LlavaForConditionalGeneration`, so vani
 repository may hold the side branch alone and name its base.
 """
 
-from typing import Any
-
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaModel
-from transformers.utils import can_return_tuple
 
-try:
+try:  # all files of the project's: the Hub's loader fetches what this one imports, and no further
     from .cache_dpvr import DecodeStep
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from .costs_dpvr import CostFormulas
     from .generation_dpvr import routed
+    from .images_dpvr import image_marks  # noqa: F401
     from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
     from .sharing_dpvr import Sharing
-    from .two_stream_dpvr import check_support, routed_forward
-    from .versions_dpvr import argument_names
+    from .streams_dpvr import Streams  # noqa: F401
+    from .two_stream_dpvr import check_support, routed_model
+    from .versions_dpvr import LINE_4  # noqa: F401
 except ImportError:
     from cache_dpvr import DecodeStep
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from costs_dpvr import CostFormulas
     from generation_dpvr import routed
+    from images_dpvr import image_marks  # noqa: F401
     from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
     from sharing_dpvr import Sharing
-    from two_stream_dpvr import check_support, routed_forward
-    from versions_dpvr import argument_names
+    from streams_dpvr import Streams  # noqa: F401
+    from two_stream_dpvr import check_support, routed_model
+    from versions_dpvr import LINE_4  # noqa: F401
 
-STOCK_ARGUMENTS = argument_names(LlavaModel.forward)
 
-
-class DpvrLlavaModel(LlavaModel):
+class DpvrLlavaModel(routed_model(LlavaModel)):
     """LLaVA without its head: vision tower, projector and decoder are stock, `side_branch` is new.
 
     The routing lives here, not in the class with the head, because trainers call the model without its head and
-    project only the positions they want.
+    project only the positions they want. `forward` is stock's, under the configured plan.
     """
 
     config_class = DpvrLlavaConfig
@@ -62,11 +61,9 @@ class DpvrLlavaModel(LlavaModel):
         """What every decoder layer does."""
         return self.config.layer_plan()
 
-    @can_return_tuple
-    def forward(self, *args: Any, **kwargs: Any):
-        """As `LlavaModel.forward`, under the configured plan; see `routed_forward`."""
-        arguments = dict(zip(STOCK_ARGUMENTS, args, strict=False)) | kwargs
-        return routed_forward(self, LlavaModel.forward, self.side_branch, self.plan, arguments)
+    @property
+    def branch(self) -> nn.ModuleList:
+        return self.side_branch
 
 
 class DpvrLlavaForConditionalGeneration(

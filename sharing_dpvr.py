@@ -155,6 +155,10 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
     config = {
         "peft_type": "DPVR",
         "task_type": None,
+        "auto_mapping": {  # for PEFT's Auto classes
+            "base_model_class": "LlavaForConditionalGeneration",
+            "parent_library": "transformers.models.llava.modeling_llava",
+        },
         "inference_mode": True,
         "base_model_name_or_path": base,
         "num_hidden_layers": model.config.text_config.num_hidden_layers,

@@ -49,11 +49,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, 
 from answered_prompts import AnsweredPrompts, in_batches
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
 from conversations import Conversations, Row, data_fingerprint, load_conversations
+from generation_dpvr import IGNORED_LABEL
 from minibench.data import to_hf_dataset
 from minibench.evaluate import evaluate
 from minibench.processor import CHAT_TEMPLATE, load_processor
 from minibench.record import run_record, without_folders
-from modeling_dpvr import IGNORED_LABEL, DpvrLlavaForConditionalGeneration
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from plan_search import causal_split, read_plan
 from run_folder import save, side_branch_of, without_shards, write_record
 from sharing_dpvr import make_repository, require_hub_base, upload

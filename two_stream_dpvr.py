@@ -32,7 +32,7 @@ Axes: B batch, T all tokens of a chunk, X its text tokens, V its image tokens, D
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -40,6 +40,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
 
 try:
     from .cache_dpvr import (
@@ -233,8 +234,8 @@ def decoder_of(owner: nn.Module) -> tuple[str, nn.Module]:
 
 
 def stock_class(owner: nn.Module) -> type:
-    """The library's class of an outer model, whose forward routes nothing; a DPVR model's is the one it inherits."""
-    return type(owner).__base__ if hasattr(owner, "side_branch") else type(owner)
+    """The library's class of an outer model, whose forward routes nothing."""
+    return owner.stock if hasattr(type(owner), "stock") else type(owner)
 
 
 @torch.compiler.disable
@@ -586,6 +587,35 @@ def _is_current(made: nn.Module, owner: nn.Module) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method: an outer model's forward
+
+
+class RoutedModel:
+    """Mixed in before a stock model without its head by `routed_model`.
+
+    Attributes:
+        stock: the library's class.
+        plan: what every decoder layer does; to be given by the class that inherits.
+        branch: the side branch that the plan reads; likewise.
+    """
+
+    stock: type
+    plan: LayerPlan
+    branch: nn.ModuleList
+
+
+@lru_cache
+def routed_model(stock: type) -> type:
+    """A class with the name of a stock model without its head, whose forward runs a plan; see `routed_forward`."""
+    names = argument_names(stock.forward)
+
+    @can_return_tuple
+    @wraps(stock.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        return routed_forward(self, stock.forward, self.branch, self.plan, arguments)
+
+    own = {"forward": forward, "stock": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (RoutedModel, stock), own)
 
 
 def routed_forward(

@@ -349,7 +349,7 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tmp_path, pr
         model.load_adapter(tmp_path / "second", adapter_name="second")
     assert set(model.peft_config) == {"default"} and set(model.state_dict()) == names
     assert torch.equal(logits(model, prompts), before)
-    assert isinstance(model.base_model.model.model, DpvrLayer)
+    assert isinstance(model.base_model.model.model.side_branch, DpvrLayer)
 
 
 def test_a_model_that_is_no_llava_is_refused():
