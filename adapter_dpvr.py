@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners import mixed
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -240,7 +239,7 @@ class DpvrModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: DpvrConfig) -> None:
         """Refuse a base that the adapter does not fit, before anything is changed."""
-        super()._check_new_adapter_config(config)
+        BaseTuner._check_new_adapter_config(self, config)
         base = dict(self.model.named_children()).get(TARGET)
         if not isinstance(base, LlavaModel):
             raise ValueError(
@@ -254,7 +253,9 @@ class DpvrModel(BaseTuner):
     def _check_name(self, adapter_name: str) -> None:
         """PEFT tells adapters apart by their names in the weights' names, so these must mean nothing else there."""
         parts = {part for key in self.model.state_dict() for part in key.split(".")} | {"base_model", "base_layer"}
-        taken = (parts | {self.prefix}) - (set(self.peft_config) - {adapter_name})
+        tuned = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+        adapters = {name for layer in tuned for name in layer._all_available_adapter_names()}  # LoRA's among them
+        taken = (parts | {DpvrModel.prefix}) - adapters
         if not adapter_name.isidentifier() or adapter_name in taken | set(dir(nn.ModuleDict)):
             raise ValueError(
                 f"Expected a name for the adapter that is an identifier and no part of a weight's name; got "
@@ -279,7 +280,9 @@ class DpvrModel(BaseTuner):
         owner = getattr(self.model, TARGET)
         peft_config.inference_mode = self.peft_config[adapter_name].inference_mode
         _check_base(peft_config, owner)
-        owner.side_branch.update_layer(adapter_name, self._prepare_adapter_config(peft_config, self.config), owner)
+        owner.side_branch.update_layer(
+            adapter_name, self._prepare_adapter_config(peft_config, self.get_model_config(self.model)), owner
+        )
         owner.side_branch.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self.peft_config[adapter_name] = peft_config
 
@@ -293,6 +296,11 @@ class DpvrModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, where PEFT's own would go past it to its forward."""
         return self.model(*args, **kwargs)
+
+    def _enable_adapter_layers(self, enabled: bool) -> None:
+        getattr(self.model, TARGET).side_branch.enable_adapters(
+            enabled
+        )  # and not LoRA, which belongs to the base here
 
     def _unload_and_optionally_merge(self, merge: bool = True, **_: Any) -> nn.Module:
         owner = getattr(self.model, TARGET)
@@ -312,7 +320,10 @@ class DpvrModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check weights on whatever way they come: PEFT itself would leave out what does not fit."""
         (layer,) = (module for module in model.modules() if isinstance(module, DpvrLayer))
-        shapes = {name: tuple(weight.shape) for name, weight in state_dict.items()}
+        shapes = {  # transformers 4 has taken the prefix off
+            ADAPTER_KEY_PREFIX + name.removeprefix(ADAPTER_KEY_PREFIX): tuple(weight.shape)
+            for name, weight in state_dict.items()
+        }
         check_shapes(shapes, layer[adapter_name], config.base_model_name_or_path)
         config.loaded = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -333,46 +344,20 @@ PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DpvrModel.prefix
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two of PEFT's doors that know their methods by name (PEFT 0.21)
+# Two of PEFT's doors that do not ask the method (PEFT 0.21)
 
 
-class MixedModel(mixed.MixedModel):
-    """PEFT's tuner of mixed adapters, for a side branch beside LoRA and its kin."""
-
-    prefix = DpvrModel.prefix
-    _check_name = DpvrModel._check_name
-
-    def _check_new_adapter_config(self, config: PeftConfig) -> None:
-        if isinstance(config, DpvrConfig):
-            DpvrModel._check_new_adapter_config(self, config)
-        else:
-            super()._check_new_adapter_config(config)
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        if isinstance(peft_config, DpvrConfig):
-            return DpvrModel._prepare_adapter_config(self, peft_config, model_config)
-        return super()._prepare_adapter_config(peft_config, model_config)
-
-    def _create_and_replace(self, config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        if isinstance(config, DpvrConfig):
-            DpvrModel._create_and_replace(self, config, *args, **kwargs)
-        else:
-            super()._create_and_replace(config, *args, **kwargs)
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        super()._mark_only_adapters_as_trainable(model)
-        for layer in (module for module in model.modules() if isinstance(module, DpvrLayer)):
-            layer.set_adapter(self.active_adapters)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode)
-        for layer in (module for module in self.model.modules() if isinstance(module, DpvrLayer)):
-            layer.set_adapter(adapter_name, inference_mode)
+_check_mixed, _load_adapter = mixed_model._check_config_compatible, PeftModel.load_adapter
 
 
-mixed_model.MixedModel = MixedModel
-mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, PEFT_TYPE)
-_load_adapter = PeftModel.load_adapter
+@wraps(_check_mixed)
+def _check_config_compatible(peft_config: PeftConfig) -> None:
+    if isinstance(peft_config, DpvrConfig):
+        raise ValueError(
+            "Expected LoRA or one of its kin in a PeftMixedModel, whose list of methods is closed; got a side branch. "
+            "Remedy: inject_adapter_in_model(lora, llava), then get_peft_model(llava, DpvrConfig(...))."
+        )
+    _check_mixed(peft_config)
 
 
 @wraps(_load_adapter)
@@ -387,6 +372,7 @@ def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable
     return _load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
 
 
+mixed_model._check_config_compatible = _check_config_compatible
 PeftModel.load_adapter = load_adapter
 
 

@@ -191,6 +191,24 @@ class WholeModelTrainer(CardlessTrainer):
 TRAINERS = {"dpvr": SideBranchTrainer, "lora": SFTTrainer, "full": WholeModelTrainer}
 
 
+class WithoutImageLabels:
+    """A collator that leaves image tokens out of the labels, and under a plan the tokens right after them.
+
+    Nobody is to learn to say an image's mark, and past the split images predict nothing. The models' own losses leave
+    them out as well; here they are left out of the count that the loss is divided by.
+    """
+
+    def __init__(self, collate: Callable[[list[Row]], dict[str, torch.Tensor]], model: torch.nn.Module) -> None:
+        self.collate, self.image, self.routed = collate, model.config.image_token_id, not model.model.plan.is_vanilla
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        batch = self.collate(rows)
+        marks = batch["input_ids"] == self.image
+        if self.routed:
+            marks = marks | torch.nn.functional.pad(marks[:, :-1], (1, 0))
+        return batch | {"labels": batch["labels"].masked_fill(marks, IGNORED_LABEL)}
+
+
 class AlwaysAPicture:
     """A collator that adds to rows of text alone one with a picture and without labels: neither loss nor gradient.
 
@@ -360,6 +378,7 @@ def make_trainer(
     trainer = TRAINERS[args.method](
         model=model, args=training, train_dataset=rows, processing_class=with_bos(processor), peft_config=lora
     )
+    trainer.data_collator = WithoutImageLabels(trainer.data_collator, model)
     if trainer.accelerator.distributed_type in SHARDED:
         if args.data == MINIBENCH and args.eval_questions:
             raise ValueError(

@@ -2,16 +2,24 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import IMAGE_TOKEN_ID, make_llava
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from reference import Prompts
 from safetensors.torch import load_file, save_file
 from test_loading import SIDE_BRANCH_KEYS
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from adapter_dpvr import DpvrConfig, DpvrLayer
@@ -67,7 +75,7 @@ def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: object) -> list[list[int]]:
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE_TOKEN_ID]}
-    return model.generate(**inputs, **settings, **options).tolist()
+    return model.generate(**inputs, **settings | options).tolist()
 
 
 # -- the same model ---------------------------------------------------------------------------------------------------
@@ -387,3 +395,188 @@ def test_a_batch_without_pictures_gives_the_side_branch_a_gradient_of_zero(llava
     gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
     assert len(gradients) == len(SAVED_KEYS) and not any(gradient.any() for gradient in gradients)
     assert torch.equal(logits(model, text), logits(make_llava(), text))
+
+
+# -- PEFT's own doors, and LoRA beside a side branch ------------------------------------------------------------------
+
+
+@pytest.fixture
+def base_folder(tmp_path) -> str:
+    make_llava(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def base_of(folder: str) -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(folder).eval()
+
+
+@pytest.fixture(params=["by PEFT", "by save_adapter"])
+def adapter_folder(request, base_folder, tmp_path) -> str:
+    folder = tmp_path / "adapter"
+    if request.param == "by PEFT":
+        shaken(get_peft_model(base_of(base_folder), DpvrConfig(split_layer=2)), seed=3).save_pretrained(folder)
+    else:
+        dpvr = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, split_layer=2)
+        dpvr.freeze_base()
+        save_adapter(shaken(dpvr, seed=3), folder)
+    return str(folder)
+
+
+def by_load_adapter(base: str, adapter: str) -> torch.nn.Module:
+    llava = base_of(base)
+    llava.load_adapter(adapter)
+    return llava
+
+
+DOORS = {
+    "model.load_adapter": by_load_adapter,
+    "AutoPeftModel": lambda base, adapter: AutoPeftModel.from_pretrained(adapter),
+    "AutoModelForImageTextToText": lambda base, adapter: AutoModelForImageTextToText.from_pretrained(adapter),
+    "LlavaForConditionalGeneration": lambda base, adapter: LlavaForConditionalGeneration.from_pretrained(adapter),
+    "PeftModel": lambda base, adapter: PeftModel.from_pretrained(base_of(base), adapter),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_of_peft_and_transformers_gives_the_saved_model(door, base_folder, adapter_folder, prompts):
+    inputs = {**prompts, "pixel_values": prompts["pixel_values"].float()}
+    expected = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, split_layer=2)
+    expected.load_side_branch(without_prefix(Path(adapter_folder)))
+    got = logits(DOORS[door](base_folder, adapter_folder).eval(), inputs)
+    torch.testing.assert_close(got, logits(expected.eval(), inputs), atol=1e-5, rtol=0)
+    assert not torch.allclose(got, logits(base_of(base_folder), inputs), atol=1e-2)
+
+
+def test_its_type_behaves_as_a_member_of_pefts_enumeration():
+    kind, lora = DpvrConfig().peft_type, LoraConfig().peft_type
+    assert (kind.value, kind.name) == ("DPVR", "DPVR") and (lora.value, lora.name) == ("LORA", "LORA")
+    assert str(kind) == "PeftType.DPVR" and str(lora) == "PeftType.LORA"
+    assert kind == "DPVR" and hash(kind) == hash("DPVR") and json.dumps(kind) == '"DPVR"'
+
+
+def test_a_mixed_model_refuses_it_by_name(llava):
+    mixed = get_peft_model(llava, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(ValueError, match="Expected LoRA or one of its kin .* Remedy"):
+        mixed.add_adapter("branch", DpvrConfig(split_layer=2))
+
+
+LORA = {"r": 2, "target_modules": r".*language_model.*(q_proj|k_proj|v_proj|down_proj)", "init_lora_weights": False}
+
+
+def with_lora(seed: int = 1, **fields: object) -> LlavaForConditionalGeneration:
+    llava = make_llava()
+    torch.manual_seed(seed)
+    return inject_adapter_in_model(LoraConfig(**LORA, **fields), llava).eval()
+
+
+def merged_lora() -> LlavaForConditionalGeneration:
+    llava = make_llava()
+    torch.manual_seed(1)
+    return get_peft_model(llava, LoraConfig(**LORA)).merge_and_unload().eval()
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+@pytest.mark.parametrize("init", ["split_layer", "identity"])
+def test_a_side_branch_on_a_base_with_lora_starts_from_what_its_layers_do(init, name, prompts):
+    fields = {"split_layer": 2, "side_branch_init": init}
+    expected = logits(DpvrLlavaForConditionalGeneration.from_llava(merged_lora(), **fields), prompts)
+    base = with_lora(lora_dropout=0.5)
+    before = logits(base, prompts)
+    adapted = get_peft_model(base, DpvrConfig(**fields), adapter_name=name).eval()
+    assert (logits(adapted, prompts) - expected).abs().max() < 1e-4
+    assert all(p.requires_grad for key, p in adapted.named_parameters() if ".side_branch." in key)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, prompts), before)  # LoRA belongs to the base
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(with_lora(), **fields)
+    assert (logits(dpvr, prompts) - expected).abs().max() < 1e-4
+
+
+def test_lora_goes_on_after_a_side_branch_too(prompts):
+    """The branch is then of the plain layers, and the layers that run are LoRA's."""
+    adapted = get_peft_model(make_llava(), DpvrConfig(split_layer=2))
+    branch = {key.replace(".default.", "."): v for key, v in adapted.state_dict().items() if "side_branch" in key}
+    torch.manual_seed(1)
+    both = get_peft_model(adapted, LoraConfig(**LORA)).eval()
+    expected = DpvrLlavaForConditionalGeneration.from_llava(merged_lora(), split_layer=2)
+    expected.load_side_branch({key.removeprefix("base_model.model."): value for key, value in branch.items()})
+    assert (logits(both, prompts) - logits(expected, prompts)).abs().max() < 1e-4
+
+
+def test_an_adapter_over_a_name_in_use_brings_its_plan(saved, tmp_path, prompts):
+    other = {"split_layer": 1, "num_fusion_layers": 2}
+    save_trained(tmp_path / "second", seed=2, **other)
+    expected = logits(PeftModel.from_pretrained(make_llava(), tmp_path / "second"), prompts)
+    for model in (
+        PeftModel.from_pretrained(make_llava(), saved),
+        get_peft_model(make_llava(), DpvrConfig(split_layer=3)),
+    ):
+        model.load_adapter(tmp_path / "second", adapter_name="default")
+        assert torch.equal(logits(model, prompts), expected)
+        assert {name: vars(model.peft_config["default"])[name] for name in other} == other
+    own = PeftModel.from_pretrained(make_llava(), saved, config=DpvrConfig(split_layer=2, routing="kv_substitution"))
+    assert own.peft_config["default"].routing == "kv_substitution"  # a config that is given stays
+
+
+# -- one implementation, two ways in ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 3}])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beams_and_samples_on_stock_llava_are_dpvrs(saved, options, use_cache):
+    """Rows with unlike numbers of images, whose pixels stay with their rows."""
+    rows = Prompts([[1, 2], [2, 0, 1], [3], [1, 0, 2, 1]], padding_side="left").inputs
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
+    dpvr.load_side_branch(without_prefix(saved))
+    answers = []
+    for model in (PeftModel.from_pretrained(make_llava(), saved), dpvr):
+        torch.manual_seed(0)
+        answers.append(generate(model, rows, use_cache=use_cache, num_return_sequences=2, **options))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("new_pixels_only", [False, True])
+def test_a_second_picture_may_come_with_the_cache_of_the_first(saved, new_pixels_only, disabled):
+    model, first, second = PeftModel.from_pretrained(make_llava(), saved), Prompts([[1, 2]]), Prompts([[2, 1]], seed=1)
+    with model.disable_adapter() if disabled else nullcontext():
+        cache = DynamicCache()
+        answer = generate(model, first.inputs, past_key_values=cache)
+        ids = torch.cat([torch.tensor(answer), second.inputs["input_ids"]], dim=1)
+        pictures = torch.cat([first.images[0], second.images[0]])
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected = generate(model, {**whole, "pixel_values": pictures})
+        pictures = second.images[0] if new_pixels_only else pictures
+        assert generate(model, {**whole, "pixel_values": pictures}, past_key_values=cache) == expected
+
+
+def test_a_prompt_that_ends_in_a_picture_is_refused_unless_the_adapter_is_off(saved):
+    model, inputs = PeftModel.from_pretrained(make_llava(), saved), Prompts([[2, 0]]).inputs
+    with pytest.raises(ValueError, match="Expected a prompt that ends in text"):
+        generate(model, inputs)
+    with model.disable_adapter():
+        generate(model, inputs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_all_ways_to_the_loss_leave_out_images_and_what_follows_them(saved, side):
+    """The adapter's forward, DPVR's, and a trainer's own forward that projects by itself."""
+    batch = Prompts([[1, 3], [2, 0, 2]], side)
+    labels = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, -100)
+    adapted = PeftModel.from_pretrained(make_llava(), saved)
+    dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
+    dpvr.load_side_branch(without_prefix(saved))
+    kept = labels.clone()
+    for row, ids in zip(kept, batch.inputs["input_ids"], strict=True):
+        marks = (ids == IMAGE_TOKEN_ID).tolist()
+        row[[mark or (at > 0 and marks[at - 1]) for at, mark in enumerate(marks)]] = -100
+    with torch.no_grad():
+        predicted = dpvr(**batch.inputs).logits[:, :-1][kept[:, 1:] != -100]
+        expected = torch.nn.functional.cross_entropy(predicted, kept[:, 1:][kept[:, 1:] != -100])
+        for model in (adapted, dpvr):
+            assert model(**batch.inputs, labels=labels).loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for model in (adapted, dpvr):
+        head = model.get_base_model() if model is adapted else model
+        seen = {}
+        head.forward = lambda *args, seen=seen, **kwargs: seen.update(kwargs)
+        model(**batch.inputs, labels=labels)
+        assert torch.equal(seen["labels"], kept)
