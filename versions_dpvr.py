@@ -35,7 +35,7 @@ def check_transformers(version: str = transformers.__version__) -> None:
             f"DPVR needs transformers {OLDEST} or newer, and {version} is installed: pip install -U transformers."
         )
     if release.release[:2] > Version(NEWEST_TESTED).release[:2]:
-        logging.get_logger(__name__).warning_once(
+        logging.get_logger("transformers.dpvr").warning_once(
             f"DPVR was tested up to transformers {NEWEST_TESTED}, and {version} is installed: if something fails, try "
             f"pip install 'transformers<={NEWEST_TESTED}.99'."
         )

@@ -43,6 +43,27 @@ def make_trainer(*arguments: str) -> SFTTrainer:
     return train_sft.make_trainer(train_sft.load_model(args, base), processor, rows, args, training, base)
 
 
+@NEEDS_TRAINING
+@pytest.mark.parametrize("whole_rows", [False, True], ids=["replies", "whole rows"])
+@pytest.mark.parametrize("method", ["dpvr", "lora", "full"])
+def test_no_image_token_is_a_label_and_under_a_plan_none_right_after_one(random_mini, method, whole_rows):
+    """And the trainer's loss, which it projects by itself, is the mean over the labels that are left."""
+    flags = ["--assistant_only_loss", "false"] if whole_rows else []
+    trainer = make_trainer("--model_name_or_path", random_mini, *SHORT, "--method", method, *flags)
+    batch = next(iter(trainer.get_train_dataloader()))
+    marks = batch["input_ids"] == trainer.model.config.image_token_id
+    after = torch.nn.functional.pad(marks[:, :-1], (1, 0)) & ~marks
+    assert marks.any() and (batch["labels"][marks] == -100).all()
+    learnt_after = bool((batch["labels"][after] != -100).any())
+    assert learnt_after == (whole_rows and method != "dpvr")
+    model, left = trainer.model.eval(), batch["labels"][:, 1:] != -100
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=left.sum())
+        logits = model(**inputs).logits[:, :-1][left]
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:][left]).item())
+
+
 def losses(record: dict) -> list[float]:
     return [entry["loss"] for entry in record["log"] if "loss" in entry]
 
