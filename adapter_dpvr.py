@@ -1,7 +1,7 @@
 """DPVR as a PEFT method: a side branch on a stock LLaVA, added, trained, saved, switched and taken off again.
 
     LlavaForConditionalGeneration                  get_peft_model(llava, DpvrConfig(split_layer=18))
-        model: LlavaModel            ->            model: the same, frozen, its class routed (two_stream_dpvr.py)
+        model: LlavaModel            ->            model: the same, frozen, its class routed (forward_dpvr.py)
         lm_head                                        side_branch: DpvrLayer
                                                            <adapter>       trained and saved, nothing else
 
@@ -31,10 +31,11 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import cached_file
 
 from configuration_dpvr import DPVR_FIELDS, JOINT, DpvrLlavaConfig, LayerPlan
+from forward_dpvr import check_support, routed_model
 from generation_dpvr import routed
 from loading_dpvr import make_side_branch, reset_side_branch
 from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
-from two_stream_dpvr import check_support, decoder_of, routed_model
+from twins_dpvr import decoder_of
 
 
 class PeftTypeName(str):

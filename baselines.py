@@ -31,9 +31,11 @@ from transformers.utils import can_return_tuple
 
 from configuration_dpvr import JOINT, TEXT, LayerPlan
 from costs_dpvr import CostFormulas
+from forward_dpvr import check_support, routed_forward
 from generation_dpvr import routed
 from text_to_image import attention_inputs
-from two_stream_dpvr import RoutedLayer, TwoStreamPass, check_support, routed_forward
+from twins_dpvr import RoutedLayer
+from two_stream_dpvr import TwoStreamPass
 from versions_dpvr import argument_names
 
 RANKS = ("attention", "random")

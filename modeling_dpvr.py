@@ -5,7 +5,7 @@ Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/a
     input_ids, pixel_values
         routing "none", or no image in the prompt   -> stock LLaVA
         any other routing                           -> stock LLaVA on twins, whose decoder layers are routed
-    text states -> lm_head -> logits                   (two_stream_dpvr.py)
+    text states -> lm_head -> logits                   (forward_dpvr.py)
 
 Everything but `side_branch` is a stock `LlavaForConditionalGeneration`, so vanilla checkpoints load as they are, and a
 repository may hold the side branch alone and name its base.
@@ -20,23 +20,27 @@ try:  # all files of the project's: the Hub's loader fetches what this one impor
     from .cache_dpvr import DecodeStep
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from .costs_dpvr import CostFormulas
+    from .forward_dpvr import check_support, routed_model
     from .generation_dpvr import routed
     from .images_dpvr import image_marks  # noqa: F401
     from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
     from .sharing_dpvr import Sharing
     from .streams_dpvr import Streams  # noqa: F401
-    from .two_stream_dpvr import check_support, routed_model
+    from .twins_dpvr import RoutedLayer  # noqa: F401
+    from .two_stream_dpvr import TwoStreamPass  # noqa: F401
     from .versions_dpvr import LINE_4  # noqa: F401
 except ImportError:
     from cache_dpvr import DecodeStep
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from costs_dpvr import CostFormulas
+    from forward_dpvr import check_support, routed_model
     from generation_dpvr import routed
     from images_dpvr import image_marks  # noqa: F401
     from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
     from sharing_dpvr import Sharing
     from streams_dpvr import Streams  # noqa: F401
-    from two_stream_dpvr import check_support, routed_model
+    from twins_dpvr import RoutedLayer  # noqa: F401
+    from two_stream_dpvr import TwoStreamPass  # noqa: F401
     from versions_dpvr import LINE_4  # noqa: F401
 
 

@@ -28,9 +28,11 @@ from transformers import LlavaForConditionalGeneration
 
 from answered_prompts import IGNORED_LABEL
 from configuration_dpvr import JOINT, LayerPlan
+from forward_dpvr import SUPPORTED_DECODERS, stock_class
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from text_to_image import attention_inputs, text_to_image_attention
-from two_stream_dpvr import SUPPORTED_DECODERS, RoutedLayer, TwoStreamPass, decoder_of, routed_twin, stock_class
+from twins_dpvr import RoutedLayer, decoder_of, routed_twin
+from two_stream_dpvr import TwoStreamPass
 
 GRAPHS = ("text_only", "late_fusion")
 Lens = Callable[[int, torch.Tensor], torch.Tensor]

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from configuration_dpvr import CONTEXT, TEXT
-from two_stream_dpvr import Nothing, twin, visible_keys
+from streams_dpvr import visible_keys
+from twins_dpvr import Nothing, twin
 from versions_dpvr import CACHE_NAMES, argument_names
 
 TAP = "dpvr_attention_inputs"

@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 
 import baselines
 import benchmark_latency
-import two_stream_dpvr
+import forward_dpvr
 from benchmark_latency import (
     CACHES,
     FLASH,
@@ -123,7 +123,7 @@ def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b
         this.all_slots = this.all_slots.to("meta")
 
     monkeypatch.setattr(TwoStreamPass, "sort", sort_on_meta)
-    monkeypatch.setattr(two_stream_dpvr, "find_images", lambda owner, arguments: image)
+    monkeypatch.setattr(forward_dpvr, "find_images", lambda owner, arguments: image)
     monkeypatch.setattr(baselines, "best_image_tokens", lambda scores, mask, keep: mask & (torch.arange(704) < 289))
     states = torch.empty(1, 704, 4096, dtype=torch.bfloat16, device="meta")
     with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,349 @@
+"""A vision-language model's forward under a layer plan: which way a chunk of tokens takes.
+
+    all layers joint, or no image so far          the stock model's forward
+    a chunk with images                           the same on a twin of its own, layer by layer (two_stream_dpvr.py)
+    text after images                             on a twin that picks the columns of each layer's keys from the mask
+    one token after a prompt without padding      the stock model's forward, on the cache as it is
+
+One function for a LLaVA with a side branch of its own (modeling_dpvr.py) and for a stock one with a side branch in a
+PEFT adapter (adapter_dpvr.py). Paper section 3.2. Axes: B batch, T tokens of the chunk, K keys, D width, L layers.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+try:
+    from .cache_dpvr import KINDS, CacheRecord, ChunkNotes, continue_cache, is_static
+    from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
+    from .images_dpvr import find_images
+    from .streams_dpvr import mask_of_keys
+    from .twins_dpvr import MASK, RoutedLayer, decoder_of, routed_twin
+    from .two_stream_dpvr import TwoStreamPass, eagerly
+    from .versions_dpvr import LINE_4, argument_names, cache_in
+except ImportError:
+    from cache_dpvr import KINDS, CacheRecord, ChunkNotes, continue_cache, is_static
+    from configuration_dpvr import DpvrLlavaConfig, LayerPlan
+    from images_dpvr import find_images
+    from streams_dpvr import mask_of_keys
+    from twins_dpvr import MASK, RoutedLayer, decoder_of, routed_twin
+    from two_stream_dpvr import TwoStreamPass, eagerly
+    from versions_dpvr import LINE_4, argument_names, cache_in
+
+SUPPORTED_DECODERS = ("llama", "mistral", "qwen2")
+SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+
+class RoutedModel:
+    """Mixed in before a stock model without its head by `routed_model`.
+
+    Attributes:
+        stock: the library's class.
+        plan: what every decoder layer does; to be given by the class that inherits.
+        branch: the side branch that the plan reads; likewise.
+    """
+
+    stock: type
+    plan: LayerPlan
+    branch: nn.ModuleList
+
+
+@lru_cache
+def routed_model(stock: type) -> type:
+    """A class with the name of a stock model without its head, whose forward runs a plan; see `routed_forward`."""
+    names = argument_names(stock.forward)
+
+    @can_return_tuple
+    @wraps(stock.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        return routed_forward(self, stock.forward, self.branch, self.plan, arguments)
+
+    own = {"forward": forward, "stock": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (RoutedModel, stock), own)
+
+
+def stock_class(owner: nn.Module) -> type:
+    """The library's class of an outer model, whose forward routes nothing."""
+    return owner.stock if hasattr(type(owner), "stock") else type(owner)
+
+
+def routed_forward(
+    owner: nn.Module,
+    stock_forward: Callable[..., ModelOutput],
+    side_branch: nn.ModuleList,
+    plan: LayerPlan,
+    arguments: dict[str, Any],
+    *,
+    make_pass: Callable[..., TwoStreamPass] = TwoStreamPass,
+) -> ModelOutput:
+    """Run the forward of a vision-language model without its head under a layer plan.
+
+    Args:
+        owner: tower, projector and decoder; nothing in it is changed.
+        stock_forward: its forward as the library has it, called on the model or on a twin.
+        side_branch: decoder layers of its shapes, whose `layer_idx` follow the decoder's.
+        plan: what every decoder layer does.
+        arguments: of the stock forward, by name, and `kept_logits`: the tokens whose states are wanted, as
+            `logits_to_keep`. With n > 0, only the last n query in the last layer; what stands at others is not theirs.
+        make_pass: what takes a chunk with images through the layers.
+
+    Returns:
+        What the stock forward returns. Past the split image tokens are context, not queries: their last_hidden_state
+        is the side branch's output, and predicts nothing, as do hidden_states there until a joint layer moves it on.
+
+    Raises:
+        ValueError: for image tokens and pixels that do not match, masks of a wrong shape, what a routing does not
+            support, and a cache that was filled under another plan; the message names expected, got and remedy.
+    """
+    arguments = dict(arguments)
+    kept, cache = arguments.pop("kept_logits", 0), cache_in(arguments)
+    image_mask = find_images(owner, arguments)
+    record = continue_cache(cache, plan)
+    if plan.is_vanilla or (image_mask is None and record is None):
+        output = stock_forward(owner, **arguments)
+        if image_mask is not None and cache_in(output) is not None:
+            CacheRecord(plan, len(image_mask)).put_on(cache_in(output))  # no other plan goes on with it
+        output.last_hidden_state = _with_gradient(output.last_hidden_state, side_branch)
+        return output
+    _check(owner, plan, arguments, cache)
+    if image_mask is None:
+        return _text_chunk(owner, stock_forward, record, arguments, cache)
+    return _image_chunk(owner, stock_forward, side_branch, plan, arguments, image_mask, record, kept, make_pass)
+
+
+@eagerly
+def _image_chunk(
+    owner: nn.Module,
+    stock_forward: Callable[..., ModelOutput],
+    side_branch: nn.ModuleList,
+    plan: LayerPlan,
+    arguments: dict[str, Any],
+    image_mask: torch.Tensor,
+    record: CacheRecord | None,
+    kept: int | torch.Tensor,
+    make_pass: Callable[..., TwoStreamPass],
+) -> ModelOutput:
+    """A chunk with images, on a twin of its own; what it calls may be compiled, it may not."""
+    if arguments.get("use_cache") is None and owner.training:
+        arguments["use_cache"] = False
+    mask, wanted = arguments.get(MASK), _states_wanted(owner, arguments)
+    this = make_pass(
+        side_branch,
+        plan,
+        image_mask,
+        record=record,
+        padded=None if mask is None else (mask == 0).any() if _is_flat(mask) else torch.tensor(True),
+        tail=None if wanted else _text_tail(kept, image_mask),
+        keep_states=bool(wanted),
+    )
+    _text_twin(owner)
+    made = routed_twin(owner, this)
+    output = stock_forward(made, **arguments)
+    for name, value in vars(made).items():  # what the stock forward notes on its model, as rope_deltas
+        if not name.startswith("_") and name in vars(owner) and vars(owner)[name] is not value and not callable(value):
+            vars(owner)[name] = value
+    return _with_states(output, this.states, wanted)
+
+
+def _text_chunk(
+    owner: nn.Module,
+    stock_forward: Callable[..., ModelOutput],
+    record: CacheRecord,
+    arguments: dict[str, Any],
+    cache: Cache,
+) -> ModelOutput:
+    """A chunk of text on a cache that has seen images; a single token asks nothing of the device."""
+    ids, mask, static = arguments.get("input_ids"), arguments.get(MASK), is_static(cache)
+    length = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
+    flat = mask is None or _is_flat(mask)
+    if not static and length > 1 and record.plain and mask is not None:
+        record.plain = flat and bool(mask.all())
+    config = decoder_of(owner)[1].config
+    if length == 1 and flat and not static and config._attn_implementation == "sdpa":
+        if record.plain:
+            return stock_forward(owner, **{**arguments, MASK: None})
+        if mask is not None and not set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+            arguments[MASK] = mask.bool()[
+                :, None, None, :
+            ]  # as the stock decoder makes it, which would ask for padding
+    places = record.tables
+    if static:
+        if LINE_4 and arguments.get("cache_position") is None:  # else the stock decoder asks for it
+            arguments["cache_position"] = cache.get_seq_length() + torch.arange(length, device=places["text"].device)
+    else:
+        past = cache.get_seq_length()
+        new = torch.arange(past, past + length, device=places["text"].device).expand(len(places["text"]), -1)
+        places = {kind: torch.cat([record.slots(kind, past), new], dim=1) for kind in ("text", "context")}
+    wanted = _states_wanted(owner, arguments)
+    record.step = ChunkNotes(places, states=[] if wanted else None)
+    output = stock_forward(_text_twin(owner), **arguments)
+    states, record.step = record.step.states, None
+    return _with_states(output, states, wanted)
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
+
+
+def _states_wanted(owner: nn.Module, arguments: dict[str, Any]) -> bool | int | list[int]:
+    """Take the wish for hidden states from the arguments: the stock recorder would see one stream, not all tokens."""
+    wanted = arguments.get("output_hidden_states")
+    wanted = owner.config.output_hidden_states if wanted is None else wanted
+    arguments |= {"output_hidden_states": False, "return_dict": True}
+    return wanted
+
+
+def _with_states(
+    output: ModelOutput, states: list[torch.Tensor] | None, wanted: bool | int | list[int]
+) -> ModelOutput:
+    if states is not None:
+        states = [*states, output.last_hidden_state]
+        if not isinstance(wanted, bool):  # from transformers 5.24 on some may be chosen
+            chosen = {at % len(states) for at in ([wanted] if isinstance(wanted, int) else wanted)}
+            states = [state if at in chosen else None for at, state in enumerate(states)]
+        output.hidden_states = tuple(states)
+    return output
+
+
+def _text_tail(kept: int | torch.Tensor, image_mask: torch.Tensor) -> int | None:
+    """How many of the last tokens hold all that are kept, if none of these is an image token; else None."""
+    length = image_mask.shape[1]
+    tail = length - int((kept % length).min()) if isinstance(kept, torch.Tensor) else min(kept, length)
+    return None if tail == 0 or bool(image_mask[:, -tail:].any()) else tail
+
+
+def _with_gradient(states: torch.Tensor, side_branch: nn.ModuleList) -> torch.Tensor:
+    """States of a batch without pictures, tied to the side branch that they did not use: its gradient is zero.
+
+    A trainer that meets such a batch would otherwise find nothing to differentiate.
+    """
+    trained = [weight for weight in side_branch.parameters() if weight.requires_grad]
+    if not trained or not torch.is_grad_enabled() or states.requires_grad:
+        return states
+    return states + 0.0 * sum(weight.flatten()[0] for weight in trained).to(states)
+
+
+def text_after_images(
+    layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """A layer of a chunk of text on a cache that has seen images: all tokens, and the columns of its kind's keys."""
+    record = CacheRecord.find(cache)
+    kind, full = KINDS[record.plan.modes[layer.index]], arguments.get(MASK)
+    if record.step.states is not None:
+        record.step.states.append(hidden)
+    if kind != "joint":
+        arguments = {**arguments, MASK: _columns(record, kind, full, hidden.shape[1])}
+    return layer.call(hidden, arguments, cache)
+
+
+def _columns(record: CacheRecord, kind: str, full: Any, length: int) -> Any:
+    for stock, of_kind, mask in record.step.masks:
+        if stock is full and of_kind == kind:
+            return mask
+    places = record.step.places[kind]
+    if full is not None:
+        mask = mask_of_keys(full, None, places)
+    else:  # one token, which sees all there is but padding slots
+        mask = None if record.plain else (places >= 0)[:, None, None, :].expand(-1, -1, length, -1)
+    record.step.masks.append((full, kind, mask))
+    return mask
+
+
+def _text_twin(owner: nn.Module) -> nn.Module:
+    """The twin that runs text after images; it stays on the outer model, so that a compiled step finds it again."""
+    made = vars(owner).get("_text_twin")
+    if made is None or not _is_current(made, owner):
+        made = vars(owner)["_text_twin"] = routed_twin(owner, text_after_images)
+    return made
+
+
+def _is_current(made: nn.Module, owner: nn.Module) -> bool:
+    """Whether no part of the outer model was replaced since its twin was made."""
+    name, decoder = decoder_of(owner)
+    twins = made._modules[name]
+    pairs = [(made._modules, owner._modules, name), (twins._modules, decoder._modules, "layers")]
+    if any(mine.keys() != its.keys() or mine[k] is not its[k] for mine, its, but in pairs for k in mine if k != but):
+        return False
+    layers = twins.layers
+    return len(layers) == len(decoder.layers) and all(
+        routed.stock is layer for routed, layer in zip(layers, decoder.layers, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the method does not run on
+
+
+def check_support(config: DpvrLlavaConfig) -> None:
+    """Raise ValueError for a decoder or an attention implementation that the method does not run on."""
+    text = config.text_config
+    if text.model_type not in SUPPORTED_DECODERS:
+        raise ValueError(
+            f"Expected a decoder of type {SUPPORTED_DECODERS}; got {text.model_type!r}. Remedy: use a LLaVA on one of "
+            "these."
+        )
+    if (
+        text.model_type != "llama"
+        and text.sliding_window is not None
+        and (text.model_type != "qwen2" or text.use_sliding_window)
+    ):
+        raise ValueError(
+            f"Expected a decoder with full attention; got sliding_window={text.sliding_window}. Remedy: set it to "
+            "None."
+        )
+    if not 0 <= config.image_token_id < text.vocab_size:
+        raise ValueError(
+            f"Expected image_token_id, the id of '<image>', below the vocabulary size {text.vocab_size}; got "
+            f"{config.image_token_id}. Remedy: set image_token_id in the config to the tokenizer's id of '<image>'."
+        )
+    for part in (config, text):
+        if "flash" in (implementation := str(part._attn_implementation)):
+            raise ValueError(_unsupported_attention(implementation))
+
+
+def _unsupported_attention(implementation: str) -> str:
+    return (
+        f"Expected attn_implementation to be one of {SUPPORTED_ATTENTION}; got {implementation!r}. Remedy: use "
+        "'sdpa', which runs the flash kernel wherever no mask is needed; a context layer needs one, which "
+        "flash_attention_2 does not take."
+    )
+
+
+def _check(owner: nn.Module, plan: LayerPlan, arguments: dict[str, Any], cache: Cache | None) -> None:
+    """Refuse what would be wrong under a plan, before any work."""
+    decoder = decoder_of(owner)[1]
+    implementation = decoder.config._attn_implementation
+    if implementation not in SUPPORTED_ATTENTION:
+        raise ValueError(_unsupported_attention(implementation))
+    ids, embeds, mask = (arguments.get(name) for name in ("input_ids", "inputs_embeds", MASK))
+    tokens = ids if ids is not None else embeds
+    on_cpu = tokens.device.type == "cpu"
+    if implementation == "flex_attention" and on_cpu and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise ValueError(
+            "Expected a GPU or a CPU with AVX-512 for flex_attention, whose compiled kernel gives wrong and changing "
+            f"results on others; got {torch.backends.cpu.get_cpu_capability()}. Remedy: attn_implementation='sdpa'."
+        )
+    if arguments.get("output_attentions") or owner.config.output_attentions:
+        raise ValueError(
+            f"Expected output_attentions=False under the plan {plan}, whose layers differ in their keys; got True. "
+            "Remedy: set_routing('none'), or disable_adapter()."
+        )
+    if decoder.training and any(layer.gradient_checkpointing for layer in decoder.layers):
+        raise ValueError(
+            "Expected gradient checkpointing to be off; got it on. Remedy: gradient_checkpointing=False. It saves "
+            "nothing here: no activation is kept below the first layer that reads the trainable side branch."
+        )
+    if mask is not None and _is_flat(mask) and not is_static(cache):
+        expected = (tokens.shape[0], (0 if cache is None else cache.get_seq_length()) + tokens.shape[1])
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"Expected an attention_mask of shape (batch, cached + new tokens) = {expected}; got "
+                f"{tuple(mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached answers."
+            )
