@@ -233,8 +233,11 @@ class TwoStreamPass:
                     f"{len(layers) - depth - 1}. Remedy: prefill again after changing the side branch."
                 )
         like = next(self.side_branch.parameters())  # PEFT trains in float32 on a base of half precision
-        branch = image.to(like.device, like.dtype)
-        arguments = {name: on(value, like.device) for name, value in arguments.items()}
+        device = image.device if like.device.type == "meta" else like.device  # offloaded layers fetch their inputs
+        branch, arguments = (
+            image.to(device, like.dtype),
+            {name: on(value, device) for name, value in arguments.items()},
+        )
         for layer in self.side_branch:
             branch = layer(branch, **arguments, **{cache_name: self.cache})
             branch = branch[0] if isinstance(branch, tuple) else branch
