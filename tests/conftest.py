@@ -1,7 +1,5 @@
 """One tiny random LLaVA and one processor for all tests: CPU, float64 where exactness is asked, nothing downloaded."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -56,18 +54,14 @@ def minibench_processor() -> LlavaProcessor:
     return make_processor(num_rows=500)
 
 
-def make_random_mini(folder: Path, processor: LlavaProcessor, text_width: int = 64) -> str:
-    """Save a random dpvr-mini in very small: its processor, pictures and shapes, four narrow layers."""
-    size = ["--text_layers", "4", "--text_width", str(text_width), "--vision_layers", "2", "--vision_width", "32"]
-    torch.manual_seed(0)
-    llava = make_model(processor, parse_pretrain_args(["--output_dir", str(folder), *size]))
-    llava.set_attn_implementation("sdpa")
-    DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2).save_pretrained(folder)
-    save_processor(processor, folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
 def random_mini(tmp_path_factory, minibench_processor) -> str:
-    """The folder of one."""
-    return make_random_mini(tmp_path_factory.mktemp("random_mini"), minibench_processor)
+    """The folder of a random dpvr-mini in very small: its processor, pictures and shapes, four narrow layers."""
+    folder = tmp_path_factory.mktemp("random_mini")
+    size = ["--text_layers", "4", "--text_width", "64", "--vision_layers", "2", "--vision_width", "32"]
+    torch.manual_seed(0)
+    llava = make_model(minibench_processor, parse_pretrain_args(["--output_dir", str(folder), *size]))
+    llava.set_attn_implementation("sdpa")
+    DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2).save_pretrained(folder)
+    save_processor(minibench_processor, folder)
+    return str(folder)

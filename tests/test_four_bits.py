@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import make_random_mini
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_loading import SIDE_BRANCH_KEYS
@@ -27,10 +26,10 @@ def in_four_bits() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def random_mini(tmp_path_factory, minibench_processor) -> str:
-    """Wider than other tests': bitsandbytes' kernel for CPUs with AVX-512 takes rows of weights in blocks of 32."""
-    return make_random_mini(tmp_path_factory.mktemp("random_mini"), minibench_processor, text_width=128)
+@pytest.fixture(autouse=True)
+def as_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with AVX-512 for bfloat16 bitsandbytes packs weights for a kernel of blocks of 32 by 64 alone."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
 @pytest.fixture
