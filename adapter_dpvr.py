@@ -220,6 +220,7 @@ def attach(head: nn.Module, owner: nn.Module) -> DpvrLayer:
 def detach(head: nn.Module, owner: nn.Module) -> None:
     """Take what `attach` put on off again."""
     del owner.side_branch
+    vars(owner).pop("_text_twin", None)
     owner.__class__ = type(owner).own
     if "own_branch" in owner._modules:
         owner.side_branch = owner._modules.pop("own_branch")

@@ -143,7 +143,7 @@ def _image_chunk(
         tail=None if wanted else _text_tail(kept, image_mask),
         keep_states=bool(wanted),
     )
-    _text_twin(owner)
+    _text_twin(owner)  # of the text to come, whose step may be compiled: it would not be traced
     made = routed_twin(owner, this)
     output = stock_forward(made, **arguments)
     for name, value in vars(made).items():  # what the stock forward notes on its model, as rope_deltas
@@ -170,9 +170,8 @@ def _text_chunk(
         if record.plain:
             return stock_forward(owner, **{**arguments, MASK: None})
         if mask is not None and not set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-            arguments[MASK] = mask.bool()[
-                :, None, None, :
-            ]  # as the stock decoder makes it, which would ask for padding
+            # as the stock decoder makes it, which would first ask the device whether there is padding
+            arguments[MASK] = mask.bool()[:, None, None, :]
     places = record.tables
     if static:
         if LINE_4 and arguments.get("cache_position") is None:  # else the stock decoder asks for it
@@ -206,8 +205,8 @@ def _with_states(
     if states is not None:
         states = [*states, output.last_hidden_state]
         if not isinstance(wanted, bool):  # from transformers 5.24 on some may be chosen
-            chosen = {at % len(states) for at in ([wanted] if isinstance(wanted, int) else wanted)}
-            states = [state if at in chosen else None for at, state in enumerate(states)]
+            chosen = [wanted] if isinstance(wanted, int) else wanted
+            states = [state if at in chosen or at - len(states) in chosen else None for at, state in enumerate(states)]
         output.hidden_states = tuple(states)
     return output
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, make_llava
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from packaging.version import Version
 from reference import (
     Prompts,
     examples,
@@ -303,6 +305,21 @@ def test_hidden_states_show_each_layer_and_the_side_branch_at_image_tokens(plan:
         assert (got[4] - want[4])[image].abs().max() < TOLERANCE
     else:
         assert torch.equal(got[4][image], got[3][image])
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="older releases give all hidden states or none"
+)
+@torch.no_grad()
+def test_some_hidden_states_may_be_chosen_as_of_stock_llava() -> None:
+    """Stock LLaVA hands the wish on to its tower, where other choices than these fail."""
+    chosen = [1, -2]
+    model, batch = make_dpvr(), Prompts([[2, 3]])
+    everything, some = (model(**batch.inputs, output_hidden_states=wish).hidden_states for wish in (True, chosen))
+    model.set_routing("none")
+    of_stock = model(**batch.inputs, output_hidden_states=chosen).hidden_states
+    assert [state is None for state in some] == [state is None for state in of_stock]
+    assert all(mine is None or torch.equal(mine, state) for mine, state in zip(some, everything, strict=True))
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
