@@ -27,12 +27,19 @@ from typing import NamedTuple
 
 from transformers import LlavaConfig
 
+try:
+    from .versions_dpvr import check_transformers
+except ImportError:
+    from versions_dpvr import check_transformers
+
 try:  # `transformers serve` takes a model to see pictures if this table has its name, whatever the Auto classes say
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 except ImportError:  # transformers 4 has no such table
     pass
 else:
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["dpvr_llava"] = "DpvrLlavaForConditionalGeneration"
+
+check_transformers()  # here, as the Auto classes load a configuration before anything else
 
 JOINT, TEXT, CONTEXT, RESET = "joint", "text", "context", "reset"
 LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}

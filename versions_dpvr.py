@@ -50,6 +50,3 @@ def argument_names(function: Callable) -> tuple[str, ...]:
 def cache_in(arguments: dict[str, Any]) -> Any:
     """The key-value cache among the arguments of a call, under either name, or None."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
-
-
-check_transformers()

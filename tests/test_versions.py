@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,6 +71,24 @@ def test_an_older_release_is_refused_and_a_newer_one_tried_with_one_warning(capl
     check_transformers("99.1.0")
     assert caplog.messages == said  # once
     assert "\n" not in said[0] and f"tested up to transformers {NEWEST_TESTED}" in said[0]
+
+
+AS_VERSION = """
+import sys, transformers
+transformers.__version__ = sys.argv[1]
+from transformers import AutoConfig
+print(AutoConfig.from_pretrained(sys.argv[2], trust_remote_code=True).model_type)
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "status", "said"), [("4.50.3", 1, f"DPVR needs transformers {OLDEST}"), ("99.1.0", 0, "was tested up")]
+)
+def test_the_code_on_the_hub_says_so_too(release: str, status: int, said: str) -> None:
+    command = [sys.executable, "-c", AS_VERSION, release, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == status and done.stderr.count(said) == 1, done.stderr
+    assert (done.stdout.strip() == "dpvr_llava") != status
 
 
 def test_a_cache_is_found_under_either_name() -> None:
