@@ -282,9 +282,11 @@ class DpvrModel(BaseTuner):
         owner = getattr(self.model, TARGET)
         peft_config.inference_mode = self.peft_config[adapter_name].inference_mode
         _check_base(peft_config, owner)
+        dtype = next(owner.side_branch[adapter_name].parameters()).dtype  # PEFT's choice for training
         owner.side_branch.update_layer(
             adapter_name, self._prepare_adapter_config(peft_config, self.get_model_config(self.model)), owner
         )
+        owner.side_branch[adapter_name].to(dtype)
         owner.side_branch.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self.peft_config[adapter_name] = peft_config
 

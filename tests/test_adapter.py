@@ -513,6 +513,9 @@ def test_an_adapter_over_a_name_in_use_brings_its_plan(saved, tmp_path, prompts)
         model.load_adapter(tmp_path / "second", adapter_name="default")
         assert torch.equal(logits(model, prompts), expected)
         assert {name: vars(model.peft_config["default"])[name] for name in other} == other
+    half = PeftModel.from_pretrained(make_llava(dtype=torch.bfloat16), saved)
+    half.load_adapter(tmp_path / "second", adapter_name="default")
+    assert {p.dtype for key, p in half.named_parameters() if "side_branch" in key} == {torch.float32}
     own = PeftModel.from_pretrained(make_llava(), saved, config=DpvrConfig(split_layer=2, routing="kv_substitution"))
     assert own.peft_config["default"].routing == "kv_substitution"  # a config that is given stays
 
