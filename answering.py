@@ -37,6 +37,7 @@ from minibench.processor import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
 from text_to_image import TextToImage, text_to_image_attention
+from versions_dpvr import cache_in
 
 MAX_CHARACTERS = 20_000
 COOLEST, HOTTEST = 0.05, 2.0
@@ -366,7 +367,7 @@ class _Run(BaseStreamer):
         )
         decode, later = self.moments[-1] - self.moments[0], len(self.tokens) - 1
         to_first = self.moments[0] - self.start
-        layers = [layer for layer in output.past_key_values.layers if layer.is_initialized]
+        layers = [layer for layer in cache_in(output).layers if layer.is_initialized]
         return Readout(
             routing=self.model.config.routing,
             prepare=1e3 * self.prepare,

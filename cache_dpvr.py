@@ -20,10 +20,10 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 try:
     from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
-    from .versions_dpvr import LINE_4
+    from .versions_dpvr import LINE_4, cache_name
 except ImportError:
     from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
-    from versions_dpvr import LINE_4
+    from versions_dpvr import LINE_4, cache_name
 
 KINDS = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}  # of a decoder layer, by its keys
 
@@ -298,7 +298,7 @@ class DecodeStep(nn.Module):
 
     def __init__(self, model: nn.Module, cache: Cache):
         super().__init__()
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.cache_name = model, cache, cache_name(type(model).forward)
         record = CacheRecord.find(cache)
         static = [layer for layer in cache.layers if isinstance(layer, StaticKeys)] if record is not None else []
         if not static:
@@ -313,4 +313,5 @@ class DecodeStep(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Logits (B, 1, vocabulary) after one token of each row, int64 (B, 1), at its rotary position, (B, 1)."""
-        return self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache).logits
+        cache = {self.cache_name: self.cache}
+        return self.model(input_ids=input_ids, position_ids=position_ids, **cache).logits

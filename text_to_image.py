@@ -21,7 +21,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from configuration_dpvr import CONTEXT, TEXT
 from streams_dpvr import visible_keys
 from twins_dpvr import Nothing, twin
-from versions_dpvr import CACHE_NAMES, argument_names
+from versions_dpvr import CACHE_NAMES, argument_names, cache_name
 
 TAP = "dpvr_attention_inputs"
 
@@ -95,9 +95,8 @@ def attention_inputs(
     tapped.config = copy.copy(attention.config)
     tapped.config._attn_implementation = TAP
     module = tapped if layer is attention else twin(layer, self_attn=tapped)
-    names = argument_names(type(layer).forward)
-    cache_name = next(name for name in CACHE_NAMES if name in names)
-    arguments = {**arguments, "attention_mask": None, cache_name: None if keys is None else HeldKeys(keys)}
+    held = None if keys is None else HeldKeys(keys)
+    arguments = {**arguments, "attention_mask": None, cache_name(type(layer).forward): held}
     try:
         type(layer).forward(module, states, **arguments)
     except AttentionTapped as tap:
@@ -159,7 +158,7 @@ def _prefill(
     layers = model.model.language_model.layers
     hooks = [layer.self_attn.register_forward_pre_hook(catch, with_kwargs=True) for layer in layers]
     try:
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{cache_name(type(model).forward): cache}, use_cache=True)
     finally:
         for hook in hooks:
             hook.remove()

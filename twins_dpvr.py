@@ -20,9 +20,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 try:
-    from .versions_dpvr import CACHE_NAMES, argument_names
+    from .versions_dpvr import argument_names, cache_name
 except ImportError:
-    from versions_dpvr import CACHE_NAMES, argument_names
+    from versions_dpvr import argument_names, cache_name
 
 DECODER_NAMES = ("language_model", "text_model")  # what outer models call their decoder
 MASK = "attention_mask"
@@ -60,9 +60,8 @@ class RoutedLayer(nn.Module):
         for name, value in vars(layer).items():  # the decoder may ask it for its attention's type
             if not name.startswith("_") and not callable(value):
                 vars(self)[name] = value
-        names = argument_names(type(layer).forward)
-        vars(self).update(stock=layer, index=index, run=run, names=names)
-        self.cache_name = next(name for name in CACHE_NAMES if name in names)
+        vars(self).update(stock=layer, index=index, run=run, names=argument_names(type(layer).forward))
+        self.cache_name = cache_name(type(layer).forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """As the stock layer's."""

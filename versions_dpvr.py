@@ -47,6 +47,12 @@ def argument_names(function: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[1:]
 
 
+def cache_name(function: Callable) -> str:
+    """What a forward method calls its key-value cache."""
+    names = argument_names(function)
+    return next(name for name in CACHE_NAMES if name in names)
+
+
 def cache_in(arguments: dict[str, Any]) -> Any:
     """The key-value cache among the arguments of a call, under either name, or None."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
