@@ -33,8 +33,8 @@ from transformers.utils import cached_file
 from configuration_dpvr import DPVR_FIELDS, JOINT, DpvrLlavaConfig, LayerPlan
 from forward_dpvr import check_support, routed_model
 from generation_dpvr import routed
+from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
 from loading_dpvr import make_side_branch, reset_side_branch
-from sharing_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
 from twins_dpvr import decoder_of
 
 

@@ -26,10 +26,10 @@ from gradio_client.utils import is_http_url_like
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from answering import HOTTEST, Answerer, Turn, load
-from app_views import CSS, curve, overlay, ratios, show_comparison, show_readout
+from dpvr.data.pictures import open_picture
+from dpvr.inference.chat import HOTTEST, Answerer, Turn, load
+from dpvr.inference.views import CSS, curve, overlay, ratios, show_comparison, show_readout
 from minibench.scenes import make_scene
-from pictures import open_picture
 
 try:
     from spaces import GPU as on_gpu  # a Space with shared GPUs gives one for as long as such a function runs

@@ -22,6 +22,7 @@ With L layers, split s and K fusion layers (o = joint, . = text, c = context, r 
     text_only              o o o o o o o | . . . . . . .     DPVR-LF-ideal; VTW when there is no side branch
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ DPVR_FIELDS = (
     "side_branch_init",
     "base_model_name_or_path",
 )
+PLAN_FIELDS = ("depth", "routing", "split_layer", "num_side_layers", "num_fusion_layers", "fusion_layers")
 AUTO_MAP = {
     "AutoConfig": "configuration_dpvr.DpvrLlavaConfig",
     "AutoModel": "modeling_dpvr.DpvrLlavaForConditionalGeneration",
@@ -139,84 +141,113 @@ class DpvrLlavaConfig(LlavaConfig):
         self.check_dpvr_fields()
 
     def layer_plan(self, routing: str | None = None) -> LayerPlan:
-        """The plan that these fields describe.
+        """The plan that these fields describe, checked.
 
         Args:
             routing: a routing to plan for in place of `self.routing`; the other fields stay.
         """
-        self.check_dpvr_fields(routing)
-        routing = routing or self.routing
-        depth, split = self.text_config.num_hidden_layers, self.split_layer
-        if routing == "none":
-            return LayerPlan(depth, (JOINT,) * depth)
-        deep = {"persistent_context": RESET, "kv_substitution": CONTEXT}.get(routing, TEXT)
-        plan = [JOINT] * split + [deep] * (depth - split)
-        if routing == "late_fusion":
-            if self.fusion_layers is not None:
-                for layer in self.fusion_layers:
-                    plan[layer] = CONTEXT
-            else:
-                plan[depth - self.num_fusion_layers : -1] = [JOINT] * (self.num_fusion_layers - 1)
-                plan[-1] = CONTEXT
-        return LayerPlan(split, tuple(plan))
+        fields = dict(zip(PLAN_FIELDS, self.plan_fields, strict=True))
+        return make_plan(**fields | {"routing": routing or self.routing})
 
-    def check_dpvr_fields(self, routing: str | None = None) -> None:
-        """Raise `ValueError` for a contradiction among the fields, with `routing` in place of the configured one."""
-        routing = routing or self.routing
-        depth = self.text_config.num_hidden_layers
-        _require(routing in ROUTINGS, f"routing to be one of {ROUTINGS}", routing, "pick one of these names")
+    @property
+    def plan_fields(self) -> tuple:
+        """The values of `PLAN_FIELDS`: while they stay the same, so does the plan."""
+        layers = self.fusion_layers
+        return (
+            self.text_config.num_hidden_layers,
+            self.routing,
+            self.split_layer,
+            self.num_side_layers,
+            self.num_fusion_layers,
+            tuple(layers) if isinstance(layers, list) else layers,  # a list may be changed in place
+        )
+
+    def check_dpvr_fields(self) -> None:
+        """Raise `ValueError` for a contradiction among the fields."""
         _require(
             self.side_branch_init in SIDE_BRANCH_INITS,
             f"side_branch_init to be one of {SIDE_BRANCH_INITS}",
             self.side_branch_init,
             "pick one of these names",
         )
-        if routing == "none":
-            return
-        _require(
-            _is_count(self.split_layer) and 1 <= self.split_layer < depth,
-            f"split_layer to be an integer from 1 to {depth - 1}, for a decoder of {depth} layers",
-            self.split_layer,
-            f"the paper's 18 of 32 would be {max(1, round(depth * 18 / 32))} here",
-        )
-        _require(
-            _is_count(self.num_side_layers) and (self.num_side_layers >= 1 or routing == "text_only"),
-            f"num_side_layers to be an integer of at least 1 with routing {routing!r}",
-            self.num_side_layers,
-            "give the side branch a layer, or use routing='text_only' (with 0 side layers that is VTW)",
-        )
-        self._check_fusion_layers(depth)
+        self.layer_plan()
 
-    def _check_fusion_layers(self, depth: int) -> None:
-        split, count, layers = self.split_layer, self.num_fusion_layers, self.fusion_layers
-        _require(
-            _is_count(count) and 1 <= count <= depth - split,
-            f"num_fusion_layers to be an integer from 1 to {depth - split}, the layers from the split at {split} on",
-            count,
-            "fuse fewer layers or split earlier; no fusion at all is routing='text_only'",
-        )
-        if layers is None:
-            return
-        _require(
-            isinstance(layers, list | tuple)
-            and len(layers) > 0
-            and all(_is_count(layer) and split <= layer < depth for layer in layers),
-            f"fusion_layers to be layer indices from split_layer={split} to {depth - 1}",
-            layers,
-            "drop the layers outside the deep stack; no fusion at all is routing='text_only'",
-        )
-        _require(
-            list(layers) == sorted(set(layers)),
-            "fusion_layers in ascending order, each once",
-            layers,
-            f"write {sorted(set(layers))}",
-        )
-        _require(
-            count in (1, len(layers)),
-            f"num_fusion_layers={len(layers)} beside the {len(layers)} fusion_layers {layers}",
-            count,
-            "name the fusion layers one way: leave num_fusion_layers out, or fusion_layers",
-        )
+
+def make_plan(
+    depth: int,
+    *,
+    routing: str = "late_fusion",
+    split_layer: int = 18,
+    num_side_layers: int = 1,
+    num_fusion_layers: int = 1,
+    fusion_layers: Sequence[int] | None = None,
+) -> LayerPlan:
+    """The layer plan of a decoder of `depth` layers; the fields are `DpvrLlavaConfig`'s.
+
+    Raises:
+        ValueError: for a contradiction among the fields.
+    """
+    _require(routing in ROUTINGS, f"routing to be one of {ROUTINGS}", routing, "pick one of these names")
+    if routing == "none":
+        return LayerPlan(depth, (JOINT,) * depth)
+    _check_side_branch(depth, routing, split_layer, num_side_layers)
+    _check_fusion_layers(depth, split_layer, num_fusion_layers, fusion_layers)
+    deep = {"persistent_context": RESET, "kv_substitution": CONTEXT}.get(routing, TEXT)
+    plan = [JOINT] * split_layer + [deep] * (depth - split_layer)
+    if routing == "late_fusion":
+        if fusion_layers is not None:
+            for layer in fusion_layers:
+                plan[layer] = CONTEXT
+        else:
+            plan[depth - num_fusion_layers : -1] = [JOINT] * (num_fusion_layers - 1)
+            plan[-1] = CONTEXT
+    return LayerPlan(split_layer, tuple(plan))
+
+
+def _check_side_branch(depth: int, routing: str, split: object, num_side_layers: object) -> None:
+    _require(
+        _is_count(split) and 1 <= split < depth,
+        f"split_layer to be an integer from 1 to {depth - 1}, for a decoder of {depth} layers",
+        split,
+        f"the paper's 18 of 32 would be {max(1, round(depth * 18 / 32))} here",
+    )
+    _require(
+        _is_count(num_side_layers) and (num_side_layers >= 1 or routing == "text_only"),
+        f"num_side_layers to be an integer of at least 1 with routing {routing!r}",
+        num_side_layers,
+        "give the side branch a layer, or use routing='text_only' (with 0 side layers that is VTW)",
+    )
+
+
+def _check_fusion_layers(depth: int, split: int, count: object, layers: object) -> None:
+    _require(
+        _is_count(count) and 1 <= count <= depth - split,
+        f"num_fusion_layers to be an integer from 1 to {depth - split}, the layers from the split at {split} on",
+        count,
+        "fuse fewer layers or split earlier; no fusion at all is routing='text_only'",
+    )
+    if layers is None:
+        return
+    _require(
+        isinstance(layers, list | tuple)
+        and len(layers) > 0
+        and all(_is_count(layer) and split <= layer < depth for layer in layers),
+        f"fusion_layers to be layer indices from split_layer={split} to {depth - 1}",
+        layers,
+        "drop the layers outside the deep stack; no fusion at all is routing='text_only'",
+    )
+    _require(
+        list(layers) == sorted(set(layers)),
+        "fusion_layers in ascending order, each once",
+        layers,
+        f"write {sorted(set(layers))}",
+    )
+    _require(
+        count in (1, len(layers)),
+        f"num_fusion_layers={len(layers)} beside the {len(layers)} fusion_layers {layers}",
+        count,
+        "name the fusion layers one way: leave num_fusion_layers out, or fusion_layers",
+    )
 
 
 def _require(condition: bool, expected: str, got: object, remedy: str) -> None:

@@ -1,6 +1,6 @@
-"""What a prompt costs under a routing: FLOPs of the prefill and bytes of the key-value cache, by formula.
+"""What a prompt costs under a layer plan: FLOPs of the prefill and bytes of keys and values, by formula.
 
-    layer plan, V image and X text tokens
+    shape of a decoder, layer plan, V image and X text tokens
         |
     per layer: tokens that query, tokens that make keys
         |
@@ -9,16 +9,100 @@
 The paper estimates its costs (Table 1, section 3.2) and measures latency (Table 6); these are exact counts.
 """
 
+from typing import NamedTuple
+
 import torch
+from transformers import PretrainedConfig
 
 try:
-    from .configuration_dpvr import CONTEXT, TEXT
+    from .configuration_dpvr import CONTEXT, TEXT, LayerPlan
 except ImportError:
-    from configuration_dpvr import CONTEXT, TEXT
+    from configuration_dpvr import CONTEXT, TEXT, LayerPlan
+
+
+class DecoderShape(NamedTuple):
+    """What the cost of a decoder depends on; `query_width` and `key_width` are those of all heads together."""
+
+    width: int
+    mlp_width: int
+    query_width: int
+    key_width: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "DecoderShape":
+        """That of the decoder that a text config describes."""
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads * head,
+            config.num_key_value_heads * head,
+            config.vocab_size,
+        )
+
+    def layer_flops(self, queries: int, keys: int) -> int:
+        """A layer: `queries` tokens through q, o and the MLP, `keys` through k and v, attention between them."""
+        per_query = 2 * self.width * (2 * self.query_width + 3 * self.mlp_width)
+        return queries * (per_query + 4 * keys * self.query_width) + keys * 4 * self.width * self.key_width
+
+    def head_flops(self, tokens: int) -> int:
+        """The logits of `tokens` tokens."""
+        return 2 * tokens * self.width * self.vocabulary
+
+    def key_bytes(self, entries: int, dtype: torch.dtype) -> int:
+        """Keys and values of `entries` tokens of a layer."""
+        return 2 * entries * self.key_width * dtype.itemsize
+
+
+def prefill_flops(
+    shape: DecoderShape,
+    plan: LayerPlan,
+    num_image_tokens: int,
+    num_text_tokens: int,
+    *,
+    num_side_layers: int = 1,
+    logits_to_keep: int = 1,
+) -> int:
+    """FLOPs of the language model's matrix products in one unpadded prefill of one row (a multiply-add is 2).
+
+    Counted as `torch.utils.flop_counter` counts them: attention without credit for causality, no norms, rotary,
+    embedding look-up or vision tower.
+
+    Args:
+        num_image_tokens, num_text_tokens: V and X.
+        logits_to_keep: how many last tokens get logits, 0 for all.
+    """
+    text, image, total = num_text_tokens, num_image_tokens, num_text_tokens + num_image_tokens
+    two_stream = not plan.is_vanilla and image > 0
+    kept = min(logits_to_keep or total, total)
+    flops = shape.head_flops(kept)
+    for index, mode in enumerate(plan.modes):
+        queries = kept if two_stream and index == len(plan.modes) - 1 and kept < text else text
+        if mode == TEXT:
+            flops += shape.layer_flops(queries, keys=text)
+        elif mode == CONTEXT:
+            flops += shape.layer_flops(queries, keys=total)
+        else:
+            flops += shape.layer_flops(total, keys=total)
+    if two_stream and plan.reads_side_branch:
+        flops += num_side_layers * shape.layer_flops(image, keys=image)
+    return flops
+
+
+def kv_entries(plan: LayerPlan, num_image_tokens: int, num_text_tokens: int, *, num_side_layers: int = 1) -> int:
+    """Tokens whose keys and values a cache holds after a prompt, summed over layers.
+
+    A joint or context layer holds V + X, a text layer X, a side layer V. A static cache has room for its
+    `max_cache_len` tokens: that is X + V.
+    """
+    total = num_image_tokens + num_text_tokens
+    entries = sum(num_text_tokens if mode == TEXT else total for mode in plan.modes)
+    return entries + (num_side_layers * num_image_tokens if plan.reads_side_branch else 0)
 
 
 class CostFormulas:
-    """Costs as methods of a model with a `config`, a `side_branch` and a decoder; mixed in before the stock model."""
+    """The same as methods of a model with a `config` and a `side_branch`; mixed in before the stock model."""
 
     def prefill_flops(
         self,
@@ -29,43 +113,15 @@ class CostFormulas:
         logits_to_keep: int = 1,
         routing: str | None = None,
     ) -> int:
-        """FLOPs of the language model's matrix products in one unpadded prefill (a multiply-add is 2).
-
-        Counted as `torch.utils.flop_counter` counts them: attention without credit for causality, no norms,
-        rotary, embedding look-up or vision tower. `routing`: another than the configured one ("none" is vanilla).
-
-        Args:
-            num_image_tokens, num_text_tokens: V and X of one row.
-            logits_to_keep: how many last tokens get logits, 0 for all.
-        """
-        plan, text, image = self.config.layer_plan(routing), num_text_tokens, num_image_tokens
-        total, depth = text + image, len(plan.modes)
-        two_stream = plan.split_layer < depth and image > 0
-        kept = min(logits_to_keep or total, total)
-        flops = 0
-        for index, mode in enumerate(plan.modes):
-            queries = kept if two_stream and index == depth - 1 and kept < text else text
-            if mode == TEXT:
-                flops += self._layer_flops(queries, keys=text)
-            elif mode == CONTEXT:
-                flops += self._layer_flops(queries, keys=total)
-            else:
-                flops += self._layer_flops(total, keys=total)
-        if two_stream and plan.reads_side_branch:
-            flops += len(self.side_branch) * self._layer_flops(image, keys=image)
-        flops += 2 * kept * self.config.text_config.hidden_size * self.config.text_config.vocab_size
-        return batch_size * flops
-
-    def _layer_flops(self, queries: int, keys: int) -> int:
-        """A layer: `queries` tokens through q, o and the MLP, `keys` through k and v, attention between them."""
-        text = self.config.text_config
-        query_width, key_width = text.num_attention_heads * self._head_dim, text.num_key_value_heads * self._head_dim
-        per_query = 2 * text.hidden_size * (2 * query_width + 3 * text.intermediate_size)
-        return queries * (per_query + 4 * keys * query_width) + keys * 4 * text.hidden_size * key_width
-
-    @property
-    def _head_dim(self) -> int:
-        return self.model.language_model.layers[0].self_attn.head_dim
+        """As the function of that name. `routing`: another than the configured one ("none" is vanilla)."""
+        return batch_size * prefill_flops(
+            DecoderShape.of(self.config.text_config),
+            self.config.layer_plan(routing),
+            num_image_tokens,
+            num_text_tokens,
+            num_side_layers=len(self.side_branch),
+            logits_to_keep=logits_to_keep,
+        )
 
     def kv_cache_bytes(
         self,
@@ -78,12 +134,8 @@ class CostFormulas:
     ) -> int:
         """Bytes of keys and values cached for prompts of V image and X text tokens (answers count as text).
 
-        A joint or context layer holds V + X entries, a text layer X, a side layer V. A static cache has room for its
-        `max_cache_len` tokens: that is X + V. `dtype`: default the model's.
+        `dtype`: default the model's.
         """
-        plan, total = self.config.layer_plan(routing), num_image_tokens + num_text_tokens
-        entries = sum(num_text_tokens if mode == TEXT else total for mode in plan.modes)
-        if plan.split_layer < len(plan.modes) and plan.reads_side_branch:
-            entries += len(self.side_branch) * num_image_tokens
-        per_entry = 2 * self.config.text_config.num_key_value_heads * self._head_dim
-        return batch_size * entries * per_entry * (dtype or self.dtype).itemsize
+        plan, side = self.config.layer_plan(routing), len(self.side_branch)
+        entries = batch_size * kv_entries(plan, num_image_tokens, num_text_tokens, num_side_layers=side)
+        return DecoderShape.of(self.config.text_config).key_bytes(entries, dtype or self.dtype)

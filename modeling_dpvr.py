@@ -22,9 +22,9 @@ try:  # all files of the project's: the Hub's loader fetches what this one impor
     from .costs_dpvr import CostFormulas
     from .forward_dpvr import check_support, routed_model
     from .generation_dpvr import routed
+    from .hub_dpvr import Sharing
     from .images_dpvr import image_marks  # noqa: F401
     from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
-    from .sharing_dpvr import Sharing
     from .streams_dpvr import Streams  # noqa: F401
     from .twins_dpvr import RoutedLayer  # noqa: F401
     from .two_stream_dpvr import TwoStreamPass  # noqa: F401
@@ -35,9 +35,9 @@ except ImportError:
     from costs_dpvr import CostFormulas
     from forward_dpvr import check_support, routed_model
     from generation_dpvr import routed
+    from hub_dpvr import Sharing
     from images_dpvr import image_marks  # noqa: F401
     from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
-    from sharing_dpvr import Sharing
     from streams_dpvr import Streams  # noqa: F401
     from twins_dpvr import RoutedLayer  # noqa: F401
     from two_stream_dpvr import TwoStreamPass  # noqa: F401
@@ -58,12 +58,16 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
     def __init__(self, config: DpvrLlavaConfig):
         super().__init__(config)
         self.side_branch = make_side_branch(self.language_model.layers, config)
+        self._planned: tuple[tuple, LayerPlan] | None = None
         self.post_init()
 
     @property
     def plan(self) -> LayerPlan:
-        """What every decoder layer does."""
-        return self.config.layer_plan()
+        """What every decoder layer does; made anew when a field of the config has changed."""
+        fields = self.config.plan_fields
+        if self._planned is None or self._planned[0] != fields:
+            self._planned = fields, self.config.layer_plan()
+        return self._planned[1]
 
     @property
     def branch(self) -> nn.ModuleList:

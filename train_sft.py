@@ -8,7 +8,7 @@
       |
     output_dir      the side branch alone, its config and code, the processor, training.json; adapter/ for PEFT
       |
-    --push_to_hub   all of this and a card in one commit (sharing_dpvr.py)
+    --push_to_hub   all of this and a card in one commit (hub_dpvr.py)
 
 With the side branch nothing is stored for backward below it and in the text-only layers, so no gradient checkpointing
 is wanted. A run that was killed goes on with --resume_from_checkpoint last, if it saved checkpoints. Of several
@@ -46,18 +46,18 @@ from transformers import LlavaProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
-from answered_prompts import AnsweredPrompts, in_batches
 from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
-from conversations import Conversations, Row, data_fingerprint, load_conversations
+from dpvr.analysis.plan_search import causal_split, read_plan
+from dpvr.data.conversations import Conversations, Row, data_fingerprint, load_conversations
+from dpvr.data.prompts import AnsweredPrompts, in_batches
+from dpvr.inference.evaluation import evaluate
+from dpvr.pretraining.processor import CHAT_TEMPLATE, load_processor
+from dpvr.record import run_record, without_folders
+from dpvr.training.output_folder import save, side_branch_of, without_shards, write_record
 from generation_dpvr import IGNORED_LABEL
+from hub_dpvr import make_repository, require_hub_base, upload
 from minibench.data import to_hf_dataset
-from minibench.evaluate import evaluate
-from minibench.processor import CHAT_TEMPLATE, load_processor
-from minibench.record import run_record, without_folders
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from plan_search import causal_split, read_plan
-from run_folder import save, side_branch_of, without_shards, write_record
-from sharing_dpvr import make_repository, require_hub_base, upload
 
 OLDEST_TRANSFORMERS = "5.18"
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -152,7 +152,7 @@ class SideBranchSFTConfig(SFTConfig):
 
 
 class CardlessTrainer(SFTTrainer):
-    """An SFTTrainer that leaves the card to `sharing_dpvr.py`, which makes it from the run's records."""
+    """An SFTTrainer that leaves the card to `hub_dpvr.py`, which makes it from the run's records."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass

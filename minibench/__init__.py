@@ -1,5 +1,9 @@
-"""MiniBench: pictures drawn on the fly, questions about them, and the small LLaVA that is trained and tested on them.
+"""MiniBench: a benchmark for very small vision-language models, drawn on the fly.
 
-scenes.py -> questions.py -> tasks.py -> data.py    -> pretrain.py (with processor.py, tower.py, optimizer.py)
-                                     -> evaluate.py (with scoring.py)
+    scenes.py -> questions.py -> tasks.py -> data.py      rows to train on, items to ask
+                                     |          |
+                                     |       export.py    both as files
+                                  scoring.py              replies -> scores
+
+It imports nothing of the rest of the project.
 """

@@ -1,6 +1,7 @@
-"""MiniBench as rows for training.
+"""MiniBench as rows for training and as items to ask.
 
     MiniBench[i]   {"images": [PIL], "messages": [user, assistant, user, assistant, ...]}   TRL's vision format
+    make_items     the questions of every task with their pictures, for a test
 
 Rows are made when they are asked for, from the split, the seed and their index, so nothing is downloaded or stored.
 The questions of one row share its pictures: the pictures' tokens are paid for once. Every task is asked in every row
@@ -15,28 +16,12 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
-from .drills import Turn, drill
-from .questions import CAPTION_REQUESTS, caption
-from .scenes import Scene, Split, draw_scene, draw_scene_with_repeats
-from .tasks import ONE_PICTURE, Question, ask
+from .scenes import Scene, Split, draw_scene
+from .tasks import ONE_PICTURE, TASKS, Item, Question, ask, make_item
 
 Row = dict[str, Any]
 
 PAIR_SHARE = 0.2
-# What takes longest to learn is asked more often.
-ASKED = (
-    "free",
-    "existence",
-    *["perception"] * 3,
-    *["cognition"] * 4,
-    *["choice_en"] * 2,
-    "choice_cn",
-    *["science"] * 2,
-    *["scene"] * 2,
-)
-CHINESE_CAPTIONS = 0.25
-TABLES_PER_ROW = 5
-TABLES_PER_TOLD_ROW = 3
 
 
 class MiniBench:
@@ -47,38 +32,13 @@ class MiniBench:
         size: how many rows.
         questions_per_row: how many questions of the tasks, in turn, without the free ones before some of them.
         seed: another seed is another data set of the same split.
-        caption_share: the share of rows that ask for a caption in place of questions.
-        drill_share: the share of the other rows that are drills in place of questions.
-        told_share: the share of drills that are text alone: half have a picture's caption in its place, half are about
-            nothing but words.
-        tasks: what rows of one picture ask, of the tasks of one picture and "free".
-        pair_share: the share of rows with two pictures and multi_image questions.
-        repeat_share: the share of rows whose pictures are sure to have something more than once, to be counted.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        size: int,
-        questions_per_row: int = 7,
-        seed: int = 0,
-        caption_share: float = 0.0,
-        tasks: Sequence[str] = ONE_PICTURE,
-        pair_share: float = PAIR_SHARE,
-        drill_share: float = 0.0,
-        told_share: float = 0.0,
-        repeat_share: float = 0.0,
-    ) -> None:
+    def __init__(self, split: Split, size: int, questions_per_row: int = 7, seed: int = 0) -> None:
         self.split = split
         self.size = size
         self.questions_per_row = questions_per_row
         self.seed = seed
-        self.caption_share = caption_share
-        self.tasks = tasks
-        self.pair_share = pair_share
-        self.drill_share = drill_share
-        self.told_share = told_share
-        self.repeat_share = repeat_share
 
     def __len__(self) -> int:
         return self.size
@@ -86,25 +46,44 @@ class MiniBench:
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of a data set with {self.size} rows.")
-        rng = random.Random(f"rows/{self.split}/{self.seed}/{index}")
-        draw = draw_scene_with_repeats if self.repeat_share and rng.random() < self.repeat_share else draw_scene
-        scene = draw(self.split, rng)
-        if rng.random() < self.caption_share:
-            chinese = rng.random() < CHINESE_CAPTIONS
-            return to_row((scene,), [(CAPTION_REQUESTS[chinese], caption(scene, chinese))])
-        scenes = (scene, draw(self.split, rng)) if rng.random() < self.pair_share else (scene,)
-        if rng.random() < self.drill_share:
-            if rng.random() < self.told_share:
-                if rng.random() < 0.5:
-                    return drill_row((), drill((), rng, TABLES_PER_TOLD_ROW))
-                return told(scene, drill((scene,), rng, TABLES_PER_TOLD_ROW))
-            return drill_row(scenes, drill(scenes, rng, TABLES_PER_ROW))
+        return self.make_row(random.Random(f"rows/{self.split}/{self.seed}/{index}"))
+
+    def make_row(self, rng: random.Random) -> Row:
+        """One picture, or in `PAIR_SHARE` of the rows two, and questions about it.
+
+        Two numbers are drawn and not used: those by which `dpvr.pretraining.rows` decides on other kinds of rows. So
+        its question rows and these are the same.
+        """
+        scene = draw_scene(self.split, rng)
+        rng.random()
+        scenes = (scene, draw_scene(self.split, rng)) if rng.random() < PAIR_SHARE else (scene,)
+        rng.random()
+        return self.question_row(scenes, ONE_PICTURE, rng)
+
+    def question_row(self, scenes: tuple[Scene, ...], tasks: Sequence[str], rng: random.Random) -> Row:
+        """Questions of these tasks in turn about one picture, of multi_image about two."""
         if len(scenes) == 2:
             tasks = ["multi_image"] * self.questions_per_row
         else:
-            tasks = rng.sample(self.tasks, len(self.tasks))
+            tasks = rng.sample(tasks, len(tasks))
             tasks = [tasks[turn % len(tasks)] for turn in range(self.questions_per_row)]
         return to_row(scenes, _ask_all(tasks, scenes, rng))
+
+
+def make_items(split: Split, num_questions: int, seed: int = 0, tasks: Sequence[str] = TASKS) -> list[Item]:
+    """Return items with `num_questions` questions of each task.
+
+    A pair of perception or cognition is two questions, a question of a choice task in four rotations is one.
+
+    Raises:
+        ValueError: num_questions is below 2, or a task is unknown.
+    """
+    if num_questions < 2:
+        raise ValueError(f"Each task needs at least 2 questions, as a pair of MME is two; got {num_questions}.")
+    if unknown := sorted(set(tasks) - set(TASKS)):
+        raise ValueError(f"MiniBench has no task named {unknown[0]!r}: its tasks are {', '.join(TASKS)}.")
+    pairs = {"perception": num_questions // 2, "cognition": num_questions // 2}
+    return [make_item(task, split, seed, index) for task in tasks for index in range(pairs.get(task, num_questions))]
 
 
 def _ask_all(tasks: list[str], scenes: tuple[Scene, ...], rng: random.Random) -> list[tuple[str, str]]:
@@ -114,18 +93,6 @@ def _ask_all(tasks: list[str], scenes: tuple[Scene, ...], rng: random.Random) ->
         for question in ask(task, scenes, rng):
             asked.setdefault(question.text, question)
     return [(question.text, question.answer) for question in asked.values()]
-
-
-def told(scene: Scene, turns: list[Turn]) -> Row:
-    """Return a row of text alone, which begins with the caption."""
-    first, *others = turns
-    return drill_row((), [first._replace(request=f"{caption(scene)}\n{first.request}"), *others])
-
-
-def drill_row(scenes: tuple[Scene, ...], turns: list[Turn]) -> Row:
-    """Return a row that says besides, of every word of every reply, whether it is to be learnt."""
-    row = to_row(scenes, [(turn.request, turn.reply) for turn in turns])
-    return {**row, "learnt": [turn.learnt for turn in turns]}
 
 
 def to_row(scenes: tuple[Scene, ...], turns: list[tuple[str, str]]) -> Row:

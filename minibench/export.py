@@ -22,8 +22,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
-from .data import MiniBench, Row, to_hf_dataset
-from .evaluate import make_items
+from .data import MiniBench, Row, make_items, to_hf_dataset
 from .scenes import Split
 from .tasks import TASKS, Item
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from minibench.pretrain import make_model
-from minibench.pretrain import parse_args as parse_pretrain_args
-from minibench.processor import make_processor, save_processor
+from dpvr.pretraining.processor import make_processor, save_processor
+from dpvr.pretraining.train import make_model
+from dpvr.pretraining.train import parse_args as parse_pretrain_args
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, VOCAB_SIZE = 7, 4, 40

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from adapter_dpvr import DpvrConfig, DpvrLayer
+from hub_dpvr import save_adapter
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from sharing_dpvr import save_adapter
 from versions_dpvr import LINE_4
 
 PLANS = [

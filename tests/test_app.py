@@ -18,8 +18,8 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
-from answering import Answerer, Turn, load
 from app import MAX_PICTURES, Asked, build, continued, launch, parse_args, shown, write_examples
+from dpvr.inference.chat import Answerer, Turn, load
 from minibench.scenes import make_scene
 
 QUESTION = "What colour is the star?"

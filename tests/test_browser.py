@@ -15,8 +15,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import free_port, running
 
-from answering import Answerer, load
 from app import build, launch, write_examples
+from dpvr.inference.chat import Answerer, load
 from minibench.scenes import make_scene
 from versions_dpvr import NEWEST_TESTED
 

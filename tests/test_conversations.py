@@ -12,8 +12,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
-import conversations
-from conversations import FEATURES, data_fingerprint, load_conversations
+from dpvr.data import conversations
+from dpvr.data.conversations import FEATURES, data_fingerprint, load_conversations
 from minibench import export
 from minibench.data import MiniBench
 

@@ -93,14 +93,6 @@ def test_rows_ask_with_letters_words_and_in_chinese_but_compare_only_two_picture
             assert not all(question.isascii() for question in questions)
 
 
-def test_the_caption_share_sets_how_many_rows_ask_for_a_caption():
-    def captions(share: float) -> int:
-        requests = ("Describe the picture.", "请描述这张图片。")
-        return sum(texts(row)[0] in requests for row in MiniBench("train", 200, 2, caption_share=share))
-
-    assert captions(0.0) == 0 and captions(1.0) == 200 and 60 < captions(0.5) < 140
-
-
 # Files
 
 
@@ -150,7 +142,7 @@ def test_the_llava_json_holds_the_same_rows(rows, write):
 def test_trls_trainer_takes_the_exported_folder_as_it_is(write, minibench_processor, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
-    from minibench.pretrain import make_model, parse_args
+    from dpvr.pretraining.train import make_model, parse_args
 
     size = "--output_dir x --text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32"
     model = make_model(minibench_processor, parse_args(size.split()))

@@ -1,4 +1,4 @@
-"""minibench/grid.py and cells.py: what is measured, how a run goes on, and that the files say what was answered."""
+"""grid.py and cells.py: what is measured, how a run goes on, and that the files say what was answered."""
 
 import fcntl
 import gzip
@@ -8,27 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark_accuracy import HERE
 from configuration_dpvr import DpvrLlavaConfig
-from minibench import grid
-from minibench.cells import BUDGETS, SEEDS, Cell, Costs, Grid, unique_cells
-from minibench.evaluate import Reply, make_items, score
-from minibench.pretrain import make_model
-from minibench.pretrain import parse_args as parse_pretrain_args
-from minibench.processor import save_processor
-from minibench.results import Results
+from dpvr.benchmarks import grid
+from dpvr.benchmarks.cells import BUDGETS, SEEDS, Cell, Grid, GridCosts, unique_cells
+from dpvr.inference.evaluation import Reply, score
+from dpvr.pretraining.processor import save_processor
+from dpvr.pretraining.train import make_model
+from dpvr.pretraining.train import parse_args as parse_pretrain_args
+from dpvr.reports.grid_results import Results
+from minibench.data import make_items
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from versions_dpvr import LINE_4
 
+ROOT = Path(__file__).parent.parent
 TRAINED = "late_fusion_split4_layers6.7_seed1"
 CELLS = ["vanilla", TRAINED, "fastv_layer3_keep0.5"]
 
 
 @pytest.fixture(scope="module")
-def costs() -> Costs:
-    with torch.device("meta"):
-        model = DpvrLlavaForConditionalGeneration(DpvrLlavaConfig.from_pretrained(HERE))
-    return Costs(model, 64, 25)
+def costs() -> GridCosts:
+    return GridCosts(DpvrLlavaConfig.from_pretrained(ROOT).text_config, 64, 25)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +81,9 @@ def test_what_stands_at_a_budget_fits_it_and_the_next_larger_does_not(costs, tab
     assert [[one["layer"] for one in costs.most_kept("random", budget)] for budget in (0.7, 0.45)] == [[3, 2], [2, 1]]
 
 
-def pruned_ratio(costs: Costs, cut: int, kept: int) -> float:
+def pruned_ratio(costs: GridCosts, cut: int, kept: int) -> float:
     """By counting layers: some with all tokens, the others and the last one's single query with what is kept."""
-    layer = costs.model._layer_flops
+    layer = costs.shape.layer_flops
     flops = cut * layer(89, 89) + (11 - cut) * layer(25 + kept, 25 + kept) + layer(1, 25 + kept)
     return (flops + 2 * 192 * 768) / costs.vanilla
 
@@ -98,7 +97,9 @@ def test_what_would_mix_two_grids_is_refused_before_anything_is_measured(random_
         grid.main(grid.parse_args([*small, "--num_rows", "5"]))
     with pytest.raises(ValueError, match=r"Expected the settings of .* got .*'seed': 1"):
         grid.main(grid.parse_args([*small, "--seed", "1"]))
-    with pytest.raises(ValueError, match=r"Expected plans.json in .*Remedy: python probe_saturation.py --find_plan"):
+    with pytest.raises(
+        ValueError, match=r"Expected plans.json in .*Remedy: python -m dpvr.analysis.probe --find_plan"
+    ):
         grid.main(grid.parse_args([*small, "--plans", str(tmp_path)]))
     assert (tmp_path / "results" / "grid.json").read_bytes() == before
     own_plan = tmp_path / "own_plan"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pictures import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, open_picture
+from dpvr.data.pictures import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, open_picture
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -8,9 +8,10 @@ from conftest import make_llava
 from reference import Prompts, randomise_vectors, real_float64
 from test_saturation import kl, labels_of, one_row
 
+from dpvr.analysis.costs import PromptCosts
+from dpvr.analysis.plan_report import find_plans, readings_within, share, write_plans
+from dpvr.analysis.plan_search import Effect, Plan, alone, build_up, causal_split, effects, read_plan
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from plan_report import Prefill, find_plans, readings_within, write_plans
-from plan_search import Effect, Plan, alone, build_up, causal_split, effects, read_plan
 
 DEPTH, LAYOUT, ANSWERS = 5, [[2, 5], [1, 2, 4], [6, 4]], [3, 1, 1]
 TOLERANCE = 1e-9
@@ -85,7 +86,7 @@ def test_the_build_up_adds_the_reading_that_lowers_the_kl_most() -> None:
 
 
 def test_a_budget_is_kept_and_its_plan_is_the_best_that_was_searched(monkeypatch) -> None:
-    prefill = Prefill(make_model(), 12, 6)
+    costs = PromptCosts(make_model().config.text_config, 12, 6)
     worth = {1: 0.5, 2: 0.9, 3: 0.2, 4: 0.1}  # what a layer's reading takes off the KL
 
     def pretended(model, batches, plans, description):
@@ -93,29 +94,29 @@ def test_a_budget_is_kept_and_its_plan_is_the_best_that_was_searched(monkeypatch
             plan: Effect(3 - plan.split_layer / 9 - sum(worth[at] for at in plan.fusion_layers), 0.5) for plan in plans
         }
 
-    monkeypatch.setattr("plan_search.effects", pretended)
-    monkeypatch.setattr("plan_report.effects", pretended)
+    monkeypatch.setattr("dpvr.analysis.plan_search.effects", pretended)
+    monkeypatch.setattr("dpvr.analysis.plan_report.effects", pretended)
     budgets = [0.7, 0.6]
-    found = find_plans(make_model(), list, list, budgets, prefill)
+    found = find_plans(make_model(), list, list, budgets, costs)
     for budget in budgets:
         plan = found["plans"][str(budget)]
         rivals = [p for p in found["frontier"] if p["fusion_layers"] and p["prefill_flops_ratio"] <= budget]
         assert plan["prefill_flops_ratio"] <= budget and plan["kl"] == min(p["kl"] for p in rivals)
         assert 2 in plan["fusion_layers"]
-    tight = prefill.share(Plan(1, (4,)))  # what is read best does not fit, the last layer alone does
-    assert find_plans(make_model(), list, list, [tight], prefill)["plans"][str(tight)]["fusion_layers"] == (4,)
-    assert readings_within(prefill, DEPTH, 1.0)[1] == 4 and not readings_within(prefill, DEPTH, 0.1)
+    tight = share(costs, Plan(1, (4,)))  # what is read best does not fit, the last layer alone does
+    assert find_plans(make_model(), list, list, [tight], costs)["plans"][str(tight)]["fusion_layers"] == (4,)
+    assert readings_within(costs, DEPTH, 1.0)[1] == 4 and not readings_within(costs, DEPTH, 0.1)
     with pytest.raises(ValueError, match=r"got 0\.1\. Remedy: larger ones after --find_plan"):
-        find_plans(make_model(), list, list, [0.6, 0.1], prefill)
+        find_plans(make_model(), list, list, [0.6, 0.1], costs)
 
 
 def test_the_flops_of_a_plan_are_those_of_the_model_it_makes() -> None:
-    prefill = Prefill(make_model(), 12, 6)
+    costs = PromptCosts(make_model().config.text_config, 12, 6)
     model = DpvrLlavaForConditionalGeneration.from_llava(make_model(), split_layer=2, fusion_layers=[2, 4])
-    share = model.prefill_flops(12, 6) / model.prefill_flops(12, 6, routing="none")
-    assert prefill.share(Plan(2, (2, 4))) == share
+    expected = model.prefill_flops(12, 6) / model.prefill_flops(12, 6, routing="none")
+    assert share(costs, Plan(2, (2, 4))) == expected
     text_only = model.prefill_flops(12, 6, routing="text_only") / model.prefill_flops(12, 6, routing="none")
-    assert prefill.share(Plan(2, ())) == text_only
+    assert share(costs, Plan(2, ())) == text_only
 
 
 def test_a_plan_file_holds_dpvr_fields_and_nothing_else(tmp_path) -> None:
@@ -133,7 +134,7 @@ def test_a_plan_file_holds_dpvr_fields_and_nothing_else(tmp_path) -> None:
 def test_the_causal_split_is_the_first_that_spares_the_answers(monkeypatch) -> None:
     shares = {1: 0.5, 2: 0.04, 3: 0.06, 4: 0.0}
     found = {Plan(split, ()): Effect(1.0, share) for split, share in shares.items()}
-    monkeypatch.setattr("plan_search.effects", lambda *args: found)
+    monkeypatch.setattr("dpvr.analysis.plan_search.effects", lambda *args: found)
     assert causal_split(make_model(), [], 0.05) == 2
     with pytest.raises(ValueError, match=r"changes at most -1% of the answers; got 0\.0% at the best"):
         causal_split(make_model(), [], -0.01)

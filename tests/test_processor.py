@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
-from minibench.data import MiniBench, to_messages
-from minibench.evaluate import make_items
-from minibench.processor import save_processor
+from dpvr.pretraining.processor import save_processor
+from dpvr.pretraining.rows import PretrainingRows
+from minibench.data import MiniBench, make_items, to_messages
 from minibench.questions import CHINESE_WORDS
 from minibench.scenes import SIDE
 from minibench.tasks import TASKS
@@ -55,7 +55,7 @@ def test_any_text_survives_the_tokenizer(processor):
 
 
 def test_the_tokens_of_a_prompt_begin_the_tokens_of_prompt_and_answer(processor):
-    for row in MiniBench("train", 50, 4, caption_share=0.3):
+    for row in PretrainingRows("train", 50, 4, caption_share=0.3):
         whole = processor.tokenizer(processor.apply_chat_template(row["messages"]))["input_ids"]
         for end in range(1, len(row["messages"]), 2):
             text = processor.apply_chat_template(row["messages"][:end], add_generation_prompt=True)

@@ -16,11 +16,11 @@ from huggingface_hub import metadata_load
 from packaging.specifiers import SpecifierSet
 from transformers import AutoModelForImageTextToText
 
-from answering import Answerer, load
 from app import build, launch, write_examples
-from minibench.latency_report import PERFORMANCE
-from minibench.report import BLOCKS as REPORT
-from minibench.report import between_marks
+from dpvr.inference.chat import Answerer, load
+from dpvr.reports.documents import BLOCKS as REPORT
+from dpvr.reports.documents import between_marks
+from dpvr.reports.latency import PERFORMANCE
 from minibench.scenes import make_scene
 
 ROOT = Path(__file__).parent.parent
@@ -91,18 +91,18 @@ def test_the_commands_are_the_ones_that_are_tested():
         "accelerate launch --config_file configs/accelerate_ddp.yaml train_sft.py --config configs/llava_1.5_7b.yaml "
         "--data llava_v1_5_mix665k.json --image_folder images",
         "python train_sft.py --config configs/llava_1.5_7b.yaml --data me/rows --push_to_hub --hub_model_id me/x",
-        "python benchmark_accuracy.py --suite minibench",
-        "python -m minibench.grid",
-        "python -m minibench.tables",
-        "python probe_saturation.py",
-        "python probe_saturation.py --find_plan 0.55 0.45",
+        "python -m dpvr.benchmarks.accuracy",
+        "python -m dpvr.benchmarks.grid",
+        "python -m dpvr.reports",
+        "python -m dpvr.analysis.probe",
+        "python -m dpvr.analysis.probe --find_plan 0.55 0.45",
         "python train_sft.py --plan results/saturation/plan_0.45.yaml",
         "python -m minibench.export --output_dir outputs/minibench --format datasets --split train --size 5000",
         "python -m minibench.export --output_dir outputs/minibench-llava --format llava --split train --size 5000",
         "lmms-eval --config configs/lmms_eval.yaml --model_args pretrained=me/x,routing=late_fusion,dtype=bfloat16",
-        "python -m minibench.pretrain --output_dir outputs/pretrain",
+        "python -m dpvr.pretraining.train --output_dir outputs/pretrain",
         "python train_sft.py --model_name_or_path outputs/pretrain/final --split_layer 8 --output_dir outputs/side",
-        "python -m minibench.assemble --side_branch outputs/side --output_dir outputs/dpvr-mini",
+        "python -m dpvr.pretraining.assemble --side_branch outputs/side --output_dir outputs/dpvr-mini",
         "python -m minibench.depth --model_name_or_path outputs/dpvr-mini --output outputs/depth.json",
     ]
 

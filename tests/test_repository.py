@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoProcessor, BatchFeature, TextIteratorStreamer, pipeline
 
-from minibench.data import to_messages
-from minibench.evaluate import evaluate, make_items
+from dpvr.inference.evaluation import evaluate
+from minibench.data import make_items, to_messages
 from minibench.scenes import make_scene
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 

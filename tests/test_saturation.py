@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dpvr.analysis.saturation import GRAPHS, Sample, measure, measure_routed
+from dpvr.analysis.tuned_lens import TunedLens
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from saturation import GRAPHS, Sample, measure, measure_routed
-from tuned_lens import TunedLens
 
 DEPTH = 5
 LAYOUT = [[2, 5], [1, 2, 4], [6, 4]]  # one image, two, one

@@ -19,8 +19,8 @@ from test_loading import SIDE_BRANCH_KEYS
 from transformers import AutoModelForImageTextToText, LlavaProcessor
 from trl import SFTTrainer
 
-import run_folder
 import train_sft
+from dpvr.training import output_folder as run_folder
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 NEEDS_TRAINING = pytest.mark.skipif(

@@ -1,0 +1,25 @@
+"""What plans cost for one prompt, as shares of the prefill of vanilla."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from configuration_dpvr import LayerPlan, make_plan
+from costs_dpvr import DecoderShape, prefill_flops
+
+
+class PromptCosts:
+    """Prefill FLOPs of plans as shares of vanilla's: a text config's decoder, V image and X text tokens."""
+
+    def __init__(self, text_config: PretrainedConfig, num_image_tokens: int, num_text_tokens: int) -> None:
+        self.shape, self.depth = DecoderShape.of(text_config), text_config.num_hidden_layers
+        self.tokens = num_image_tokens, num_text_tokens
+        self.vanilla = self.flops(make_plan(self.depth, routing="none"))
+
+    def flops(self, plan: LayerPlan, num_side_layers: int = 1) -> int:
+        return prefill_flops(self.shape, plan, *self.tokens, num_side_layers=num_side_layers)
+
+    def share(self, **fields: Any) -> float:
+        """That of the plan which the fields of `make_plan` describe."""
+        plan = make_plan(self.depth, **fields)
+        return self.flops(plan, fields.get("num_side_layers", 1)) / self.vanilla

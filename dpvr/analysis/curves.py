@@ -1,0 +1,134 @@
+"""From samples (saturation.py) to curves by layer, transitions and splits, and the figure of them.
+
+    samples --> medians and quartiles --> transitions of the logit lens --> the paper's split and the causal one
+                        |
+                  saturation.png, .svg      the three panels of the paper's Figure 2, and the withdrawal's
+
+Axes: L layers, H heads.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dpvr.analysis.saturation import GRAPHS
+from minibench.scoring import wilson_interval
+
+PAPERS_MARGIN = 4  # layers from the split to the transition of image tokens: 18 and 22 of 32
+ORANGE, BLUE, GREEN, BLACK = (
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#000000",
+)  # Okabe and Ito's, told apart by the colour-blind
+
+
+def band(rows: list[list[float]]) -> dict[str, list[float]]:
+    """The median and the quartiles over samples, per layer."""
+    quartiles = torch.tensor(rows, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
+    return dict(zip(("q25", "median", "q75"), quartiles.tolist(), strict=True))
+
+
+def summarise(samples: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
+    """The curves, the transitions and the recommended splits."""
+    depth = len(samples[0]["attention_mass"])
+    curves = {
+        name: {kind: band([sample[name][kind] for sample in samples]) for kind in ("image", "text")}
+        for name in ("cosine", "logit_lens_kl", "tuned_lens_kl")
+        if samples[0][name]["image"]
+    }
+    mass = torch.tensor([sample["attention_mass"] for sample in samples], dtype=torch.float64)  # (samples, L, H)
+    curves["attention_mass"] = band(mass.mean(-1).tolist()) | {"median_by_head": mass.quantile(0.5, dim=0).tolist()}
+    curves["withdrawal"] = {
+        graph: band([sample["withdrawal_kl"][graph] for sample in samples])
+        | {"changed": _shares([sample["withdrawal_changed"][graph] for sample in samples])}
+        for graph in GRAPHS
+    }
+    transition = {kind: _transition(curves["logit_lens_kl"][kind]["median"]) for kind in ("image", "text")}
+    changed = curves["withdrawal"]["text_only"]["changed"]
+    return {
+        **curves,
+        "transition": transition,
+        "tolerance": tolerance,
+        "papers_split": min(max(1, transition["image"] - PAPERS_MARGIN), depth - 1),
+        "recommended_split": next((s for s, share in enumerate(changed, start=1) if share <= tolerance), None),
+        "image_tokens": statistics.median(sample["image_tokens"] for sample in samples),
+        "text_tokens": statistics.median(sample["text_tokens"] for sample in samples),
+    }
+
+
+def summarise_routed(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a trained model's own graph does beside its base's, over all samples (`saturation.RoutedSample`)."""
+    last = [sample["attention_mass"][-1] / sample["vanilla_mass"][-1] for sample in samples]
+    return {
+        "shared_cosine": {
+            kind: torch.tensor([sample["shared_cosine"][kind] for sample in samples]).amin(0).tolist()
+            for kind in ("image", "text")
+        },
+        "identical": all(sample["identical"] for sample in samples),
+        "attention_mass": band([sample["attention_mass"] for sample in samples]),
+        "vanilla_mass": band([sample["vanilla_mass"] for sample in samples]),
+        "last_layer_ratio": {name: value[0] for name, value in band([[ratio] for ratio in last]).items()},
+    }
+
+
+def _shares(flags: list[list[bool]]) -> list[float]:
+    return torch.tensor(flags).double().mean(0).tolist()
+
+
+def _transition(median: list[float]) -> int:
+    """The first layer after which the lens is less than half as far from the final distribution as at its farthest."""
+    farthest = median.index(max(median))
+    return next(layer for layer in range(farthest, len(median)) if median[layer] < max(median) / 2)
+
+
+def draw(found: dict[str, Any], folder: Path) -> None:
+    """The paper's three panels and the withdrawal curve, as saturation.png and .svg."""
+    figure = Figure(figsize=(10, 7), facecolor="white", layout="constrained")
+    cosine, attention, lens, withdrawal = figure.subplots(2, 2).flatten()
+    for kind, colour, style in (("image", ORANGE, "-"), ("text", BLUE, "--")):
+        _curve(cosine, found["cosine"][kind], f"{kind} tokens", colour, style)
+        _curve(lens, found["logit_lens_kl"][kind], f"{kind} tokens", colour, style)
+        if "tuned_lens_kl" in found:
+            _curve(lens, found["tuned_lens_kl"][kind], f"{kind} tokens, tuned lens", colour, ":")
+    _curve(attention, found["attention_mass"], "vanilla", ORANGE, "-")
+    if "routed" in found:
+        _curve(attention, found["routed"]["attention_mass"], found["routed"]["routing"], GREEN, "--")
+    names = {"text_only": "text alone above", "late_fusion": "read again in the last layer"}
+    for graph, colour, style in (("text_only", ORANGE, "-"), ("late_fusion", GREEN, "--")):
+        shares = found["withdrawal"][graph]["changed"]
+        withdrawal.plot(range(1, len(shares) + 1), shares, style, color=colour, label=names[graph], marker="o", ms=3)
+        edges = [wilson_interval(share * found["num_samples"], found["num_samples"]) for share in shares]
+        withdrawal.fill_between(range(1, len(shares) + 1), *zip(*edges, strict=True), color=colour, alpha=0.2)
+    withdrawal.axhline(found["tolerance"], color="0.5", linewidth=1, label="tolerance")
+    cosine.set(title="Cosine of a layer's input and output", ylabel="cosine")
+    attention.set(title="Text-to-image attention", ylabel="share of attention, mean over heads")
+    lens.set(title="Lens: distance to the final prediction", ylabel="KL to the final layer, nats")
+    withdrawal.set(
+        title="Withdrawal of the image", ylabel="share of answers that change", xlabel="layers with the image"
+    )
+    for axis in (cosine, attention, lens):
+        axis.set(xlabel="layer")
+    for axis in (cosine, attention, lens, withdrawal):
+        axis.set(xlim=(-0.5, len(found["attention_mass"]["median"]) - 0.5))
+        axis.grid(alpha=0.3)
+        if found["recommended_split"] is not None:
+            axis.axvline(found["recommended_split"], color="0.3", linestyle=":", label="recommended split")
+        axis.legend(fontsize="small")
+    save(figure, folder / "saturation")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as .png and .svg, on white whatever it is shown on."""
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
+
+
+def _curve(axis: Axes, curve: dict[str, list[float]], name: str, colour: str, style: str) -> None:
+    x = range(len(curve["median"]))
+    axis.plot(x, curve["median"], style, color=colour, label=name, marker="o", markersize=3)
+    axis.fill_between(x, curve["q25"], curve["q75"], color=colour, alpha=0.2, linewidth=0)

@@ -1,0 +1,155 @@
+"""What plan_search.py finds for budgets of prefill FLOPs: a table, the frontier as a figure, and plan files.
+
+budgets --> readings that fit each split --> search on half of the prompts --> frontier on the other half
+                                                                                    |
+plans.json, plan_frontier.png, .svg, plan_0.45.yaml for `train_sft.py --plan`    <--'
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from transformers import LlavaForConditionalGeneration
+
+from dpvr.analysis.costs import PromptCosts
+from dpvr.analysis.curves import BLACK, BLUE, GREEN, ORANGE, save
+from dpvr.analysis.plan_search import Effect, Plan, alone, build_up, effects, write_plan
+from dpvr.data.prompts import Batch
+
+
+class Point(NamedTuple):
+    """A plan, what it costs, and what it does to prompts that were not searched."""
+
+    plan: Plan
+    flops: float
+    effect: Effect
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.plan._asdict(), "prefill_flops_ratio": self.flops, **self.effect._asdict()}
+
+
+def find_plans(
+    model: LlavaForConditionalGeneration,
+    searched: Callable[[], Iterable[Batch]],
+    held_out: Callable[[], Iterable[Batch]],
+    budgets: list[float],
+    costs: PromptCosts,
+) -> dict[str, Any]:
+    """Search for the plan of each budget; the document of plans.json.
+
+    Raises:
+        ValueError: if a budget is too small for any split with one layer that reads.
+    """
+    depth = model.config.text_config.num_hidden_layers
+    cheapest = share(costs, Plan(1, (depth - 1,)))
+    if min(budgets) < cheapest:
+        raise ValueError(
+            f"Expected budgets of at least {cheapest:.3f} of vanilla's prefill FLOPs, a split after layer 1 and one "
+            f"reading; got {min(budgets)}. Remedy: larger ones after --find_plan."
+        )
+    most = readings_within(costs, depth, max(budgets))
+    readings = alone(model, searched, most)
+    path = build_up(model, searched, most, readings)
+    path |= {Plan(split, (layer,)): found.on for split in readings for layer, found in readings[split].items()}
+    plain = [Plan(split, layers) for split in range(1, depth) for layers in ((), (depth - 1,))]
+    found = effects(model, held_out(), list(dict.fromkeys([*path, *plain])), "Frontier")
+    points = [Point(plan, share(costs, plan), effect) for plan, effect in found.items()]
+    chosen = {}
+    for budget in budgets:
+        affordable = [plan for plan in path if share(costs, plan) <= budget]
+        best = min(affordable, key=lambda plan: path[plan].kl)  # by the searched prompts, the numbers by the others
+        chosen[str(budget)] = next(point for point in points if point.plan == best).as_json()
+    return {
+        "tokens": dict(zip(("image", "text"), costs.tokens, strict=True)),
+        "plans": chosen,
+        "frontier": [point.as_json() for point in sorted(points, key=lambda point: point.flops)],
+        "readings_alone": {
+            split: {layer: {"on": a.on._asdict(), "off": a.off._asdict()} for layer, a in by_layer.items()}
+            for split, by_layer in readings.items()
+        },
+    }
+
+
+def share(costs: PromptCosts, plan: Plan) -> float:
+    """A plan's FLOPs; one without fusion layers is the text alone."""
+    routing = "late_fusion" if plan.fusion_layers else "text_only"
+    return costs.share(routing=routing, split_layer=plan.split_layer, fusion_layers=plan.fusion_layers or None)
+
+
+def readings_within(costs: PromptCosts, depth: int, budget: float) -> dict[int, int]:
+    """Per split, how many deep layers may read the image within a budget; splits without any are left out.
+
+    The last layer reads at the least cost: there the last token alone asks.
+    """
+    most = {}
+    for split in range(1, depth):
+        cheapest = [Plan(split, (*range(split, split + n), depth - 1)) for n in range(depth - split)]
+        fitting = [len(plan.fusion_layers) for plan in cheapest if share(costs, plan) <= budget]
+        if fitting:
+            most[split] = max(fitting)
+    return most
+
+
+def table(document: dict[str, Any]) -> str:
+    """The plan of each budget, and what each deep layer's reading does at its split."""
+    lines = [f"{'budget':>7}{'FLOPs':>8}{'split':>7}{'KL':>8}{'changed':>9}  fusion layers"]
+    for budget, plan in document["plans"].items():
+        lines.append(
+            f"{budget:>7}{plan['prefill_flops_ratio']:>8.3f}{plan['split_layer']:>7}{plan['kl']:>8.3f}"
+            f"{plan['changed']:>9.1%}  {' '.join(map(str, plan['fusion_layers']))}"
+        )
+    for split in dict.fromkeys(plan["split_layer"] for plan in document["plans"].values()):
+        lines.append(f"\nSplit {split}: answers changed when one layer reads alone, and when it alone does not")
+        for layer, found in document["readings_alone"][split].items():
+            lines.append(f"{layer:>7}{found['on']['changed']:>9.1%}{found['off']['changed']:>9.1%}")
+    return "\n".join(lines)
+
+
+def write_plans(document: dict[str, Any], folder: Path) -> list[Path]:
+    """A plan file per budget."""
+    paths = []
+    for budget, found in document["plans"].items():
+        paths.append(folder / f"plan_{budget}.yaml")
+        cost = f"{found['prefill_flops_ratio']:.3f} of vanilla's prefill FLOPs"
+        comment = f"{cost}; {found['changed']:.1%} of the answers change before training"
+        write_plan(Plan(found["split_layer"], tuple(found["fusion_layers"])), paths[-1], comment)
+    return paths
+
+
+def draw_frontier(document: dict[str, Any], folder: Path) -> None:
+    """What plans change against their FLOPs: every plan that was built up, the chosen ones, and the plain graphs."""
+    figure = Figure(figsize=(10, 4.2), facecolor="white", layout="constrained")
+    depth = max(max(point["fusion_layers"], default=0) for point in document["frontier"]) + 1
+    text = [point for point in document["frontier"] if not point["fusion_layers"]]
+    late = [point for point in document["frontier"] if list(point["fusion_layers"]) == [depth - 1]]
+    built = [point for point in document["frontier"] if point not in text]
+    for axis, what, label in zip(
+        figure.subplots(1, 2), ("changed", "kl"), ("share of answers that change", "KL to vanilla, nats"), strict=True
+    ):
+        for points, colour, style, name in (
+            (text, ORANGE, "o--", "text alone, every split"),
+            (late, GREEN, "s--", "last layer reads, every split"),
+            (_undominated(built, what), BLUE, "^-", "read where it matters"),
+        ):
+            axis.plot(*_xy(points, what), style, color=colour, label=name, markersize=5)
+        axis.plot(*_xy(built, what), ".", color=BLUE, alpha=0.35, markersize=4)
+        axis.plot(*_xy(document["plans"].values(), what), "*", color=BLACK, markersize=11, label="plan of a budget")
+        axis.set(xlabel="prefill FLOPs, share of vanilla's", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    save(figure, folder / "plan_frontier")
+
+
+def _xy(points: Iterable[dict[str, Any]], what: str) -> tuple[list[float], list[float]]:
+    points = list(points)
+    return [point["prefill_flops_ratio"] for point in points], [point[what] for point in points]
+
+
+def _undominated(points: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """The points, by FLOPs, which no cheaper point is as good as."""
+    kept: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda point: (point["prefill_flops_ratio"], point[what])):
+        if not kept or point[what] < kept[-1][what]:
+            kept.append(point)
+    return kept

@@ -1,0 +1,272 @@
+"""FastV and random pruning: what late fusion is compared with. Inference only, on the weights of a model at hand.
+
+FastV (Chen et al., ECCV 2024, https://arxiv.org/abs/2403.06764) drops the image tokens that the prompt's last token
+looks at least, once, after the first K layers:
+
+    layers 0 ... K-1     all tokens                                         T keys
+        |
+    rank                 a row's image tokens, by the attention that its last token gives them in layer K-1
+        |                (the mean over heads), or at random: the control at the same cut
+    layers K ... L-1     text and the best `keep` share of the image tokens, in their order and at their positions
+
+To the two streams of two_stream_dpvr.py that is a text-only plan split at K whose second stream is the tokens to drop:
+masks, ragged rows, the cache and decoding are those of the method itself, on the same kernels.
+
+    pruned = prune(llava, layer=3, keep=0.5)
+    pruned.generate(**inputs, max_new_tokens=20)
+
+Axes: B batch, T tokens of a chunk, V image tokens, N keys, H heads, D width.
+"""
+
+import copy
+from functools import partial, wraps
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+from transformers.cache_utils import Cache
+from transformers.models.llava.modeling_llava import LlavaModel
+from transformers.utils import can_return_tuple
+
+from configuration_dpvr import JOINT, TEXT, LayerPlan
+from costs_dpvr import CostFormulas, DecoderShape
+from dpvr.analysis.attention import attention_inputs
+from forward_dpvr import check_support, routed_forward
+from generation_dpvr import routed
+from twins_dpvr import RoutedLayer
+from two_stream_dpvr import TwoStreamPass
+from versions_dpvr import argument_names
+
+RANKS = ("attention", "random")
+
+
+def prune(
+    model: LlavaForConditionalGeneration,
+    *,
+    layer: int = 3,
+    keep: float = 0.5,
+    rank: Literal["attention", "random"] = "attention",
+    seed: int = 0,
+) -> "PrunedLlava":
+    """A model that shares all weights with `model` (a stock LLaVA, or the vanilla base of a DPVR one) and prunes.
+
+    Args:
+        layer: K, how many layers see every token.
+        keep: share of each row's image tokens that the later layers see; V tokens leave round(keep * V), at least one.
+        rank: "attention" is FastV, "random" the control.
+        seed: of the random ranks, which depend on it and on a row's number of image tokens alone.
+
+    Raises:
+        ValueError: for arguments that make no plan, and decoders that the method does not run on.
+    """
+    depth = model.config.text_config.num_hidden_layers
+    if not (type(layer) is int and 1 <= layer < depth):
+        raise ValueError(
+            f"Expected layer to be an integer from 1 to {depth - 1}, for a decoder of {depth} layers; got {layer!r}. "
+            "Remedy: FastV's own is 2 of 32, the paper's comparison 3."
+        )
+    if not 0 < keep <= 1:
+        raise ValueError(
+            f"Expected keep, a share of the image tokens, above 0 and at most 1; got {keep!r}. Remedy: no image "
+            "token at all is routing='text_only'."
+        )
+    if rank not in RANKS:
+        raise ValueError(f"Expected rank to be one of {RANKS}; got {rank!r}. Remedy: pick one of these names.")
+    check_support(model.config)
+    return PrunedLlava(model, layer, keep, rank, seed)
+
+
+class PrunedModel(LlavaModel):
+    """A LLaVA without its head that prunes; a twin of the one it is made of."""
+
+    @classmethod
+    def of(cls, llava: LlavaModel, pruning: "PrunedLlava") -> "PrunedModel":
+        """Share all of a LLaVA's parts but a side branch."""
+        model = copy.copy(llava)
+        model.__class__, model.pruning = cls, None
+        vars(model)["_modules"] = {name: part for name, part in llava._modules.items() if name != "side_branch"}
+        vars(model)["pruning"] = pruning
+        return model
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.pruning.plan
+
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any):
+        arguments = dict(zip(argument_names(LlavaModel.forward), args, strict=False)) | kwargs
+        make_pass = partial(PruningPass, pruning=self.pruning, valid=arguments.get("attention_mask"))
+        return routed_forward(self, LlavaModel.forward, nn.ModuleList(), self.plan, arguments, make_pass=make_pass)
+
+
+class PrunedLlava(CostFormulas, routed(LlavaForConditionalGeneration)):
+    """LLaVA with fewer image tokens from layer `layer` on; made by `prune`, where the arguments are described."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, layer: int, keep: float, rank: str, seed: int):
+        super(LlavaForConditionalGeneration, self).__init__(llava.config)
+        self.layer, self.keep, self.rank, self.seed = layer, keep, rank, seed
+        depth = llava.config.text_config.num_hidden_layers
+        self.plan = LayerPlan(layer, (JOINT,) * layer + (TEXT,) * (depth - layer))
+        self.model, self.lm_head = PrunedModel.of(llava.model, self), llava.lm_head
+        self.generation_config, self.training = llava.generation_config, llava.training
+
+    @wraps(LlavaForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any):
+        """LLaVA's forward; the last token given with an image is the one whose attention ranks.
+
+        So generate with a cache, as is the default: without one every new token would rank anew.
+
+        Returns:
+            logits (B, T or kept, vocabulary). Those at dropped image tokens predict nothing.
+
+        Raises:
+            ValueError: as DPVR's forward, and for labels and hidden states, which belong to training and probing.
+        """
+        for name in ("labels", "output_hidden_states"):
+            value = kwargs.get(name)
+            if value is not None and value is not False:
+                raise ValueError(f"Expected no {name} for an inference-only baseline; got them. Remedy: drop them.")
+        return super().forward(*args, **kwargs)
+
+    def prefill_flops(
+        self, num_image_tokens: int, num_text_tokens: int, *, batch_size: int = 1, logits_to_keep: int = 1
+    ) -> int:
+        return batch_size * pruned_flops(
+            DecoderShape.of(self.config.text_config),
+            self.config.text_config.num_hidden_layers,
+            num_image_tokens,
+            num_text_tokens,
+            layer=self.layer,
+            keep=self.keep,
+            rank=self.rank,
+            logits_to_keep=logits_to_keep,
+        )
+
+    def kv_cache_bytes(
+        self,
+        num_image_tokens: int,
+        num_text_tokens: int,
+        *,
+        batch_size: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> int:
+        """As `CostFormulas.kv_cache_bytes`: the first layers hold all tokens, the others the survivors."""
+        text, kept = self.config.text_config, num_kept(num_image_tokens, self.keep)
+        entries = text.num_hidden_layers * num_text_tokens
+        entries += self.layer * num_image_tokens + (text.num_hidden_layers - self.layer) * kept
+        return DecoderShape.of(text).key_bytes(batch_size * entries, dtype or self.dtype)
+
+
+def num_kept(num_image_tokens: int, keep: float) -> int:
+    """Image tokens of a row that the later layers see."""
+    return min(num_image_tokens, max(1, round(keep * num_image_tokens)))
+
+
+def pruned_flops(
+    shape: DecoderShape,
+    depth: int,
+    num_image_tokens: int,
+    num_text_tokens: int,
+    *,
+    layer: int,
+    keep: float,
+    rank: str,
+    logits_to_keep: int = 1,
+) -> int:
+    """As `costs_dpvr.prefill_flops`, with the one query's scores that rank the image tokens."""
+    total, survivors = num_image_tokens + num_text_tokens, num_text_tokens + num_kept(num_image_tokens, keep)
+    kept = min(logits_to_keep or total, total)
+    last = kept if num_image_tokens and kept < num_text_tokens else survivors  # queries of the last layer
+    flops = layer * shape.layer_flops(total, keys=total)
+    flops += (depth - layer - 1) * shape.layer_flops(survivors, keys=survivors)
+    flops += shape.layer_flops(last, keys=survivors) + shape.head_flops(kept)
+    if rank == "attention" and num_image_tokens:
+        flops += 2 * shape.query_width * (shape.width + total)
+    return flops
+
+
+class Watch:
+    """In a cache's place: looks at the keys that a layer reads."""
+
+    def __init__(self, cache: Cache | None) -> None:
+        self.cache = cache
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any):
+        both = (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
+        self.keys = both[0]
+        return both
+
+
+class PruningPass(TwoStreamPass):
+    """A forward pass that finds out on the way which tokens leave: the second stream is the tokens to drop.
+
+    Args:
+        pruning: how many tokens leave, and by what rank.
+        valid: the padding mask (B, past + T), if any.
+    """
+
+    def __init__(self, *args: Any, pruning: PrunedLlava, valid: torch.Tensor | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pruning, self.valid = pruning, valid
+
+    def shared_layer(
+        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
+    ) -> Any:
+        """As without pruning; the last of these layers also ranks the tokens."""
+        if layer.index < self.plan.split_layer - 1:
+            return super().shared_layer(layer, hidden, arguments, cache)
+        watch = Watch(cache)
+        out = super().shared_layer(layer, hidden, arguments, watch)
+        if self.pruning.rank == "attention":
+            self.scores = self._last_token_attention(layer, hidden, arguments, watch.keys)
+        else:
+            self.scores = random_scores(self.image_mask, self.pruning.seed)
+        return out
+
+    def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Sort the chunk anew: the second stream is no longer the image but what is dropped."""
+        self.sort(self.image_mask & ~best_image_tokens(self.scores, self.image_mask, self.pruning.keep))
+        super().leave(layer, hidden, arguments)
+
+    def query_slots(self, kind: str) -> torch.Tensor:
+        """As without pruning, and of kind "last" each row's last token."""
+        if kind != "last":
+            return super().query_slots(kind)
+        if self.valid is None or self.valid.ndim != 2:
+            return self.all_slots[:, -1:]
+        place = torch.arange(self.length, device=self.valid.device)
+        return self.all_slots.gather(1, (self.valid[:, -self.length :] * place).argmax(1, keepdim=True))
+
+    def _last_token_attention(
+        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], keys: torch.Tensor
+    ) -> torch.Tensor:
+        """What each row's last token gives the chunk's tokens in `layer`, the mean over heads, float (B, T).
+
+        `hidden` (B, T, D) are the layer's input; it has cached `keys`.
+        """
+        last, known = self.query_slots("last"), self.past + self.length
+        of_last = {name: value for name, value in arguments.items() if name != "attention_mask"}
+        found = attention_inputs(
+            layer.stock, self.streams.pick(hidden, last), self.arguments(of_last, "last"), keys[:, :, :known]
+        )
+        seen = torch.arange(known, device=last.device) <= last  # (B, K)
+        if self.valid is not None and self.valid.ndim == 2:
+            seen &= self.valid[:, :known].bool()
+        return found.weights(seen[:, None, None])[:, :, 0, self.past :].mean(1)
+
+
+def best_image_tokens(scores: torch.Tensor, image_mask: torch.Tensor, keep: float) -> torch.Tensor:
+    """bool (B, T): in each row the `keep` share of its image tokens with the highest scores (B, T)."""
+    counts = image_mask.sum(1, keepdim=True)
+    num_kept = (keep * counts.double()).round().clamp(min=1)
+    order = scores.masked_fill(~image_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return image_mask & (order.argsort(1) < num_kept)
+
+
+def random_scores(image_mask: torch.Tensor, seed: int) -> torch.Tensor:
+    """Scores (B, T) that depend on the seed and on how many image tokens a row has, not on the batch it is in."""
+    scores = torch.zeros(image_mask.shape)
+    for row, row_mask in zip(scores, image_mask.cpu(), strict=True):
+        row[row_mask] = torch.rand(int(row_mask.sum()), generator=torch.Generator().manual_seed(seed))
+    return scores.to(image_mask.device)

@@ -1,0 +1,68 @@
+"""What the project's commands share: an error of the user's is one message and exit status 2, never a traceback.
+
+    parse_args --Parser: a misspelt option is answered with the nearest one--> main --run: user errors-->
+
+Nothing heavy is imported here or at the top of a command, so `--help` comes at once.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+USER_ERRORS = (ValueError, OSError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser of a module: its docstring is what `--help` shows, and what is wrong is said in one line."""
+
+    def __init__(self, doc: str | None = None, **options: Any) -> None:
+        options = {"allow_abbrev": False, "formatter_class": HelpFormatter, **options}
+        super().__init__(description=doc, **options)
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            self.error(unknown_option(unknown, options))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A docstring as it stands, and the default behind each option's help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in shown:
+            return shown
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        return f"{shown} (default: {default})".strip()
+
+
+def unknown_option(unknown: list[str], known: Iterable[str]) -> str:
+    """One line about the first word that is no option: the nearest option, if one is near."""
+    first = unknown[0].split("=")[0]
+    if not first.startswith("-"):
+        return f"unexpected argument {first!r}; --help lists the options"
+    nearest = get_close_matches(first, list(known), n=1)
+    return f"there is no option {first}; " + (f"did you mean {nearest[0]}?" if nearest else "--help lists the options")
+
+
+def run(main: Callable[..., Any], *args: Any) -> Any:
+    """Run a command and end it at an error of the user's with one message and exit status 2.
+
+    `python -X dev` shows the traceback.
+    """
+    try:
+        return main(*args)
+    except USER_ERRORS as error:
+        if sys.flags.dev_mode:
+            raise
+        message = re.sub(r"\s*\n\s*\n\s*", "\n", str(error)).strip()
+        print(f"Error: {message or type(error).__name__}", file=sys.stderr)
+        raise SystemExit(2) from None

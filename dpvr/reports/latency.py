@@ -1,0 +1,369 @@
+"""Tables and figures of cost, made from the JSON files of benchmark_latency.py and from nothing else.
+
+results/latency/SHAPE.json             all methods at 576 + 128 tokens      Tables 1, 6 and 7; README
+results/latency/peaks/SHAPE.json       the same prompts, --rounds 0: peak memory alone
+results/latency/text/SHAPE.json        text tokens from 64 to 1024          Table 8 and a figure
+results/latency/batch/SHAPE.json       batches of 1 and 4
+results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
+results/DEVICE/latency/...             the same from a GPU; takes the place of what was only counted
+    |
+README.md, docs/performance.md, docs/*.png      by `python -m dpvr.reports`
+
+A column of the paper's own numbers says "paper". What has no number in the files is "not measured".
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NAMES = {
+    "vanilla": "vanilla LLaVA",
+    "vanilla_flash": "vanilla, flash attention",
+    "late_fusion": "late fusion, K = 1",
+    "late_fusion_k2": "late fusion, K = 2",
+    "early_reading_4": "early split, 4 reading layers",
+    "early_reading_8": "early split, 8 reading layers",
+    "persistent_context": "DPVR-PC",
+    "kv_substitution": "DPVR-KV",
+    "text_only": "text only (VTW)",
+    "fastv": "FastV, K = 3, half kept",
+    "random_pruning": "random pruning, same cut",
+}
+PAPER_TABLE_1 = {
+    "vanilla": "14",
+    "persistent_context": "14",
+    "kv_substitution": "about 4.2",
+    "late_fusion": "1",
+    "text_only": "0",
+}
+UNMEASURED = "not measured"
+COLOURS = {  # Okabe, Ito; None is vanilla, grey on any background
+    "vanilla": "#888888",
+    "late_fusion": "#0072B2",
+    "early_reading_4": "#009E73",
+    "kv_substitution": "#CC79A7",
+    "text_only": "#56B4E9",
+    "fastv": "#D55E00",
+    "random_pruning": "#E69F00",
+}
+Row = dict[str, Any]
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def render_latency(results: Path) -> str:
+    """README: one row per method on a CPU."""
+    record = _read(results / "latency" / "512x32.json")
+    header = [
+        "",
+        "prefill, ratio to vanilla",
+        "its FLOPs",
+        "a token, ratio to vanilla",
+        "keys and values",
+        "peak memory",
+    ]
+    rows = [
+        [
+            NAMES[row["method"]],
+            _time(row, "prefill_ms"),
+            f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
+            _time(row, "decode_ms_per_token"),
+            _bytes(row, "kv_bytes"),
+            _peak(record, row, results),
+        ]
+        for row in record["rows"]
+        if row["prefill_ms"] is not None
+    ]
+    peaks = _read(results / "latency" / "peaks" / "512x32.json")
+    return _text(table(header, rows), _protocol(record), _protocol(peaks))
+
+
+def render_table_1(results: Path) -> str:
+    """The paper's Table 1, counted: FLOPs that images cost past the split."""
+    records = [_read(results / "latency" / f"{shape}.json") for shape in ("llava-1.5-7b", "llava-1.5-13b")]
+    columns = [{row["method"]: row for row in record["rows"]} for record in records]
+    rows = [
+        [
+            NAMES[method],
+            paper,
+            *(f"{column[method]['deep_image_layers']:.2f}" for column in columns),
+            *(f"{column[method]['ratio_to_vanilla']['prefill_flops']:.4f}" for column in columns),
+        ]
+        for method, paper in PAPER_TABLE_1.items()
+    ]
+    header = ["", "paper, 7B, s = 18", "7B, s = 18", "13B, s = 24", "7B, whole prefill", "13B, whole prefill"]
+    return _text(table(header, rows), _made_by(records))
+
+
+def render_table_6(results: Path) -> str:
+    """The paper's Table 6: forward latency and peak memory, sizes by methods."""
+    records = _records(results)
+    header = ["size", "", "forward", "without the tower", "its FLOPs", "peak memory"]
+    rows = [
+        [
+            _size(record, row),
+            NAMES[row["method"]],
+            _time(row, "prefill_ms"),
+            _time(row, "prefill_without_tower_ms"),
+            f"{row['ratio_to_vanilla']['prefill_flops']:.3f}",
+            _peak(record, row, results),
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    return _text(table(header, rows), *map(_protocol, records + _records(results, "peaks")))
+
+
+def render_table_7(results: Path) -> str:
+    """The paper's Table 7: prefill, a decoded token, and whether the cache is reused."""
+    records = _records(results)
+    header = ["size", "", "prefill", "a token", "K/V reuse", "keys and values"]
+    rows = [
+        [
+            _size(record, row),
+            NAMES[row["method"]],
+            _time(row, "prefill_ms"),
+            _time(row, "decode_ms_per_token"),
+            {True: "✓", False: "×", None: UNMEASURED}[row["kv_reuse"]],
+            _bytes(row, "kv_bytes"),
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    return _text(table(header, rows), _made_by(records))
+
+
+def render_table_8(results: Path) -> str:
+    """The paper's Table 8: the prefill against the length of the text."""
+    return _sweep(results, "text", "text_tokens", "{} text tokens")
+
+
+def render_batch(results: Path) -> str:
+    return _sweep(results, "batch", "batch_size", "batch {}")
+
+
+def render_images(results: Path) -> str:
+    return _sweep(results, "images", "num_images", "pictures: {}")
+
+
+def _sweep(results: Path, folder: str, field: str, heading: str) -> str:
+    """A row per shape and method, and in each cell the time of a prefill with its ratio and the FLOPs' ratio."""
+    records = _records(results, folder)
+    points = sorted({row[field] for record in records for row in record["rows"]})
+    rows = []
+    for record in records:
+        for method in dict.fromkeys(row["method"] for row in record["rows"]):
+            found = {row[field]: row for row in record["rows"] if row["method"] == method}
+            cells = [_with_flops(found[point]) if point in found else UNMEASURED for point in points]
+            rows.append([_size(record), NAMES[method], *cells])
+    return _text(table(["size", "", *map(heading.format, points)], rows), *map(_protocol, records))
+
+
+def _with_flops(row: Row) -> str:
+    flops, name = f"FLOPs {row['ratio_to_vanilla']['prefill_flops']:.4f}", "prefill_ms"
+    return f"{UNMEASURED}; {flops}" if row[name] is None else f"{_time(row, name, digits=0)}; {flops}"
+
+
+def render_phases(results: Path) -> str:
+    """Where the time of a prefill goes, part by part; a layer of the shared stack, and arithmetic a second."""
+    record = _read(results / "latency" / "512x32.json")
+    rows = [row for row in record["rows"] if row["prefill_ms"] is not None]
+    parts = list(rows[0]["phases_ms"])
+    header = ["", *(part.replace("_", " ") for part in parts), "sum", "a shared layer", "GFLOP/s"]
+    cells = [
+        [
+            NAMES[row["method"]],
+            *(f"{row['phases_ms'][part]:.1f}" for part in parts),
+            f"{sum(row['phases_ms'].values()):.1f}",
+            f"{row['phases_ms']['shared_stack'] / _shared_layers(row):.1f}",
+            f"{row['prefill_flops'] / row['prefill_without_tower_ms'] / 1e6:.1f}",
+        ]
+        for row in rows
+    ]
+    return _text(table(header, cells), "Milliseconds. " + _protocol(record, has_ratios=False))
+
+
+def _shared_layers(row: Row) -> int:
+    """Layers before the split; without one, all but the last, which is a part of its own."""
+    shared, deep = row["plan"].split("|")
+    return len(shared) if deep else len(shared) - 1
+
+
+PERFORMANCE: dict[str, Callable[[Path], str]] = {
+    "table1": render_table_1,
+    "table6": render_table_6,
+    "table7": render_table_7,
+    "table8": render_table_8,
+    "batch": render_batch,
+    "images": render_images,
+    "phases": render_phases,
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _time(row: Row, name: str, digits: int = 1) -> str:
+    """Its ratio is left out where vanilla itself does not fit."""
+    if row[name] is None:
+        return UNMEASURED
+    time, ratio = f"{row[name]:,.{digits}f} ms", row["ratio_to_vanilla"]
+    if ratio[name] is None:
+        return time
+    low, high = ratio[f"{name}_spread"]
+    return f"{time}, {ratio[name]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _bytes(row: Row, name: str) -> str:
+    ratio = row["ratio_to_vanilla"][name]
+    if row[name] is None:
+        return row["note"] if row["note"] == "does not fit" else UNMEASURED
+    return f"{row[name] / 1e6:,.1f} MB" + ("" if ratio is None else f", {ratio:.3f}")
+
+
+def _records(results: Path, folder: str = "") -> list[Row]:
+    """What was measured and, of shapes that were not measured anywhere, what was counted; by shape."""
+    paths = [*results.glob(f"latency/{folder}/*.json"), *results.glob(f"*/latency/{folder}/*.json")]
+    records = sorted(map(_read, sorted(paths)), key=_size)
+    measured = {record["rows"][0]["shape"] for record in records if _is_measured(record)}
+    return [record for record in records if _is_measured(record) or record["rows"][0]["shape"] not in measured]
+
+
+def _is_measured(record: Row) -> bool:
+    return any(row[name] is not None for row in record["rows"] for name in ("prefill_ms", "peak_bytes"))
+
+
+def _size(record: Row, row: Row | None = None) -> str:
+    """The shape; where it ran, if not on a CPU; and a row's batch, if larger than 1."""
+    parts = [record["rows"][0]["shape"]]
+    if record["device"] not in ("cpu", "meta"):
+        parts.append(record["hardware"])
+    if row and row["batch_size"] > 1:
+        parts.append(f"batch {row['batch_size']}")
+    return ", ".join(parts)
+
+
+def _peak(record: Row, row: Row, results: Path) -> str:
+    """A row's own, or that of the same prompt on the same device in peaks/."""
+    path = results / "latency" / "peaks" / f"{row['shape']}.json"
+    if row["peak_bytes"] is None and path.exists():
+        peaks, same = _read(path), ("method", "batch_size", "text_tokens", "num_images")
+        if peaks["device"] == record["device"]:
+            row = next((other for other in peaks["rows"] if all(other[name] == row[name] for name in same)), row)
+    return _bytes(row, "peak_bytes")
+
+
+def _protocol(record: Row, has_ratios: bool = True) -> str:
+    """How one file was measured."""
+    first = record["rows"][0]
+    if first["peak_bytes"] is not None and first["prefill_ms"] is None:
+        return f"{first['shape']}, peak memory: {record['dtype']}. {_machine(record)}"
+    if first["prefill_ms"] is None:
+        return f"{first['shape']}: counted on the meta device, {record['dtype']}; {_machine(record)}"
+    ratios = "; ratios are taken within a round, in brackets their 10th and 90th percentiles"
+    return (
+        f"{first['shape']}: {record['dtype']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, "
+        f"{ {'wall': 'wall', 'cpu': 'processor'}[record['clock']] } time, medians of "
+        f"{record['rounds']} interleaved rounds after {record['warmup']} to warm up, {record['new_tokens']} tokens "
+        f"decoded in each{ratios * has_ratios}. {_machine(record)}"
+    )
+
+
+def _machine(record: Row) -> str:
+    versions = record["versions"]
+    return (
+        f"Made by `{record['command']}` on {record['hardware']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}."
+    )
+
+
+def _made_by(records: list[Row]) -> str:
+    return "\n\n".join(map(_machine, records))
+
+
+def _text(lines: list[str], *notes: str) -> str:
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def _read(path: Path) -> Row:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw(results: Path, folder: Path) -> None:
+    """Every figure as a PNG in `folder`."""
+    from matplotlib.figure import Figure  # not at the top: tables need none of it
+
+    for name, plot in (("latency_text", _plot_text), ("latency_kv", _plot_kv), ("latency_roofline", _plot_roofline)):
+        figure = Figure(figsize=(10, 4), facecolor="white", layout="constrained")
+        plot(figure, results)
+        figure.savefig(folder / f"{name}.png", dpi=150)
+
+
+def _plot_text(figure: Any, results: Path) -> None:
+    """Latency and FLOPs against the length of the text, as ratios to vanilla."""
+    record = _read(results / "latency" / "text" / "512x32.json")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, name, title in zip(
+        axes,
+        ("prefill_without_tower_ms", "prefill_flops"),
+        ("latency on a CPU, language model", "FLOPs, counted"),
+        strict=True,
+    ):
+        for method in dict.fromkeys(row["method"] for row in record["rows"] if row["prefill_ms"] is not None):
+            rows = [row for row in record["rows"] if row["method"] == method]
+            x, y = [row["text_tokens"] for row in rows], [row["ratio_to_vanilla"][name] for row in rows]
+            axis.plot(x, y, color=COLOURS[method], marker="o", label=NAMES[method])
+        axis.set(
+            title=f"{title}, 512x32",
+            xlabel="text tokens",
+            ylabel="ratio to vanilla",
+            xscale="log",
+            ylim=(0, 1.1),
+        )
+        axis.set_xticks(x, map(str, x))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+
+
+def _plot_kv(figure: Any, results: Path) -> None:
+    """Bytes of keys and values after the prompt, counted for 7B."""
+    record = _read(results / "latency" / "llava-1.5-7b.json")
+    rows = [row for row in record["rows"] if row["method"] != "vanilla_flash"][::-1]
+    axis = figure.subplots()
+    groups = {"vanilla": "vanilla", "fastv": "fastv", "random_pruning": "fastv"}
+    colours = [COLOURS[groups.get(row["method"], "late_fusion")] for row in rows]
+    bars = axis.barh([NAMES[row["method"]] for row in rows], [row["kv_bytes"] / 1e6 for row in rows], color=colours)
+    axis.bar_label(bars, [f"{row['ratio_to_vanilla']['kv_bytes']:.3f}" for row in rows], padding=3)
+    axis.set(
+        xlabel="keys and values, MB (figures at the bars: ratio to vanilla)",
+        title="LLaVA-1.5-7B, 576 + 128 tokens, bfloat16",
+    )
+    axis.margins(x=0.1)
+    axis.grid(alpha=0.3, axis="x")
+
+
+def _plot_roofline(figure: Any, results: Path) -> None:
+    """FLOPs a second that each method reached, under what the machine reaches in large products."""
+    record = _read(results / "latency" / "512x32.json")
+    axis, speed = figure.subplots(), record["machine_speed"]
+    roof = [0.1, speed["flops_per_second"] / speed["bytes_per_second"], 3000]
+    axis.plot(roof, [min(speed["flops_per_second"], x * speed["bytes_per_second"]) / 1e9 for x in roof], color="0.5")
+    for row in record["rows"]:
+        if row["method"] not in COLOURS or row["prefill_ms"] is None:
+            continue
+        times = {"prefill": row["prefill_without_tower_ms"], "decode": row["decode_ms_per_token"]}
+        for name, marker in (("prefill", "o"), ("decode", "s")):
+            flops, label = row[f"{name}_flops"], NAMES[row["method"]] if name == "prefill" else None
+            place = (flops / row[f"{name}_bytes"], flops / times[name] / 1e6)
+            axis.scatter(*place, color=COLOURS[row["method"]], marker=marker, label=label, zorder=3)
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte of weights, keys and values", ylabel="GFLOP/s")
+    axis.set_title("512x32 on a CPU: squares are decoded tokens, circles prefills, the line what the machine reaches")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="lower right")
