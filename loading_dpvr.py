@@ -12,7 +12,14 @@ import os
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ProcessorMixin,
+)
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
@@ -300,6 +307,13 @@ class SideBranchLoading:
             self.config, self._weight_conversions = own, conversions
             if quantizer is not None:
                 self.hf_quantizer = quantizer
+
+
+def load_processor(name_or_path: str, revision: str = "main", token: str | bool | None = None) -> ProcessorMixin:
+    """Load the processor of a LLaVA or DPVR repository; code beside it is not run, as a processor needs none."""
+    AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
+    AutoProcessor.register(DpvrLlavaConfig, LlavaProcessor, exist_ok=True)
+    return AutoProcessor.from_pretrained(name_or_path, revision=revision, token=token, trust_remote_code=False)
 
 
 def _read_side_branch(repository: str, **hub_kwargs) -> dict[str, torch.Tensor]:

@@ -15,8 +15,9 @@ from transformers import LlavaForConditionalGeneration
 
 from adapter_dpvr import DpvrConfig
 from dpvr.inference.chat import Answerer, Turn, load
-from dpvr.pretraining.processor import load_processor, save_processor
+from dpvr.pretraining.processor import save_processor
 from hub_dpvr import ADAPTER_WEIGHTS_NAME
+from loading_dpvr import load_processor
 from minibench.scenes import make_scene
 
 
@@ -156,7 +157,7 @@ def test_temperature_samples(answerer, temperature):
 
 @pytest.mark.parametrize("temperature", [-1, 1e-39, 2.1, float("nan"), float("inf")])
 def test_temperatures_that_no_sampling_survives_are_refused(answerer, temperature):
-    with pytest.raises(ValueError, match="Expected a temperature of 0 or from 0.05 to 2.0"):
+    with pytest.raises(ValueError, match="The temperature is .*: use 0, .* or 0.05 to 2.0"):
         answerer.answer(TURNS, temperature=temperature)
 
 
@@ -180,10 +181,10 @@ def test_a_look_inside_shows_both_routings_and_the_picture_that_the_tower_sees(a
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ("", "Expected a question; got an empty one"),
-        (" \n ", "Expected a question; got an empty one"),
+        ("", "The question is empty: type one"),
+        (" \n ", "The question is empty: type one"),
         ("word " * 10_000, "at most 20,000 characters; got 50,000"),
-        ("a b " * 1_500, "Expected at most 1984 tokens in the conversation"),
+        ("a b " * 1_500, "The conversation has .* the model has room for 1984"),
         ("a\x00b", "control characters such as '\\\\x00'"),
         ("a\x1b[31mb", "control characters"),
         ("a\x9bb", "control characters"),
@@ -216,10 +217,10 @@ def test_an_adapter_is_loaded_on_its_base(random_mini, tmp_path):
 
 
 def test_what_is_no_dpvr_repository_is_refused(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="Expected a base only beside a PEFT adapter"):
+    with pytest.raises(ValueError, match="is not a PEFT adapter.*: leave the base"):
         load(random_mini, base="somewhere")
     make_llava(dtype=torch.float32).save_pretrained(tmp_path / "llava")
-    with pytest.raises(ValueError, match="Expected a DPVR repository or an adapter; got 'llava'"):
+    with pytest.raises(ValueError, match="holds a model of type 'llava', neither .*train_sft.py"):
         load(str(tmp_path / "llava"))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "DPVR"}')

@@ -30,7 +30,8 @@ from dpvr.inference.batches import reply, to_settings
 from dpvr.inference.chat import load
 from dpvr.inference.evaluation import evaluate
 from dpvr.lmms_eval import minibench as lmms
-from dpvr.pretraining.processor import load_processor, save_processor
+from dpvr.pretraining.processor import save_processor
+from loading_dpvr import load_processor
 from minibench.data import make_items
 from minibench.scoring import summarise
 from minibench.tasks import TASKS

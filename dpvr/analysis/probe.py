@@ -38,8 +38,8 @@ from dpvr.analysis.saturation import measure, measure_routed
 from dpvr.analysis.tuned_lens import TunedLens
 from dpvr.data.conversations import Row, load_conversations
 from dpvr.data.prompts import IGNORED_LABEL, AnsweredPrompts, Batch, in_batches
-from dpvr.pretraining.processor import load_processor
 from dpvr.record import publish, run_record, without_folders
+from loading_dpvr import load_processor
 from minibench.data import to_hf_dataset
 
 MINIBENCH = "minibench"

@@ -19,8 +19,8 @@ from typing import Any
 
 from configuration_dpvr import DPVR_FIELDS
 from dpvr.inference.evaluation import evaluate
-from dpvr.pretraining.processor import load_processor
 from dpvr.record import publish, run_record
+from loading_dpvr import load_processor
 from minibench.data import make_items
 from minibench.scoring import constant_replies
 from modeling_dpvr import DpvrLlavaForConditionalGeneration

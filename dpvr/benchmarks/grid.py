@@ -43,8 +43,8 @@ from transformers.utils import cached_file
 from dpvr.benchmarks.cells import BUDGETS, DEFAULTS, Cell, Fields, Grid, GridCosts, Row, unique_cells
 from dpvr.benchmarks.pruning import prune
 from dpvr.inference.evaluation import Reply, ask, score
-from dpvr.pretraining.processor import load_processor
 from dpvr.record import run_record, without_folders
+from loading_dpvr import load_processor
 from minibench.data import make_items, to_messages
 from minibench.tasks import Item
 from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration

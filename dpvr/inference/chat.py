@@ -34,8 +34,9 @@ from transformers.utils import cached_file
 
 from adapter_dpvr import FIELDS, DpvrConfig, find_weights
 from dpvr.analysis.attention import TextToImage, text_to_image_attention
-from dpvr.pretraining.processor import load_processor
+from dpvr.data.prompts import Conversation, prompt_inputs
 from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
+from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from versions_dpvr import cache_in
 
@@ -119,13 +120,13 @@ def load(
         model = _on_base(config, home, find_weights(name, revision=revision), **loading)
         revision = "main"
     elif base is not None:
-        raise ValueError(f"Expected a base only beside a PEFT adapter; {name!r} is none. Remedy: leave the base out.")
+        raise ValueError(f"{name!r} is not a PEFT adapter, so it brings its own base: leave the base {base!r} out.")
     else:
         model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True, **loading)
     if model.config.model_type != DpvrLlavaForConditionalGeneration.config_class.model_type:
         raise ValueError(
-            f"Expected a DPVR repository or an adapter; got {model.config.model_type!r} in {name!r}. Remedy: train a "
-            "side branch on it with train_sft.py."
+            f"{name!r} holds a model of type {model.config.model_type!r}, neither a DPVR model nor an adapter: train a "
+            "side branch on it with train_sft.py first."
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), load_processor(home, revision)
@@ -136,8 +137,8 @@ def _on_base(config: DpvrConfig, base: str, weights: str, **loading: Any) -> Pre
     llava, info = LlavaForConditionalGeneration.from_pretrained(base, output_loading_info=True, **loading)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"Expected a full LLaVA in {base!r}; got one without {len(missing)} weights, such as {missing[0]!r}. "
-            "Remedy: name the base that the adapter was trained on."
+            f"The base {base!r} lacks {len(missing)} weights, such as {missing[0]!r}: name the LLaVA that the adapter "
+            "was trained on."
         )
     config.for_base(llava.config)
     model = DpvrLlavaForConditionalGeneration.from_llava(llava, **{field: vars(config)[field] for field in FIELDS})
@@ -175,14 +176,13 @@ class Answerer:
             if turn.answer is not None:
                 answer = self._without_marks(turn.answer)
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         pictures = [picture for turn in turns for picture in turn.pictures]
-        inputs = self.processor(images=pictures or None, text=prompt, return_tensors="pt")
+        inputs = prompt_inputs(self.processor, [Conversation(messages, pictures)])
         length, room = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
         if length + max_new_tokens > room:
             raise ValueError(
-                f"Expected at most {room - max_new_tokens} tokens in the conversation, so that {max_new_tokens} are "
-                f"left for the answer; got {length}. Remedy: ask less at once, or start a new chat."
+                f"The conversation has {length} tokens; with {max_new_tokens} for the answer the model has room for "
+                f"{room - max_new_tokens}: ask a shorter question, or start a new chat."
             )
         return inputs.to(self.model.device, self.model.dtype)
 
@@ -194,21 +194,19 @@ class Answerer:
 
     def _check_question(self, question: str) -> None:
         if not question.strip():
-            raise ValueError("Expected a question; got an empty one. Remedy: type one.")
+            raise ValueError("The question is empty: type one.")
         if len(question) > MAX_CHARACTERS:
             raise ValueError(
-                f"Expected a question of at most {MAX_CHARACTERS:,} characters; got {len(question):,}. Remedy: ask "
-                "something shorter."
+                f"The question has {len(question):,} characters, and at most {MAX_CHARACTERS:,} are taken: shorten it."
             )
         if control := sorted({character for character in question if _is_control(character)}):
             raise ValueError(
-                f"Expected a question in plain text; got control characters such as {control[0]!r}. Remedy: type it "
-                "anew."
+                f"The question holds control characters, such as {control[0]!r}, which no one types: take them out."
             )
         if marks := [mark for mark in self.processor.tokenizer.all_special_tokens if mark in question]:
             raise ValueError(
-                f"Expected a question without the model's own marks; got {marks[0]!r}. Remedy: leave it out; pictures "
-                "are added by themselves."
+                f"The question holds {marks[0]!r}, one of the model's special tokens: take it out. Pictures are put in "
+                "by themselves."
             )
 
     def stream(
@@ -232,8 +230,7 @@ class Answerer:
         """
         if not (temperature == 0 or COOLEST <= temperature <= HOTTEST):
             raise ValueError(
-                f"Expected a temperature of 0 or from {COOLEST} to {HOTTEST}; got {temperature}. Remedy: 0 for the "
-                "likeliest answer."
+                f"The temperature is {temperature}: use 0, for the likeliest answer, or {COOLEST} to {HOTTEST}."
             )
         start = time.perf_counter()
         inputs = self.inputs(turns, max_new_tokens)

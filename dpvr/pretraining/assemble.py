@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from dpvr.pretraining.processor import load_processor
 from dpvr.pretraining.train import save
+from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 
