@@ -3,12 +3,12 @@
 Late-Layer Fusion is Enough: Dual-Path Vision Token Routing (DPVR), https://arxiv.org/abs/2606.09131, sections 3.2 and
 3.3.
 
-A plan is one word per decoder layer: what the image stream does there while the text stream is always computed.
+A plan holds one word per decoder layer. Text tokens run through every layer; the word says what image tokens do:
 
-    joint    text and image run together, the image states move on            (an ordinary LLaVA layer)
-    text     text runs alone and never sees the image, which waits            (Algorithm 1, phase 3)
-    context  text attends to image keys and values made from the side branch's output, which does not move on
-    reset    like context, computed the long way: a full layer whose image outputs are thrown away (DPVR-PC)
+    joint    text and image tokens run together, as in any LLaVA
+    text     text tokens run alone and do not attend to the image               (Algorithm 1, phase 3)
+    context  text tokens attend to image keys and values, which the layer makes from the side branch's output
+    reset    the same function as context: all tokens run, then the image tokens are reset to the side branch's output
 
 With L layers, split s and K fusion layers (o = joint, . = text, c = context, r = reset):
 
@@ -24,7 +24,7 @@ With L layers, split s and K fusion layers (o = joint, . = text, c = context, r 
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import LlavaConfig
 
@@ -33,28 +33,28 @@ try:
 except ImportError:
     from versions_dpvr import check_transformers
 
-try:  # `transformers serve` takes a model to see pictures if this table has its name, whatever the Auto classes say
+try:  # `transformers serve` accepts pictures for the models in this table, whatever the Auto classes say
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 except ImportError:  # transformers 4 has no such table
     pass
 else:
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["dpvr_llava"] = "DpvrLlavaForConditionalGeneration"
 
-check_transformers()  # here, as the Auto classes load a configuration before anything else
+check_transformers()  # here because the Auto classes load the configuration first
 
 JOINT, TEXT, CONTEXT, RESET = "joint", "text", "context", "reset"
 LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}
 ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "none")
 SIDE_BRANCH_INITS = ("split_layer", "identity", "random")
-DPVR_FIELDS = (
+METHOD_FIELDS = (
     "routing",
     "split_layer",
     "num_side_layers",
     "num_fusion_layers",
     "fusion_layers",
     "side_branch_init",
-    "base_model_name_or_path",
 )
+DPVR_FIELDS = (*METHOD_FIELDS, "base_model_name_or_path")
 PLAN_FIELDS = ("depth", "routing", "split_layer", "num_side_layers", "num_fusion_layers", "fusion_layers")
 AUTO_MAP = {
     "AutoConfig": "configuration_dpvr.DpvrLlavaConfig",
@@ -72,7 +72,7 @@ class LayerPlan(NamedTuple):
     modes: tuple[str, ...]  # one of JOINT, TEXT, CONTEXT, RESET per layer
 
     def __str__(self) -> str:
-        """As drawn above: "ooooooo|....c"."""
+        """The plan as drawn above, such as "ooooooo|....c"."""
         letters = "".join(LETTERS[mode] for mode in self.modes)
         return f"{letters[: self.split_layer]}|{letters[self.split_layer :]}"
 
@@ -96,16 +96,16 @@ class DpvrLlavaConfig(LlavaConfig):
         num_side_layers: d_v, the decoder layers of the side branch (paper section 4.5). 0 is for "text_only" and
             "none".
         num_fusion_layers: K, how many of the last layers fuse the streams again; 1 <= K <= layers - s.
-        fusion_layers: for "late_fusion", the deep layers that read the image, each as `context`, in place of the last
-            K; None means the last `num_fusion_layers`, which beside a list is left at 1 or says its length.
-        side_branch_init: what a new side branch starts from: "split_layer" (a copy of the base layers from the split
-            on), "identity" (the same with its output projections at zero) or "random".
-        base_model_name_or_path: where the frozen LLaVA lies when this repository holds nothing but the side branch;
-            None when the repository holds all weights.
+        fusion_layers: for "late_fusion", the layers from the split on that run as `context`, in place of the last K.
+            None: the last `num_fusion_layers`. With a list, leave `num_fusion_layers` at 1 or set it to the length.
+        side_branch_init: how a new side branch starts: "split_layer" (a copy of the base layers from the split on),
+            "identity" (the same with its output projections at zero) or "random".
+        base_model_name_or_path: the frozen LLaVA, if this repository holds the side branch alone; None if it holds
+            all weights.
         **kwargs: the fields of `LlavaConfig`.
 
     Raises:
-        ValueError: for contradictory or misspelt fields; the message names expected, got and remedy.
+        ValueError: for contradictory or misspelt fields.
     """
 
     model_type = "dpvr_llava"
@@ -123,12 +123,8 @@ class DpvrLlavaConfig(LlavaConfig):
     ):
         _refuse_misspelt(kwargs)
         for name in ("image_token_index", "image_token_id"):
-            _require(
-                kwargs.get(name, 0) is not None,
-                f"{name}, the id of '<image>' in the tokenizer, to be an integer",
-                None,
-                "set it in the config; LLaVA-1.5 has 32000",
-            )
+            if kwargs.get(name, 0) is None:
+                raise ValueError(f"{name} is None: set it to the tokenizer's id of '<image>' (LLaVA-1.5: 32000).")
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(**kwargs)
         self.routing = routing
@@ -140,18 +136,25 @@ class DpvrLlavaConfig(LlavaConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.check_dpvr_fields()
 
+    def dpvr_fields(self) -> dict[str, Any]:
+        """The fields of the method by name, without the base: what another base needs for the same side branch."""
+        return {name: vars(self)[name] for name in METHOD_FIELDS}
+
     def layer_plan(self, routing: str | None = None) -> LayerPlan:
-        """The plan that these fields describe, checked.
+        """The plan that these fields describe.
 
         Args:
-            routing: a routing to plan for in place of `self.routing`; the other fields stay.
+            routing: used in place of `self.routing`.
+
+        Raises:
+            ValueError: for a contradiction among the fields.
         """
         fields = dict(zip(PLAN_FIELDS, self.plan_fields, strict=True))
         return make_plan(**fields | {"routing": routing or self.routing})
 
     @property
     def plan_fields(self) -> tuple:
-        """The values of `PLAN_FIELDS`: while they stay the same, so does the plan."""
+        """The values of `PLAN_FIELDS`; while they are equal, so is the plan."""
         layers = self.fusion_layers
         return (
             self.text_config.num_hidden_layers,
@@ -159,17 +162,12 @@ class DpvrLlavaConfig(LlavaConfig):
             self.split_layer,
             self.num_side_layers,
             self.num_fusion_layers,
-            tuple(layers) if isinstance(layers, list) else layers,  # a list may be changed in place
+            tuple(layers) if isinstance(layers, list) else layers,  # a copy, as a list may be changed in place
         )
 
     def check_dpvr_fields(self) -> None:
-        """Raise `ValueError` for a contradiction among the fields."""
-        _require(
-            self.side_branch_init in SIDE_BRANCH_INITS,
-            f"side_branch_init to be one of {SIDE_BRANCH_INITS}",
-            self.side_branch_init,
-            "pick one of these names",
-        )
+        """Raise ValueError for a contradiction among the fields."""
+        _check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
         self.layer_plan()
 
 
@@ -187,7 +185,7 @@ def make_plan(
     Raises:
         ValueError: for a contradiction among the fields.
     """
-    _require(routing in ROUTINGS, f"routing to be one of {ROUTINGS}", routing, "pick one of these names")
+    _check_choice("routing", routing, ROUTINGS)
     if routing == "none":
         return LayerPlan(depth, (JOINT,) * depth)
     _check_side_branch(depth, routing, split_layer, num_side_layers)
@@ -204,55 +202,49 @@ def make_plan(
     return LayerPlan(split_layer, tuple(plan))
 
 
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
+
+
 def _check_side_branch(depth: int, routing: str, split: object, num_side_layers: object) -> None:
-    _require(
-        _is_count(split) and 1 <= split < depth,
-        f"split_layer to be an integer from 1 to {depth - 1}, for a decoder of {depth} layers",
-        split,
-        f"the paper's 18 of 32 would be {max(1, round(depth * 18 / 32))} here",
-    )
-    _require(
-        _is_count(num_side_layers) and (num_side_layers >= 1 or routing == "text_only"),
-        f"num_side_layers to be an integer of at least 1 with routing {routing!r}",
-        num_side_layers,
-        "give the side branch a layer, or use routing='text_only' (with 0 side layers that is VTW)",
-    )
+    if not (_is_count(split) and 1 <= split < depth):
+        raise ValueError(
+            f"split_layer is {split!r}, but this decoder has {depth} layers: choose 1 to {depth - 1} (the paper "
+            f"splits 32 layers after 18; the same share here is {max(1, round(depth * 18 / 32))})."
+        )
+    fewest = 0 if routing == "text_only" else 1
+    if not (_is_count(num_side_layers) and num_side_layers >= fewest):
+        raise ValueError(
+            f"num_side_layers is {num_side_layers!r}, but routing {routing!r} needs a number of layers from {fewest} "
+            "on. Without a side branch choose routing='text_only' (with 0 side layers that is VTW)."
+        )
 
 
 def _check_fusion_layers(depth: int, split: int, count: object, layers: object) -> None:
-    _require(
-        _is_count(count) and 1 <= count <= depth - split,
-        f"num_fusion_layers to be an integer from 1 to {depth - split}, the layers from the split at {split} on",
-        count,
-        "fuse fewer layers or split earlier; no fusion at all is routing='text_only'",
-    )
+    if not (_is_count(count) and 1 <= count <= depth - split):
+        raise ValueError(
+            f"num_fusion_layers is {count!r}, but {depth - split} layers follow the split at {split}: choose 1 to "
+            f"{depth - split}. For no fusion at all choose routing='text_only'."
+        )
     if layers is None:
         return
-    _require(
-        isinstance(layers, list | tuple)
-        and len(layers) > 0
-        and all(_is_count(layer) and split <= layer < depth for layer in layers),
-        f"fusion_layers to be layer indices from split_layer={split} to {depth - 1}",
-        layers,
-        "drop the layers outside the deep stack; no fusion at all is routing='text_only'",
-    )
-    _require(
-        list(layers) == sorted(set(layers)),
-        "fusion_layers in ascending order, each once",
-        layers,
-        f"write {sorted(set(layers))}",
-    )
-    _require(
-        count in (1, len(layers)),
-        f"num_fusion_layers={len(layers)} beside the {len(layers)} fusion_layers {layers}",
-        count,
-        "name the fusion layers one way: leave num_fusion_layers out, or fusion_layers",
-    )
-
-
-def _require(condition: bool, expected: str, got: object, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"Expected {expected}; got {got!r}. Remedy: {remedy}.")
+    layers = list(layers) if isinstance(layers, tuple) else layers
+    allowed = isinstance(layers, list) and all(_is_count(layer) and split <= layer < depth for layer in layers)
+    if not allowed or len(layers) == 0:
+        raise ValueError(
+            f"fusion_layers is {layers!r}, but the image can be read from split_layer={split} to {depth - 1}: list "
+            "layers of this range. For no fusion at all choose routing='text_only'."
+        )
+    if layers != sorted(set(layers)):
+        raise ValueError(
+            f"fusion_layers is {layers!r}: list each layer once, in ascending order, as {sorted(set(layers))}."
+        )
+    if count not in (1, len(layers)):
+        raise ValueError(
+            f"num_fusion_layers is {count}, but fusion_layers lists {len(layers)} layers, {layers}: set one of the "
+            "two and leave the other out."
+        )
 
 
 def _is_count(value: object) -> bool:
@@ -260,11 +252,11 @@ def _is_count(value: object) -> bool:
 
 
 def _refuse_misspelt(kwargs: dict) -> None:
-    """`LlavaConfig` keeps any keyword it does not know, so a typing error in a DPVR field would be lost in silence."""
+    """Refuse a near miss of a DPVR field: `LlavaConfig` keeps any keyword, so the typing error would go unnoticed."""
     for key in kwargs:
         if key not in LlavaConfig.__dict__ and (match := get_close_matches(key, DPVR_FIELDS, n=1, cutoff=0.87)):
             raise ValueError(
-                f"Expected the DPVR fields {DPVR_FIELDS}; got {key!r}. Remedy: did you mean {match[0]!r}?"
+                f"There is no field {key!r}: did you mean {match[0]!r}? The DPVR fields are {', '.join(DPVR_FIELDS)}."
             )
 
 

@@ -17,7 +17,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from configuration_dpvr import DPVR_FIELDS
 from dpvr.inference.evaluation import evaluate
 from dpvr.record import publish, run_record
 from loading_dpvr import load_processor
@@ -79,7 +78,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     record = {
         **run_record("-m dpvr.benchmarks.accuracy"),
         **{name: vars(args)[name] for name in ("limit", "seed", "batch_size")},
-        "dpvr": {name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
+        "dpvr": model.config.dpvr_fields(),
     }
     options = {"num_questions": args.limit, "seed": args.seed}
     constant = constant_replies(make_items("test", **options))
