@@ -3,9 +3,9 @@
     MiniBench[i]   {"images": [PIL], "messages": [user, assistant, user, assistant, ...]}   TRL's vision format
     make_items     the questions of every task with their pictures, for a test
 
-Rows are made when they are asked for, from the split, the seed and their index, so nothing is downloaded or stored.
-The questions of one row share its pictures: the pictures' tokens are paid for once. Every task is asked in every row
-of one picture; some rows have two pictures.
+Rows are drawn on access, from the split, the seed and their index, so nothing is downloaded or stored. The questions
+of one row share its pictures, so the pictures' tokens are processed once. A row of one picture has questions of every
+task but multi_image; a row of two pictures has multi_image questions alone.
 """
 
 import random
@@ -30,7 +30,8 @@ class MiniBench:
     Args:
         split: which pictures and handwritten digits; the splits share none.
         size: how many rows.
-        questions_per_row: how many questions of the tasks, in turn, without the free ones before some of them.
+        questions_per_row: how many questions of the tasks, in turn, not counting the free-form questions that precede
+            some of them.
         seed: another seed is another data set of the same split.
     """
 
@@ -45,23 +46,21 @@ class MiniBench:
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.size:
-            raise IndexError(f"row {index} of a data set with {self.size} rows.")
+            raise IndexError(f"There is no row {index} in a data set of {self.size} rows.")
         return self.make_row(random.Random(f"rows/{self.split}/{self.seed}/{index}"))
 
     def make_row(self, rng: random.Random) -> Row:
-        """One picture, or in `PAIR_SHARE` of the rows two, and questions about it.
-
-        Two numbers are drawn and not used: those by which `dpvr.pretraining.rows` decides on other kinds of rows. So
-        its question rows and these are the same.
-        """
+        """One picture, or in `PAIR_SHARE` of the rows two, and questions about it."""
         scene = draw_scene(self.split, rng)
+        # Two numbers are drawn and not used: a subclass decides by them whether a row is of another kind, and so its
+        # question rows equal these.
         rng.random()
         scenes = (scene, draw_scene(self.split, rng)) if rng.random() < PAIR_SHARE else (scene,)
         rng.random()
         return self.question_row(scenes, ONE_PICTURE, rng)
 
     def question_row(self, scenes: tuple[Scene, ...], tasks: Sequence[str], rng: random.Random) -> Row:
-        """Questions of these tasks in turn about one picture, of multi_image about two."""
+        """A row of questions: about one picture of these tasks in turn, about two of multi_image."""
         if len(scenes) == 2:
             tasks = ["multi_image"] * self.questions_per_row
         else:
@@ -87,7 +86,7 @@ def make_items(split: Split, num_questions: int, seed: int = 0, tasks: Sequence[
 
 
 def _ask_all(tasks: list[str], scenes: tuple[Scene, ...], rng: random.Random) -> list[tuple[str, str]]:
-    """Return questions of these tasks with their answers, none twice, without those that do not fit the scenes."""
+    """Return questions of these tasks with their answers, without duplicates; a task that does not fit is left out."""
     asked: dict[str, Question] = {}
     for task in tasks:
         for question in ask(task, scenes, rng):
@@ -122,7 +121,7 @@ def to_hf_dataset(split: Split, size: int, questions_per_row: int = 7, seed: int
 
 
 def _with_texts(row: Row) -> Row:
-    """Give every part of a message a text, None for a picture: Arrow columns want the same fields in every part."""
+    """Give every part of a message a text, None for a picture: an Arrow column needs the same fields in every part."""
     messages = [
         {**message, "content": [{"type": part["type"], "text": part.get("text")} for part in message["content"]]}
         for message in row["messages"]

@@ -1,9 +1,9 @@
-"""Queries: what can be asked about one picture, before it has a picture.
+"""Queries: questions about one picture, written before the picture is drawn.
 
-    Query = wording in English and Chinese, the answers it can have, and solve(scene) -> those that are true
+    Query = wording in English and Chinese, the possible answers, and solve(scene) -> the true ones
 
 `tasks.py` turns a query into yes/no pairs, multiple choice or comparisons of two pictures. A query that does not fit a
-scene (the star is asked for, and there are two) has no true answer there.
+scene (it asks for the star, and there are two stars) has no true answer there.
 """
 
 import random
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .scenes import COLOURS, PLACES, SHAPES, Digit, Object, Scene, Shape
 
-NOTHING: frozenset[str] = frozenset()
+NO_ANSWER: frozenset[str] = frozenset()
 DIGITS = tuple(str(digit) for digit in range(10))
 PAIRS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
@@ -36,13 +36,13 @@ class Query:
     """A question with a family of answers.
 
     Attributes:
-        skill: what it takes, such as "colour".
+        skill: the skill that it tests, such as "colour".
         text: the question in English, `chinese` the same in Chinese.
-        claim: the yes/no question whether "{answer}" is true.
+        claim: the yes/no question whether an answer is true, with "{answer}" in its place.
         subject: the thing it is about.
         topic: what is asked for, as the noun of "Same or different: ...".
-        answers: all answers it can have.
-        solve: the true ones for a scene, none if the question does not fit it.
+        answers: all possible answers.
+        solve: the true ones for a scene; empty if the question does not fit the scene.
     """
 
     skill: str
@@ -61,21 +61,21 @@ def in_chinese(word: str) -> str:
 
 
 def _at(place: str, kind: type[Object], read: Callable[[Object], str]) -> Callable[[Scene], frozenset[str]]:
-    """Solve by what stands at a place, if it is of a kind."""
+    """Return a solver that reads the object at a place, if it is of this kind."""
 
     def solve(scene: Scene) -> frozenset[str]:
         thing = scene.by_place.get(place)
-        return frozenset((read(thing),)) if isinstance(thing, kind) else NOTHING
+        return frozenset((read(thing),)) if isinstance(thing, kind) else NO_ANSWER
 
     return solve
 
 
 def _of(is_meant: Callable[[Object], bool], read: Callable[[Object], str]) -> Callable[[Scene], frozenset[str]]:
-    """Solve by the one thing that is meant, if there is just one."""
+    """Return a solver that reads the object that is meant, if there is exactly one."""
 
     def solve(scene: Scene) -> frozenset[str]:
         found = [thing for thing in scene.objects if is_meant(thing)]
-        return frozenset((read(found[0]),)) if len(found) == 1 else NOTHING
+        return frozenset((read(found[0]),)) if len(found) == 1 else NO_ANSWER
 
     return solve
 
@@ -164,7 +164,7 @@ def _place_query(name: str, chinese: str, is_meant: Callable[[Object], bool]) ->
 
 
 def countable(rng: random.Random) -> tuple[str, str, tuple[str, ...], Callable[[Scene], int]]:
-    """Return something to count: its plural, that in Chinese, the counts that occur, and the count in a scene."""
+    """Return something to count: its plural in English and Chinese, the possible counts, and its count in a scene."""
     kind = rng.choice(("all", "shape", "shape", "colour", "colour"))
     if kind == "shape":
         shape = rng.choice(SHAPES)
@@ -207,13 +207,13 @@ def side(rng: random.Random) -> Query:
             [PLACES.index(thing.place) for thing in scene.shapes if thing.shape == shape] for shape in (first, second)
         ]
         if [len(found) for found in places] != [1, 1]:
-            return NOTHING
+            return NO_ANSWER
         (row, column), (other_row, other_column) = (divmod(found[0], 3) for found in places)
         if row == other_row:
             return frozenset(("left" if column < other_column else "right",))
         if column == other_column:
             return frozenset(("above" if row < other_row else "below",))
-        return NOTHING
+        return NO_ANSWER
 
     return Query(
         "side",
@@ -228,7 +228,7 @@ def side(rng: random.Random) -> Query:
 
 
 def presence(rng: random.Random) -> Query:
-    """Which pair of colour and shape is there; every one that is there is a true answer."""
+    """Which pair of colour and shape is in the picture; every pair that is there is a true answer."""
     return Query(
         "presence",
         "Which of these is in the picture?",
@@ -242,11 +242,11 @@ def presence(rng: random.Random) -> Query:
 
 
 def digit_sum(rng: random.Random) -> Query:
-    """The sum of the two digits of a picture that has two."""
+    """The sum of the digits, of a picture with exactly two."""
 
     def solve(scene: Scene) -> frozenset[str]:
         if len(scene.digits) != 2:
-            return NOTHING
+            return NO_ANSWER
         return frozenset((str(sum(thing.digit for thing in scene.digits)),))
 
     return Query(

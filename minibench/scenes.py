@@ -5,8 +5,9 @@
 A picture is a 3 x 3 grid of places; three to six of them hold one object each, moved, scaled and tilted, so that
 neighbours may overlap. The background is plain or textured, light or dark.
 
-The world has habits, as photos have: six "popular" pairs of colour and shape are drawn more than twice as often as
-others, and a shape likes company, the `companion` of its colour. POPE's popular and adversarial negatives need both.
+Objects co-occur as in photos: six "popular" pairs of colour and shape are drawn more than twice as often as others,
+and a shape often comes with its `companion`, another shape of its colour. POPE's popular and adversarial negatives
+need both.
 
 The digits are real handwriting: the 8 x 8 scans of `sklearn.datasets.load_digits`. That data set does not name its
 writers, so the splits share writers and are disjoint in *images*: by the index of the scan, see `digit_indices`.
@@ -17,11 +18,10 @@ import random
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
-from sklearn.datasets import load_digits
 
 Split = Literal["train", "validation", "test"]
 
@@ -146,7 +146,7 @@ class Scene:
 
 
 def companion(colour: str, shape: str) -> tuple[str, str]:
-    """The pair that likes to be where this one is: the same colour, the next shape."""
+    """The pair that most often comes with this one: the same colour, the next shape."""
     return colour, SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
 
 
@@ -183,7 +183,7 @@ def draw_scene_with_repeats(split: Split, rng: random.Random) -> Scene:
 
 
 def _draw_pairs(count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Return colours and shapes with the world's habits, in random order."""
+    """Return colours and shapes, popular pairs and companions more often than others, in random order."""
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
         habit = rng.random()
@@ -218,14 +218,16 @@ def _make_digit(place: int, split: Split, rng: random.Random) -> Digit:
 def digit_indices(split: Split) -> list[list[int]]:
     """Return the scans of each digit in a split: of ten scans in a row, seven train, one validates and two test."""
     if split not in get_args(Split):
-        raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}.")
+        raise ValueError(f"MiniBench has no split {split!r}: choose one of {', '.join(get_args(Split))}.")
     remainders = {"train": range(7), "validation": range(7, 8), "test": range(8, 10)}[split]
     targets = _digits().target
     return [[int(i) for i in np.flatnonzero(targets == digit) if i % 10 in remainders] for digit in range(10)]
 
 
 @cache
-def _digits():
+def _digits() -> Any:
+    from sklearn.datasets import load_digits  # seconds to import, and commands take names from this module
+
     return load_digits()
 
 

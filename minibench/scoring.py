@@ -1,11 +1,11 @@
-"""Scores of MiniBench's tasks, each as in the benchmark that the task is the twin of, all between 0 and 1.
+"""Scores of MiniBench's tasks, each as in the benchmark that the task is a counterpart of, all between 0 and 1.
 
     existence                accuracy, with POPE's precision, recall, F1 and yes-ratio beside it
     perception, cognition    MME: the mean of accuracy (questions) and accuracy+ (pictures with both answers right)
     choice_en, choice_cn     MMBench's circular evaluation: right only if right in all four rotations of the options
     the others               accuracy
 
-Replies are compared as they are: anything but the expected word is wrong.
+Replies are compared verbatim: anything but the expected text is wrong.
 """
 
 from collections import defaultdict
@@ -39,8 +39,8 @@ def score_task(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
 
     Returns:
         "score" with its 95 % interval "low", "high"; "n", the number of items; "accuracy" of single questions, of
-        which there are "questions", and its "chance" by guessing; "skills", the score by skill; and what the twin
-        reports besides.
+        which there are "questions", and its "chance" by guessing; "skills", the score by skill; and what the
+        counterpart reports besides.
     """
     units = [unit_score(item, reply) for item, reply in zip(items, replies, strict=True)]
     pairs = [
@@ -109,7 +109,7 @@ def summarise(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
 
 
 def constant_replies(items: list[Item]) -> dict[str, Any]:
-    """Return the summary of the best constant reply to each task, the same word or letter always: the majority."""
+    """Return the summary of the best constant reply to each task, a majority baseline: always one word or letter."""
     replies: dict[str, list[list[str]]] = {}
     for task in dict.fromkeys(item.task for item in items):
         own = [item for item in items if item.task == task]
@@ -119,14 +119,15 @@ def constant_replies(items: list[Item]) -> dict[str, Any]:
 
 
 def _pick(options: tuple[str, ...], index: int) -> str:
-    """The option with the letter of an index, or the word that comes there in the alphabet."""
+    """The option whose letter has this index, or for words the one at this index in alphabetical order."""
     return sorted(options, key=lambda option: option.split()[-1])[min(index, len(options) - 1)]
 
 
 def wilson_interval(right: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a mean of n values in [0, 1] with the sum `right`.
 
-    Exact coverage is known for proportions; values between 0 and 1 vary less, so for MME it is on the safe side.
+    The interval is made for proportions; values between 0 and 1, such as MME's, vary less, so for them it is
+    conservative.
     """
     share = right / n
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
@@ -137,8 +138,8 @@ def wilson_interval(right: float, n: int) -> tuple[float, float]:
 def mean_interval(details: dict[str, dict[str, Any]]) -> tuple[float, float]:
     """Return the 95 % interval of the mean of the tasks' scores, by MOVER (Zou and Donner 2008).
 
-    Tasks are independent, but for the two choice tasks: they share pictures and questions, so their deviations are
-    added as if they went up and down together.
+    Tasks are independent, except the two choice tasks: they share pictures and questions, so their deviations are
+    added as if fully correlated.
     """
 
     def half_width(bound: str) -> float:
@@ -151,17 +152,17 @@ def mean_interval(details: dict[str, dict[str, Any]]) -> tuple[float, float]:
 
 
 def paired_difference(first: Units, second: Units, tasks: Sequence[str] = TASKS) -> tuple[float, float, float]:
-    """Return the difference (first - second) of the mean over tasks of two models that were asked the same, and its
-    95 % interval over questions.
+    """Return the difference (first - second) of two models' means over tasks, on the same questions, and its 95 %
+    interval over questions.
 
     Args:
         first, second: {task: the score of every item}, in the same order.
         tasks: which tasks to average.
 
-    Of every task, two more items are counted as if each model had won half of one and tied in the rest: else models
-    that happen to agree on all that they were asked would be the same for certain ("Wald+2", Agresti and Min 2005;
-    its interval is around a difference that is a little nearer to 0 than the one observed). The two choice tasks ask
-    the same questions, item by item, so their differences are added before; the other tasks are independent.
+    Two items are added to every task, as if each model had won half of one and tied in the rest. Without them, two
+    models that agree on every question would get an interval of width 0 ("Wald+2", Agresti and Min 2005; the interval
+    is centred a little nearer to 0 than the observed difference). The two choice tasks ask the same questions, item by
+    item, so their differences are added first; the other tasks are independent.
     """
     differences = {task: [a - b for a, b in zip(first[task], second[task], strict=True)] for task in tasks}
     estimate = _mean([_mean(values) for values in differences.values()])

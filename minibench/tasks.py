@@ -1,4 +1,4 @@
-"""MiniBench's eight tasks, each the small twin of one of the paper's benchmarks.
+"""MiniBench's eight tasks, each a small counterpart of one of the paper's benchmarks.
 
     existence    POPE         yes/no, with random, popular and adversarial negatives
     perception   MME-P        pairs of a yes and a no question: colour, position, count, digit
@@ -9,11 +9,11 @@
     scene        SEED-Bench   counting, spatial relation, attribute, instance location
     multi_image  BLINK        two pictures: same or different, which has more, which one holds X
 
-A task drafts a question first, then an outcome is drawn, and the picture last, so that in a test every outcome of
-every question is equally likely, whatever its words: without the picture nothing is better than guessing.
+In a test the question is drafted first, then its outcome is drawn, and the picture last. So every outcome of a
+question is equally likely, whatever its words, and without the picture no model does better than guessing.
 
-The reply to a question with options is the option and its letter, "red D". In science the reason comes first, as in
-ScienceQA's solutions, and has to be right as well: "star hot D", "3 plus 4 is 7 A".
+The reply to a question with options is the option and its letter, "red D". In science the reply begins with the
+reason, as in ScienceQA's solutions, and the reason must be right as well: "star hot D", "3 plus 4 is 7 A".
 
     draft(task, rng) -> Draft  --+-- test: draw an outcome, then scenes until one has it     make_item()
                                  +-- training: drafts until one fits the scene at hand       ask()
@@ -58,8 +58,8 @@ TASKS = tuple(SKILLS)
 ONE_PICTURE = tuple(task for task in TASKS if task != "multi_image")
 LETTERS = ("A", "B", "C", "D")
 PROPERTIES = ("hot", "cold", "wet", "dry", "soft", "hard")
-PATIENCE = 1_000_000
-FREELY_FIRST = 0.5
+MAX_SCENES = 1_000_000  # drawn for one item; no question needs nearly as many
+FREE_FORM_SHARE = 0.5
 
 
 class Prompt(NamedTuple):
@@ -71,14 +71,14 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Draft:
-    """A question that waits for its picture: all its prompts are scored together.
+    """A question whose picture is not drawn yet; all its prompts are scored together.
 
     Attributes:
         skill: one of `SKILLS[task]`.
         outcomes: the outcomes that are equally likely in a test.
         solve: the outcome for one scene (two for multi_image), None if the question does not fit.
         prompts: four rotations of the options, the two questions of a pair, or one.
-        query: the one answer that it comes down to, to be asked for before it in training.
+        query: the free-form question that it comes down to, which training may ask before it.
     """
 
     skill: str
@@ -116,8 +116,10 @@ def draft(task: str, skill: str, rng: random.Random) -> Draft:
     Raises:
         ValueError: the task or the skill is unknown.
     """
-    if skill not in SKILLS.get(task, ()):
-        raise ValueError(f"Expected a task and one of its skills, one of {SKILLS}; got {task!r} and {skill!r}.")
+    if task not in SKILLS:
+        raise ValueError(f"MiniBench has no task named {task!r}: its tasks are {', '.join(TASKS)}.")
+    if skill not in SKILLS[task]:
+        raise ValueError(f"The task {task!r} has no skill {skill!r}: its skills are {', '.join(SKILLS[task])}.")
     if task == "existence":
         return _existence(skill, rng)
     if task in ("perception", "cognition"):
@@ -148,7 +150,7 @@ def _query(skill: str, rng: random.Random) -> Query:
 
 
 def _existence(skill: str, rng: random.Random) -> Draft:
-    """POPE: is an object there? The negatives: any, a popular one, one that usually goes with what is there."""
+    """POPE: is an object there? Negatives are random pairs, popular pairs, or companions of what is there."""
     colour, shape = rng.choice(POPULAR) if skill == "popular" else rng.choice(PAIRS).split()
 
     def solve(scene: Scene) -> str | None:
@@ -168,7 +170,7 @@ def _with_article(name: str) -> str:
 
 
 def _pair(skill: str, rng: random.Random) -> Draft:
-    """MME: two statements about one picture, as questions; just one of them is true."""
+    """MME: two yes/no questions about one picture; exactly one of them is answered yes."""
     query = None
     if skill in ("larger", "more", "order"):
         texts, first_is_true = {"larger": _larger, "more": _more, "order": _order}[skill](rng)
@@ -245,7 +247,7 @@ def _order(rng: random.Random) -> tuple[list[str], Callable[[Scene], bool | None
 def _choice(
     skill: str, query: Query, rng: random.Random, num: int = 4, chinese: bool = False, rotations: int = 1
 ) -> Draft:
-    """A query with options, just one of them true; MMBench asks it once per rotation of the options."""
+    """A query with options of which exactly one is true; MMBench asks it once per rotation of the options."""
     options = tuple(rng.sample(query.answers, num))
 
     def solve(scene: Scene) -> str | None:
@@ -260,10 +262,10 @@ def _choice(
 def _with_options(
     text: str, options: tuple[str, ...], chinese: bool = False, reasons: dict[str, str] | None = None
 ) -> Prompt:
-    """Options come first, so that the question ends as the same question without options does.
+    """Write the options before the question, so that the prompt ends like that of the same question without options.
 
-    The letter comes after its option, as in the reply: to name it is then to go on as the text did before. A reason
-    ends with the option that it speaks for, and stands in its place in the reply.
+    The letter follows its option, in the prompt as in the reply, so a model can name it by continuing a pattern that
+    it has read. In the reply a reason replaces the option, which is its last word.
     """
     words = [in_chinese(option) if chinese else option for option in options]
     listed = " ".join(f"{word} {letter}" for letter, word in zip(LETTERS, words, strict=False))
@@ -274,7 +276,7 @@ def _with_options(
 
 
 def rule_for(kind: str, outcome: str) -> str:
-    """Return what holds for a shape or a colour, as a rule."""
+    """Return the rule that gives a shape or a colour its property."""
     return f"{kind} {outcome}"
 
 
@@ -287,7 +289,7 @@ def difference(number: int, taken: int) -> str:
 
 
 def _science(skill: str, rng: random.Random) -> Draft:
-    """ScienceQA: the text holds one half of what the answer needs, the picture the other."""
+    """ScienceQA: the answer needs a fact from the text and one from the picture."""
     if skill == "rule":
         return _rule(rng)
     if skill == "machine":
@@ -306,7 +308,7 @@ def _science(skill: str, rng: random.Random) -> Draft:
 
 
 def _rule(rng: random.Random) -> Draft:
-    """Three rules in the text: which one holds for the thing in the picture?"""
+    """Three rules in the text: which one applies to the object in the picture?"""
     query = rng.choice((colour_at, colour_of, shape_at))(rng)
     keys = rng.sample(query.answers, 3)
     rules = dict(zip(keys, rng.sample(PROPERTIES, 3), strict=True))
@@ -364,7 +366,7 @@ def _words(skill: str, outcomes: tuple[str, str], solve: Callable[[Scene, Scene]
 
 
 def make_item(task: str, split: Split, seed: int, index: int) -> Item:
-    """Return test item `index` of a task: question first, then an outcome, then scenes until they have it.
+    """Return test item `index` of a task: draft a question, draw its outcome, then draw scenes until one has it.
 
     The two choice tasks share their random numbers, and so their questions and pictures.
     """
@@ -372,30 +374,30 @@ def make_item(task: str, split: Split, seed: int, index: int) -> Item:
     skill = SKILLS[task][index % len(SKILLS[task])]
     question = draft(task, skill, rng)
     outcome = rng.choice(question.outcomes)
-    for _ in range(PATIENCE):
+    for _ in range(MAX_SCENES):
         scenes = tuple(draw_scene(split, rng) for _ in range(2 if task == "multi_image" else 1))
         if question.solve(*scenes) == outcome:
             texts = tuple((prompt.text, prompt.replies[outcome]) for prompt in question.prompts)
             options = tuple(tuple(prompt.replies.values()) for prompt in question.prompts)
             return Item(task, skill, 1 / len(question.outcomes), scenes, texts, options)
-    raise RuntimeError(f"No scene in {PATIENCE} answers {question.prompts[0].text!r} with {outcome!r}.")
+    raise RuntimeError(f"None of {MAX_SCENES:,} scenes answers {question.prompts[0].text!r} with {outcome!r}.")
 
 
 def ask(task: str, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
-    """Return a question of a task that fits the scenes at hand, for training; nothing if none was found.
+    """Return a training question of a task that fits the given scenes, or nothing if none was found.
 
-    Half of the yes/no and science questions that come down to one answer have that asked before them, freely: "What
-    colour is the star? red", then "Is the star blue? no". To look and to reason on what was seen are then learnt one
-    after the other. The task "free" is such a question alone.
+    Half of the yes/no and science questions with a `Draft.query` come after that query as a free-form question: "What
+    colour is the star? red", then "Is the star blue? no". So the model learns to see first, and then to reason on what
+    it has seen. The task "free" is a free-form question alone.
 
-    Outcomes are as even as the scenes allow: one is drawn first, and drafts are made until one has it.
+    Outcomes are as balanced as the scenes allow: one is drawn first, and questions are drafted until one has it.
     """
     if task == "free":
-        return _ask_anything_freely(scenes, rng)
+        return _free_form_question(scenes, rng)
     for skill in rng.sample(SKILLS[task], len(SKILLS[task])):
         found = _ask(task, skill, scenes, rng)
         if found is not None:
-            return _ask_freely(found[0], scenes, rng) + [found[1]]
+            return _free_form_before(found[0], scenes, rng) + [found[1]]
     return []
 
 
@@ -416,13 +418,13 @@ def _ask(
     return spare
 
 
-def _ask_freely(question: Draft, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
-    if question.query is None or rng.random() >= FREELY_FIRST:
+def _free_form_before(question: Draft, scenes: tuple[Scene, ...], rng: random.Random) -> list[Question]:
+    if question.query is None or rng.random() >= FREE_FORM_SHARE:
         return []
     return [Question("free", question.query.text, answer) for answer in question.query.solve(*scenes)]
 
 
-def _ask_anything_freely(scenes: tuple[Scene, ...], rng: random.Random, tries: int = 20) -> list[Question]:
+def _free_form_question(scenes: tuple[Scene, ...], rng: random.Random, tries: int = 20) -> list[Question]:
     for _ in range(tries):
         query = rng.choice(FREE_QUERIES)(rng)
         for answer in query.solve(*scenes):

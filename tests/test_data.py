@@ -1,6 +1,8 @@
-"""minibench/data.py and export.py: rows, and the same rows as files."""
+"""minibench/data.py, files.py and export.py: rows, and the same rows as files."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -161,7 +163,7 @@ def test_trls_trainer_takes_the_exported_folder_as_it_is(write, minibench_proces
 def test_a_folder_that_holds_something_is_refused_and_left_alone(form, write, tmp_path):
     (tmp_path / form).mkdir()
     (tmp_path / form / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match=f"Expected --output_dir.*got .*{form}.*Remedy"):
+    with pytest.raises(ValueError, match=f"--output_dir .*{form} is not empty: name another folder"):
         write(form)
     assert [path.name for path in (tmp_path / form).iterdir()] == ["mine.txt"]
 
@@ -175,5 +177,25 @@ def test_an_empty_folder_is_taken_and_the_closing_line_says_what_is_where(write,
 
 def test_an_export_of_no_rows_is_refused(tmp_path):
     args = export.parse_args(f"--output_dir {tmp_path} --format llava --split test --size 0".split())
-    with pytest.raises(ValueError, match="at least 1 row, got 0"):
+    with pytest.raises(ValueError, match="--size is 0: ask for at least 1"):
         export.main(args)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+def test_the_options_are_read_before_any_library_is_loaded():
+    script = "import sys, minibench.export; print(*sys.modules)"
+    loaded = set(python("-c", script).stdout.split())
+    assert "minibench.export" in loaded
+    assert not loaded & {"datasets", "pandas", "pyarrow", "sklearn", "torch", "transformers"}
+
+
+def test_a_users_error_is_one_line_and_exit_status_2(tmp_path):
+    command = ["-m", "minibench.export", "--output_dir", str(tmp_path / "out"), "--format", "llava", "--split", "test"]
+    for options, message in ((["--size", "0"], "ask for at least 1"), (["--sise", "3"], "--size")):
+        found = python(*command, *options)
+        (line,) = found.stderr.splitlines()
+        assert found.returncode == 2 and message in line
+    assert not (tmp_path / "out").exists()

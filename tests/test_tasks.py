@@ -184,9 +184,15 @@ def test_popular_negatives_are_popular_and_adversarial_ones_the_company_of_what_
     assert len(asked["random"]) == len(asked["adversarial"]) == 36
 
 
-@pytest.mark.parametrize(("task", "skill"), [("existence", "sum"), ("captions", "random")])
-def test_an_unknown_task_or_skill_is_refused(task, skill):
-    with pytest.raises(ValueError, match=f"got '{task}' and '{skill}'"):
+@pytest.mark.parametrize(
+    ("task", "skill", "message"),
+    [
+        ("existence", "sum", "'existence' has no skill 'sum': its skills are random, popular, adversarial"),
+        ("captions", "random", "no task named 'captions': its tasks are existence, perception,"),
+    ],
+)
+def test_an_unknown_task_or_skill_is_refused(task, skill, message):
+    with pytest.raises(ValueError, match=message):
         draft(task, skill, random.Random(0))
 
 
