@@ -1,13 +1,16 @@
-"""Making, loading and saving: a repository holds all weights, or the side branch alone beside the name of its base.
+"""Making, loading and saving: a repository holds all weights, or the side branch alone and the name of its base.
 
-    base_model_name_or_path is None      model.safetensors: a whole LLaVA, with or without `model.side_branch.*`
-    base_model_name_or_path is a name    model.safetensors: `model.side_branch.*` only; the rest comes from there
+    config.json: base_model_name_or_path    model.safetensors
+    null                                    a whole LLaVA, with or without `model.side_branch.*`
+    a Hub id or a path                      `model.side_branch.*` alone; the other weights are loaded from there
 
-Weights are safetensors; nothing is unpickled. The paper trains, and so shares, 3% of the weights (section 3.4).
+Weights are safetensors files; no pickle is opened. The side branch is 3% of the weights of LLaVA-1.5-7B, and all that
+the paper trains (section 3.4).
 """
 
 import copy
 import os
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +42,7 @@ except ImportError:
 else:
     register_checkpoint_conversion_mapping("dpvr_llava", get_checkpoint_conversion_mapping("llava"), overwrite=True)
 
-PUBLISHED_NAMES = {  # of llava-hf's checkpoints, which both versions read; version 5 by itself would write others
+PUBLISHED_NAMES = {  # weight names of llava-hf's checkpoints, which both versions read; version 5 would write others
     "language_model.model": "model.language_model",
     "language_model.lm_head": "lm_head",
     "multi_modal_projector": "model.multi_modal_projector",
@@ -48,16 +51,16 @@ PUBLISHED_NAMES = {  # of llava-hf's checkpoints, which both versions read; vers
 
 WEIGHTS_NAME = "model.safetensors"
 SIDE_BRANCH = "model.side_branch"
-BITS = ("quantization_config", "_pre_quantization_dtype")  # what a config says of a quantised base
+QUANTISATION_FIELDS = ("quantization_config", "_pre_quantization_dtype")  # of the config of a quantised base
 
 
 def is_side_branch(parameter_name: str) -> bool:
-    """The one predicate for what is trained, saved, loaded and counted as the side branch."""
+    """Whether a weight is the side branch's: one predicate for what is trained, saved, loaded and counted."""
     return "side_branch" in parameter_name.split(".")
 
 
 def make_side_branch(layers: nn.ModuleList, config: DpvrLlavaConfig) -> nn.ModuleList:
-    """New decoder layers like those of a decoder, numbered after them; their weights are not yet meaningful."""
+    """New decoder layers of the same class and size, whose `layer_idx` follow the decoder's; not yet initialised."""
     side_branch = nn.ModuleList(type(layers[0])(config.text_config, 0) for _ in range(config.num_side_layers))
     for index, side_layer in enumerate(side_branch):
         side_layer.self_attn.layer_idx = len(layers) + index
@@ -66,24 +69,24 @@ def make_side_branch(layers: nn.ModuleList, config: DpvrLlavaConfig) -> nn.Modul
 
 @torch.no_grad()
 def reset_side_branch(side_branch: nn.ModuleList, layers: nn.ModuleList, config: DpvrLlavaConfig) -> None:
-    """Start a side branch of a decoder's layers afresh, as `config.side_branch_init` says."""
+    """Initialise a side branch from a decoder's layers, as `config.side_branch_init` says."""
     for index, side_layer in enumerate(side_branch):
         if config.side_branch_init == "random":
             for name, parameter in side_layer.named_parameters():
                 _reset_parameter(name, parameter, config.text_config.initializer_range)
             continue
         source = layers[min(config.split_layer + index, len(layers) - 1)]
-        side_layer.load_state_dict(_weights_in_float(source, side_layer))
+        side_layer.load_state_dict(_plain_weights(source, side_layer))
         if config.side_branch_init == "identity":
             for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
                 for parameter in projection.parameters():
                     parameter.zero_()
 
 
-def _weights_in_float(source: nn.Module, like: nn.Module) -> dict[str, torch.Tensor]:
-    """A decoder layer's weights as the numbers that a plain layer `like` it would need to do what it does.
+def _plain_weights(source: nn.Module, like: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights with which a plain layer `like` would compute what the decoder layer `source` does.
 
-    Those of a linear layer in 4 bits, or with LoRA in it, are what it makes of unit vectors.
+    A linear layer in 4 bits, or with LoRA in it, is applied to the unit vectors: its outputs are the weights.
     """
     weights: dict[str, torch.Tensor] = {}
     dtype = next(weight.dtype for weight in source.parameters() if weight.is_floating_point())  # a norm's, or LoRA's
@@ -104,18 +107,18 @@ def _weights_in_float(source: nn.Module, like: nn.Module) -> dict[str, torch.Ten
 
 
 def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> BitsAndBytesConfig:
-    """Return a quantisation of the base that leaves the side branch, which is trained, as it is.
+    """Return the quantisation with the side branch, which is trained, among the modules to skip.
 
     Raises:
-        ValueError: for other than bitsandbytes.
+        ValueError: for another library than bitsandbytes.
     """
     if isinstance(quantization, QuantizationConfigMixin):
         quantization = quantization.to_dict()
     method = QuantizationMethod(quantization.get("quant_method", QuantizationMethod.BITS_AND_BYTES))
     if method != QuantizationMethod.BITS_AND_BYTES:
         raise ValueError(
-            f"Expected a base in floating point or quantised by bitsandbytes; got {method.value!r}. Remedy: "
-            "quantization_config=BitsAndBytesConfig(load_in_4bit=True), or a base in floating point."
+            f"The base is quantised by {method.value!r}; a side branch runs on bases that are quantised by "
+            "bitsandbytes, with quantization_config=BitsAndBytesConfig(load_in_4bit=True), or in floating point."
         )
     quantization = BitsAndBytesConfig.from_dict(dict(quantization))
     kept = quantization.llm_int8_skip_modules or ["lm_head"]
@@ -124,9 +127,12 @@ def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> B
 
 
 class SideBranchLoading:
-    """Ways to and from a model with a `side_branch`; mixed in before the stock model."""
+    """`from_llava`, `from_pretrained` and `save_pretrained` of a model with a `side_branch`; a mixin of the model.
 
-    _checkpoint_conversion_mapping = {  # for transformers 4: the names that version 5 writes, then the published ones
+    It stands before the stock class.
+    """
+
+    _checkpoint_conversion_mapping = {  # for transformers 4: names that version 5 writes, then the published ones
         r"^language_model(?!\.(model|lm_head)\.)": "model.language_model",
         r"^vision_tower(?!\.vision_model\.)": "model.vision_tower.vision_model",
         **{f"^{old}": new for old, new in PUBLISHED_NAMES.items()},
@@ -134,17 +140,22 @@ class SideBranchLoading:
     }
 
     @classmethod
-    def from_llava(cls, llava: LlavaForConditionalGeneration | str, **dpvr_fields) -> "SideBranchLoading":
-        """Turn a LLaVA into DPVR: its weights and sub-configs are shared, not copied; only the side branch is new.
+    def from_llava(cls, llava: LlavaForConditionalGeneration | str, **dpvr_fields: Any) -> "SideBranchLoading":
+        """Make a DPVR model of a LLaVA: it shares the LLaVA's weights and sub-configs; only the side branch is new.
 
         Args:
             llava: a model, or the id or path of one.
             **dpvr_fields: fields of `DpvrLlavaConfig`; with an id, also what `from_pretrained` takes (dtype, ...).
+
+        Raises:
+            ValueError: for fields that are unknown or contradict each other.
         """
         if isinstance(llava, str | os.PathLike):
             return cls.from_pretrained(llava, **dpvr_fields)
         if unknown := sorted(set(dpvr_fields) - set(DPVR_FIELDS)):
-            raise ValueError(f"Expected the DPVR fields {DPVR_FIELDS}; got {unknown}. Remedy: drop or respell them.")
+            raise ValueError(
+                f"from_llava does not know {', '.join(unknown)}: the DPVR fields are {', '.join(DPVR_FIELDS)}."
+            )
         base = {key: value for key, value in llava.config.to_dict().items() if key != "model_type"}
         config = DpvrLlavaConfig(**{**base, **dpvr_fields})
         config.text_config, config.vision_config = llava.config.text_config, llava.config.vision_config
@@ -160,23 +171,31 @@ class SideBranchLoading:
         return model.train(llava.training)
 
     def reset_side_branch(self) -> None:
-        """Start the side branch afresh, as `config.side_branch_init` says."""
+        """Initialise the side branch anew, as `config.side_branch_init` says."""
         reset_side_branch(self.side_branch, self.model.language_model.layers, self.config)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *model_args, config=None, new_side_branch: bool = False, **kwargs
-    ):
-        """Load a DPVR repository, whole or side branch only, or a vanilla LLaVA, which gets a new side branch.
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: DpvrLlavaConfig | None = None,
+        new_side_branch: bool = False,
+        **kwargs: Any,
+    ) -> "SideBranchLoading | tuple[SideBranchLoading, dict]":
+        """Load a DPVR repository, with all weights or the side branch alone, or a vanilla LLaVA.
 
-        Takes what `PreTrainedModel.from_pretrained` takes, and the fields of `DpvrLlavaConfig`. Of a repository that
-        holds the side branch only, the base is loaded from `config.base_model_name_or_path`.
+        A repository with the side branch alone names its base in `config.base_model_name_or_path`, which is loaded
+        from there. A vanilla LLaVA gets a new side branch.
 
-        With `new_side_branch` a repository's own side branch is left aside for a new one, to be trained, of as many
-        layers and begun as the fields say.
+        Args:
+            pretrained_model_name_or_path, *model_args, config, **kwargs: as `PreTrainedModel.from_pretrained` takes
+                them; among kwargs also fields of `DpvrLlavaConfig`, which replace the repository's.
+            new_side_branch: initialise a new side branch, to be trained, in place of the repository's own.
 
         Raises:
-            ValueError: if the side branch is incomplete, damaged or of another shape, or the base holds no full LLaVA.
+            ValueError: if the side branch is incomplete, damaged or of another shape, or if weights of the base are
+                missing.
         """
         fields = {name: kwargs.pop(name) for name in DPVR_FIELDS if name in kwargs}
         where = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
@@ -200,9 +219,9 @@ class SideBranchLoading:
                 branch = _read_side_branch(pretrained_model_name_or_path, **where, **hub)
             kwargs = {name: value for name, value in kwargs.items() if name not in where}
         kwargs["use_safetensors"] = True
-        for owner in (vars(config), kwargs):  # a base may be stored in 4 bits, or be asked for so
-            if owner.get("quantization_config") is not None:
-                owner["quantization_config"] = with_side_branch_in_float(owner["quantization_config"])
+        for options in (vars(config), kwargs):  # the base may be stored in 4 bits, or the caller may ask for them
+            if options.get("quantization_config") is not None:
+                options["quantization_config"] = with_side_branch_in_float(options["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         model._check_loaded(base, info, branch, new_side_branch)
@@ -211,13 +230,18 @@ class SideBranchLoading:
     def _check_loaded(
         self, base: str, info: dict, branch: dict[str, torch.Tensor] | None, new_side_branch: bool
     ) -> None:
-        """Refuse a base with holes; take the side branch from `branch`, from the checkpoint, or start it afresh."""
+        """Refuse a base with missing weights; then load the side branch, or initialise a new one.
+
+        Args:
+            base: the name of what was loaded, for messages.
+            info: the loading info of `from_pretrained`.
+            branch: the weights of the side branch, if they lie in a repository of their own.
+        """
         missing = sorted(info["missing_keys"])
-        if holes := [name for name in missing if not is_side_branch(name)]:
+        if of_base := [name for name in missing if not is_side_branch(name)]:
             raise ValueError(
-                f"Expected a full LLaVA in {base!r}; got one without {len(holes)} weights, such as {holes[:3]}. "
-                "Remedy: name a full LLaVA, or set base_model_name_or_path in a repository that holds the side branch "
-                "only."
+                f"{base!r} is not a full LLaVA: {len(of_base)} weights are missing, such as {of_base[:3]}. Load a "
+                "full LLaVA; in a repository with the side branch alone, set base_model_name_or_path to one."
             )
         own = [name for name in self.state_dict() if is_side_branch(name)]
         surplus = sorted(name for name in info["unexpected_keys"] if is_side_branch(name))
@@ -227,16 +251,16 @@ class SideBranchLoading:
             self.reset_side_branch()
         elif missing or surplus:
             raise ValueError(
-                f"Expected the {len(own)} weights of {len(self.side_branch)} side layers in {base!r}; missing: "
-                f"{missing[:3]}, surplus: {surplus[:3]}. Remedy: set num_side_layers to the repository's, or "
-                "new_side_branch=True to train one of as many."
+                f"The side branch in {base!r} does not have the {len(own)} weights of {len(self.side_branch)} side "
+                f"layers: {missing[:3]} are missing, {surplus[:3]} are unknown. Set num_side_layers as in its config, "
+                "or new_side_branch=True to train a new one."
             )
 
     def load_side_branch(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy the weights of a side branch, named as in `state_dict()`, into this model; all of them or none.
+        """Copy the weights of a side branch, named as in `state_dict()`, into this model.
 
         Raises:
-            ValueError: for missing or unknown names and for other shapes, before anything is changed.
+            ValueError: for missing or unknown names and for other shapes; then no weight is changed.
         """
         own = {name: tensor for name, tensor in self.state_dict().items() if is_side_branch(name)}
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
@@ -244,69 +268,71 @@ class SideBranchLoading:
         if wrong := sorted(name for name in shapes.keys() | got.keys() if shapes.get(name) != got.get(name)):
             name = wrong[0]
             raise ValueError(
-                f"Expected a side branch of {len(shapes)} weights as the config says; {len(wrong)} differ, such as "
-                f"{name!r}: expected shape {shapes.get(name)}, got {got.get(name)}. Remedy: load it onto the base and "
-                "with the num_side_layers it was trained with."
+                f"{len(wrong)} weights of the side branch do not fit the {len(shapes)} of this model, such as "
+                f"{name!r}: its shape is {got.get(name)}, and {shapes.get(name)} is needed. Load it on the base and "
+                "with the num_side_layers that it was trained with."
             )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
 
     def side_branch_base(self, save_directory: str | os.PathLike) -> str:
-        """The name of the base to save beside a side branch in `save_directory`.
+        """The base to name in the config of a side branch that is saved in `save_directory`: a Hub id or full path.
 
         Raises:
-            ValueError: if the model does not know where its base came from, or if that is where it should be saved.
+            ValueError: if the model does not know its base, or if `save_directory` is the folder of the base.
         """
         base = self.config.base_model_name_or_path or self.config._name_or_path
         if not base:
             raise ValueError(
-                "Expected config.base_model_name_or_path, where the frozen LLaVA lies, to save the side branch alone; "
-                "got None. Remedy: set it to a Hub id or a path, or save with side_branch_only=False."
+                "A side branch is saved with the name of its base, and this model does not know it: set "
+                "config.base_model_name_or_path to a Hub id or a path, or save with side_branch_only=False."
             )
         if not os.path.isdir(base):
             return base
         if os.path.realpath(base) == os.path.realpath(save_directory):
             raise ValueError(
-                "Expected another folder than the base's, whose weights the side branch alone would replace; got "
-                f"{str(save_directory)!r} for both. Remedy: save into a new folder, or with side_branch_only=False."
+                f"{str(save_directory)!r} is the folder of the base, and its weights would be overwritten by those of "
+                "the side branch alone: save to a new folder, or with side_branch_only=False."
             )
         return os.path.abspath(base)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, side_branch_only: bool = False, **kwargs) -> None:
-        """Save weights, config and code so that one `from_pretrained(..., trust_remote_code=True)` loads them.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, side_branch_only: bool = False, **kwargs: Any
+    ) -> None:
+        """Save weights, config and code, for `from_pretrained(..., trust_remote_code=True)`.
 
         Args:
-            side_branch_only: save the side branch, and the name of the base in the config in place of its weights. A
-                base in a local folder is named by its absolute path; for sharing, load it by its Hub id.
+            side_branch_only: save the side branch without the base's weights; the config then names the base. A local
+                base is named by its absolute path, so load the base by its Hub id if others are to use the result.
             **kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
             ValueError: with side_branch_only, as `side_branch_base`.
         """
         base = self.side_branch_base(save_directory) if side_branch_only else None
-        conversions = getattr(self, "_weight_conversions", None)
-        if WeightRenaming is not None and getattr(self, "hf_quantizer", None) is None:
-            self._weight_conversions = [WeightRenaming(f"^{old}", new) for old, new in PUBLISHED_NAMES.items()]
         if side_branch_only:
-            kwargs.setdefault("max_shard_size", "1TB")  # it is read back as one file
+            kwargs.setdefault("max_shard_size", "1TB")  # a side branch is read back as one file
             weights = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {name: tensor for name, tensor in weights.items() if is_side_branch(name)}
-        own, quantizer = self.config, None
-        self.config = copy.deepcopy(own)
-        self.config.base_model_name_or_path = base
-        self.config.auto_map = dict(AUTO_MAP)
-        if side_branch_only:  # in how many bits the base is held is for those to say who load it
-            for part in (self.config, self.config.text_config, self.config.vision_config):
-                for name in BITS:
+        to_save = self._copy_to_save(base, side_branch_only)
+        super(SideBranchLoading, to_save).save_pretrained(save_directory, **kwargs)
+
+    def _copy_to_save(self, base: str | None, side_branch_only: bool) -> "SideBranchLoading":
+        """A shallow copy with the config, weight names and quantisation to save; `self` may be in use meanwhile."""
+        new = object.__new__(type(self))  # FSDP 2 wraps __new__, so copy.copy would call __init__
+        vars(new).update(vars(self))
+        if WeightRenaming is not None and vars(self).get("hf_quantizer") is None:
+            new._weight_conversions = [WeightRenaming(f"^{old}", name) for old, name in PUBLISHED_NAMES.items()]
+        new.config = copy.deepcopy(self.config)
+        new.config.base_model_name_or_path = base
+        new.config.auto_map = dict(AUTO_MAP)
+        if side_branch_only:  # who loads it chooses in how many bits the base is held
+            for part in (new.config, new.config.text_config, new.config.vision_config):
+                for name in QUANTISATION_FIELDS:
                     vars(part).pop(name, None)
-            quantizer = vars(self).pop("hf_quantizer", None)  # which would save the base's bits
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.config, self._weight_conversions = own, conversions
-            if quantizer is not None:
-                self.hf_quantizer = quantizer
+            vars(new).pop("hf_quantizer", None)  # it would save the base's quantisation
+        return new
 
 
 def load_processor(name_or_path: str, revision: str = "main", token: str | bool | None = None) -> ProcessorMixin:
@@ -316,20 +342,20 @@ def load_processor(name_or_path: str, revision: str = "main", token: str | bool 
     return AutoProcessor.from_pretrained(name_or_path, revision=revision, token=token, trust_remote_code=False)
 
 
-def _read_side_branch(repository: str, **hub_kwargs) -> dict[str, torch.Tensor]:
-    """The weights of a repository that holds the side branch only (safetensors; nothing is unpickled)."""
+def _read_side_branch(repository: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """The weights of a repository that holds the side branch alone."""
     path = cached_file(repository, WEIGHTS_NAME, **hub_kwargs)
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
-            f"Expected a safetensors file at {path}; got a damaged one ({error}). Remedy: download or save it again."
+            f"The safetensors file at {path} is damaged ({error}): download it or save it again."
         ) from error
     if others := sorted(name for name in weights if not is_side_branch(name)):
         raise ValueError(
-            f"Expected nothing but the side branch beside base_model_name_or_path in {repository!r}; got {others[:3]} "
-            "as well. Remedy: set base_model_name_or_path to null for a repository with all weights."
+            f"The config in {repository!r} names a base, so its weights should be the side branch alone, but there "
+            f"are others, such as {others[:3]}. If it holds all weights, set base_model_name_or_path to null."
         )
     return weights
 

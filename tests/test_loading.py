@@ -12,7 +12,7 @@ import transformers
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, make_llava
 from safetensors.torch import load_file, save_file
 
-from loading_dpvr import is_side_branch
+from loading_dpvr import is_side_branch, load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 SIDE_BRANCH_KEYS = {
@@ -145,7 +145,7 @@ def test_a_truncated_side_branch_is_refused(repositories, tmp_path):
     repository = copy(repositories / "side", tmp_path / "broken")
     weights = (repository / "model.safetensors").read_bytes()
     (repository / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match="got a damaged one.*Remedy"):
+    with pytest.raises(ValueError, match="is damaged .* download it or save it again"):
         DpvrLlavaForConditionalGeneration.from_pretrained(repository)
 
 
@@ -169,20 +169,20 @@ def test_a_side_branch_that_does_not_fit_is_refused_before_anything_is_changed(r
     else:
         weights[name] = weights[name][:, :8]
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"differ, such as 'model\.side_branch\.[01]\.mlp\.up_proj\.weight'"):
+    with pytest.raises(ValueError, match=r"do not fit .* such as 'model\.side_branch\.[01]\.mlp\.up_proj\.weight'"):
         model.load_side_branch(weights)
     assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
 
 
 def test_a_base_that_holds_only_a_side_branch_is_refused(repositories, tmp_path):
     repository = copy(repositories / "side", tmp_path / "nested", base_model_name_or_path=str(repositories / "side"))
-    with pytest.raises(ValueError, match="Expected a full LLaVA"):
+    with pytest.raises(ValueError, match=r"is not a full LLaVA: \d+ weights are missing"):
         DpvrLlavaForConditionalGeneration.from_pretrained(repository)
 
 
 def test_a_whole_repository_that_claims_a_base_is_refused(repositories, tmp_path):
     repository = copy(repositories / "whole", tmp_path / "both", base_model_name_or_path=str(repositories / "llava"))
-    with pytest.raises(ValueError, match="Expected nothing but the side branch"):
+    with pytest.raises(ValueError, match="names a base, so its weights should be the side branch alone"):
         DpvrLlavaForConditionalGeneration.from_pretrained(repository)
 
 
@@ -206,16 +206,37 @@ def test_the_side_branch_alone_is_never_saved_over_the_base_it_needs(repositorie
     repository = copy(repositories / kind, tmp_path / kind)
     before = (repository / "model.safetensors").read_bytes()
     model = DpvrLlavaForConditionalGeneration.from_pretrained(repository, split_layer=3)
-    with pytest.raises(ValueError, match="Expected another folder than the base's"):
+    with pytest.raises(ValueError, match="is the folder of the base.* save to a new folder"):
         model.save_pretrained(repository, side_branch_only=True)
     assert (repository / "model.safetensors").read_bytes() == before
 
 
 def test_a_model_that_does_not_know_its_base_cannot_save_the_side_branch_alone(tmp_path):
     model = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
-    with pytest.raises(ValueError, match="Expected config.base_model_name_or_path"):
+    with pytest.raises(ValueError, match="set config.base_model_name_or_path to a Hub id or a path"):
         model.save_pretrained(tmp_path / "side", side_branch_only=True)
     assert not (tmp_path / "side").exists()
+
+
+@pytest.mark.parametrize("side_branch_only", [False, True])
+def test_saving_changes_nothing_in_the_model_that_another_thread_may_use(
+    repositories, tmp_path, monkeypatch, side_branch_only
+):
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "side")
+    before, config, seen = dict(vars(model)), model.config.to_dict(), []
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def watch(*args, **kwargs):
+        save(*args, **kwargs)
+        seen.append(dict(vars(model)))
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", watch)
+    model.save_pretrained(tmp_path, side_branch_only=side_branch_only)
+    for now in (*seen, vars(model)):
+        assert now.keys() == before.keys() and all(now[name] is before[name] for name in before)
+    assert len(seen) == 1 and model.config.to_dict() == config
+    saved = json.loads((tmp_path / "config.json").read_text())["base_model_name_or_path"]
+    assert saved == (str(repositories / "llava") if side_branch_only else None)
 
 
 def test_half_precision_and_tied_embeddings_survive_a_round_trip(tmp_path):
@@ -234,5 +255,33 @@ def test_a_damaged_whole_repository_does_not_load(repositories, tmp_path):
     weights = load_file(repository / "model.safetensors")
     del weights["multi_modal_projector.linear_1.weight"]
     save_file(weights, repository / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="one without 1 weights, such as.*multi_modal_projector.linear_1"):
+    with pytest.raises(ValueError, match="1 weights are missing, such as.*multi_modal_projector.linear_1"):
         DpvrLlavaForConditionalGeneration.from_pretrained(repository)
+
+
+@pytest.fixture
+def processor_folder(random_mini, tmp_path):
+    """A repository with a processor, and code beside it that ends the process when it is imported."""
+    folder = copy(Path(random_mini), tmp_path / "strange")
+    (folder / "strange.py").write_text("raise SystemExit('code of a stranger ran')\n")
+    return folder
+
+
+def change_json(file, **changes) -> None:
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in {**content, **changes}.items() if value is not None}))
+
+
+def test_a_processor_is_loaded_without_running_the_code_beside_it(processor_folder):
+    change_json(processor_folder / "config.json", auto_map={"AutoConfig": "strange.Config"})
+    change_json(processor_folder / "processor_config.json", auto_map={"AutoProcessor": "strange.Processor"})
+    change_json(processor_folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "strange.Tokenizer"]})
+    processor = load_processor(str(processor_folder))
+    assert type(processor) is transformers.LlavaProcessor
+    assert processor.tokenizer("a")["input_ids"] and processor.image_processor is not None
+
+
+def test_a_dpvr_repository_that_names_no_class_of_processor_has_llavas(processor_folder):
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        change_json(processor_folder / name, processor_class=None)
+    assert type(load_processor(str(processor_folder))) is transformers.LlavaProcessor
