@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from shutil import get_terminal_size
 from typing import Any, NoReturn
 
 USER_ERRORS = (ValueError, OSError, ImportError)
@@ -36,12 +37,26 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """A docstring as it stands, and the default behind each option's help."""
 
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=max(80, min(119, get_terminal_size().columns)))
+
     def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.help or ""
         if action.default in (None, False, argparse.SUPPRESS) or "default" in shown:
             return shown
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
         return f"{shown} (default: {default})".strip()
+
+
+def at_least(bound: int) -> Callable[[str], int]:
+    """The type of an option that is an integer and not below `bound`."""
+
+    def integer(text: str) -> int:
+        if int(text) < bound:
+            raise argparse.ArgumentTypeError(f"{text} is too small: give {bound} or more")
+        return int(text)
+
+    return integer
 
 
 def unknown_option(unknown: list[str], known: Iterable[str]) -> str:

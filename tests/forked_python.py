@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class ForkedPython:
-    """A Python that has imported train_sft.py with all it needs, and forks.
+    """A Python that has imported the training code with all it needs, and forks.
 
     Args:
         environment: variables that are read while importing, such as HF_ENDPOINT.
@@ -69,7 +69,7 @@ def run_forked(command: list[str], cwd: str, environment: dict[str, str], timeou
 
 
 def serve() -> None:
-    import train_sft  # noqa: F401
+    import dpvr.training.run  # noqa: F401
 
     gc.freeze()  # what is here is not copied by a child's garbage collection
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""app.py as programs meet it: the API, bad input, strangers' files, and many askers at once."""
+"""The app as programs meet it: the API, bad input, strangers' files, and many askers at once."""
 
 import gc
 import inspect
@@ -17,9 +17,11 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-import app
-from app import MAX_PICTURES, Asked, build, continued, launch, parse_args, shown, write_examples
+from app import parse_args
+from dpvr.inference import controls
 from dpvr.inference.chat import Answerer, Turn, load
+from dpvr.inference.controls import MAX_PICTURES, Api, Asked, Page, continued, shown
+from dpvr.inference.page import build, launch, write_examples
 from minibench.scenes import make_scene
 
 QUESTION = "What colour is the star?"
@@ -70,7 +72,7 @@ def test_the_api_takes_the_routing(client, answerer, picture):
         turns = [Turn(QUESTION, (Image.open(picture),))]
         assert last["answer"] == answerer.answer(turns, routing=routing, max_new_tokens=6).text
         assert last["readout"]["routing"] == routing
-    with pytest.raises(AppError, match="routing to be one of"):
+    with pytest.raises(AppError, match="routing is .late.: choose one of"):
         client.predict(question=QUESTION, pictures=None, routing="late", api_name="/ask")
 
 
@@ -87,13 +89,19 @@ def test_the_api_compares_and_looks_inside(client, picture):
 def test_the_api_says_what_is_wrong_and_goes_on(client, picture, tmp_path):
     (tmp_path / "a.png").write_bytes(picture.read_bytes()[:200])
     for arguments, message in [
-        ({"question": "", "pictures": None}, "Expected a question; got an empty one"),
+        ({"question": "", "pictures": None}, "The question is empty: type one"),
         ({"question": QUESTION, "pictures": [handle_file(tmp_path / "a.png")]}, "damaged or cut off"),
-        ({"question": "word " * 10_000, "pictures": None}, "at most 20,000 characters"),
-        ({"question": "<script>", "pictures": [handle_file(picture)] * 9}, f"at most {MAX_PICTURES} pictures; got 9"),
-        ({"question": "a <image> b", "pictures": None}, "marks; got '<image>'"),
+        ({"question": "word " * 10_000, "pictures": None}, "at most 20,000 are taken"),
+        (
+            {"question": "<script>", "pictures": [handle_file(picture)] * 9},
+            f"There are 9 pictures, and the chat takes at most {MAX_PICTURES}",
+        ),
+        ({"question": "a <image> b", "pictures": None}, "holds '<image>', one of the model's special tokens"),
         ({"question": QUESTION, "pictures": None, "longest": 100_000}, "256"),
-        ({"question": QUESTION, "pictures": None, "temperature": 1e-39}, "temperature of 0 or from 0.05 to 2.0"),
+        (
+            {"question": QUESTION, "pictures": None, "temperature": 1e-39},
+            "answer, or 0.05 to 2.0",
+        ),
     ]:
         with pytest.raises(AppError, match=re.escape(message)):
             client.predict(**arguments, api_name="/ask")
@@ -125,7 +133,7 @@ def test_web_addresses_are_refused_before_anything_is_fetched(url, monkeypatch):
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
     for path in ("https://huggingface.co/a/b/resolve/main/model.safetensors", "http://127.0.0.1:1/a.png"):
         said = call(url, "ask", [QUESTION, [{"path": path, "meta": {"_type": "gradio.FileData"}}], "none", 4, 0])
-        assert "event: error" in said and "got a web address" in said
+        assert "event: error" in said and "is a web address: upload" in said
 
 
 def test_uploads_are_bounded(url):
@@ -169,11 +177,11 @@ def over_a_pipe(function: Callable) -> Callable:
 
 
 def test_what_goes_to_a_shared_gpu_and_back_can_be_copied(answerer, picture, monkeypatch):
-    monkeypatch.setattr(app, "on_gpu", over_a_pipe)
-    api = app.Api(answerer)
+    monkeypatch.setattr(controls, "on_gpu", over_a_pipe)
+    api = Api(answerer)
     *_, last = api.ask(QUESTION, [str(picture)], "late_fusion", 4, 0)
     assert last["answer"] == answerer.answer([Turn(QUESTION, (Image.open(picture),))], max_new_tokens=4).text
-    assert api.compare(QUESTION, [str(picture)], 2)["repetitions"] == app.REPETITIONS
+    assert api.compare(QUESTION, [str(picture)], 2)["repetitions"] == controls.REPETITIONS
     assert len(api.look_inside(QUESTION, [str(picture)])["dpvr"]["mass"]) == 4
 
 
@@ -257,22 +265,22 @@ def test_the_api_is_three_endpoints(client):
 
 
 def test_the_page_regenerates_the_last_answer_and_no_other(answerer, picture):
-    page = app.Page(answerer)
+    page = Page(answerer)
     chat = [Asked("one", (str(picture),), "kept"), Asked("two", (), "replaced")]
     pieces = list(page.regenerate(chat, 6, 0))
     turns = pieces[-1][1]
     conversation = [Turn("one", (Image.open(picture),), "kept"), Turn("two")]
     assert turns == [chat[0], Asked("two", (), answerer.answer(conversation, max_new_tokens=6).text)]
     assert "Prefill" in pieces[-1][2] and all(readout == "" for _, _, readout in pieces[:-1])
-    with pytest.raises(Exception, match="Expected an answer to make again"):
+    with pytest.raises(Exception, match="there is no answer to make again: ask"):
         next(page.regenerate([], 6, 0))
 
 
 def test_a_gallery_of_too_many_is_cut_and_bad_files_are_left_out(answerer, picture, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr(app.gr, "Warning", warnings.append)
+    monkeypatch.setattr(controls.gr, "Warning", warnings.append)
     (tmp_path / "<b>.png").write_text("no picture")
     gallery = [(str(tmp_path / "<b>.png"), None), *[(str(picture), None)] * 10]
-    assert len(app.Page(answerer).accept(gallery)) == MAX_PICTURES - 1
-    assert warnings[0] == "Expected at most 8 pictures; got 11. The last ones are left out."
-    assert warnings[1].startswith("&lt;b&gt;.png is left out. Expected a picture")
+    assert len(Page(answerer).accept(gallery)) == MAX_PICTURES - 1
+    assert warnings[0] == "There are 11 pictures, and the chat takes 8: the last ones are left out."
+    assert warnings[1].startswith("&lt;b&gt;.png is left out. The file is not a picture")

@@ -71,7 +71,7 @@ def test_batches_hold_equal_settings_only_and_long_ones_come_first(monkeypatch):
 
     def look(model, processor, conversations, **settings):
         seen.append((conversations, settings["max_new_tokens"]))
-        return [replies.Reply(name, 1) for name in conversations]
+        return [replies.Reply(name, 1, True) for name in conversations]
 
     monkeypatch.setattr(replies, "reply", look)
     short, long = to_settings({}, 5), to_settings({}, 6)
@@ -103,10 +103,10 @@ def test_an_error_in_a_later_batch_ends_the_run(loaded, monkeypatch):
 
 def test_a_mark_in_a_text_is_refused_and_a_long_prompt_is_told(loaded, monkeypatch):
     model, processor = loaded
-    with pytest.raises(ValueError, match="without the model's own mark '<image>'.*got 'In <image> 1"):
+    with pytest.raises(ValueError, match="The text 'In <image> 1.* holds '<image>'.*: take it out"):
         reply(model, processor, [TALKS[0], talk("In <image> 1, what is it?", 1)], max_new_tokens=1)
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 20)
-    with pytest.warns(UserWarning, match="tokens; the model knows 20 positions"):
+    with pytest.warns(UserWarning, match="tokens and the model 20 positions"):
         reply(model, processor, [TALKS[0]], max_new_tokens=1)
 
 
@@ -144,7 +144,7 @@ def test_a_benchmarks_wishes_become_settings(wanted, settings):
 
 
 def test_an_unknown_wish_is_refused():
-    with pytest.raises(ValueError, match=r"got \['max_newtokens'\]"):
+    with pytest.raises(ValueError, match="setting 'max_newtokens' is not known here: take it out"):
         to_settings({"max_newtokens": 3}, 128)
 
 

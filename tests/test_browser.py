@@ -15,8 +15,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import free_port, running
 
-from app import build, launch, write_examples
 from dpvr.inference.chat import Answerer, load
+from dpvr.inference.page import build, launch, write_examples
 from minibench.scenes import make_scene
 from versions_dpvr import NEWEST_TESTED
 
@@ -278,14 +278,14 @@ def test_a_file_that_is_no_picture_is_named_and_left_out_and_the_chat_goes_on(pa
     upload(page, scene)
     page.locator("#pictures input[type=file]").first.set_input_files(tmp_path / "notes.png")
     toast = page.get_by_test_id("toast-body")
-    expect(toast).to_contain_text("notes.png is left out. Expected a picture")
+    expect(toast).to_contain_text("notes.png is left out. The file is not a picture")
     expect(page.locator(PICTURES)).to_have_count(1)
     ask(page, "What colour is the star?")
 
 
 def test_questions_that_cannot_be_asked_say_so_and_markup_is_shown_and_not_run(page):
     page.get_by_role("button", name="Ask", exact=True).click()
-    expect(page.get_by_test_id("toast-body")).to_contain_text("Expected a question; got an empty one")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("The question is empty: type one")
     page.get_by_test_id("toast-close").click()
     markup = "<img src=x onerror='window.hacked = 1'><b>bold</b> **stars** <script>window.hacked = 1</script>"
     ask(page, markup)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_train_sft import NEEDS_TRAINING, losses, talk
 
 import train_sft
+from dpvr.training import trainers
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 CONFIGS = Path(train_sft.__file__).parent / "configs"
@@ -55,7 +56,7 @@ def launch(*arguments: str, script: str = train_sft.__file__, options: list[str]
 
 
 def run_alone(*arguments: str) -> None:
-    train_sft.main(*train_sft.parse_args(list(arguments)))
+    train_sft.main(list(arguments))
 
 
 def files_in(folder: Path) -> set[str]:
@@ -145,9 +146,9 @@ def test_accelerate_reads_every_config(name, kind):
 
 @NEEDS_TRAINING
 def test_a_sharded_model_is_not_asked_minibenchs_questions(random_mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sft, "SHARDED", (DistributedType.NO,))
+    monkeypatch.setattr(trainers, "SHARDED", (DistributedType.NO,))
     arguments = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--num_rows", "4"]
-    with pytest.raises(ValueError, match="Expected --eval_questions 0 under FSDP and ZeRO-3"):
+    with pytest.raises(ValueError, match="--eval_questions is 2, but under FSDP and ZeRO-3 .*: use --eval_q.* 0"):
         run_alone(*arguments, "--eval_questions", "2")
 
 

@@ -1,9 +1,11 @@
-"""minibench/evaluate.py: what the model is shown, and that its replies are counted as they are."""
+"""evaluation.py: what the model is shown, and that its replies are counted as they are."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dpvr.inference.evaluation import answer, evaluate
+from dpvr.inference.evaluation import ask, evaluate
 from minibench.data import make_items
 from minibench.scoring import summarise
 from minibench.tasks import TASKS, Item
@@ -15,7 +17,8 @@ PAIRED = ("perception", "cognition")
 class Oracle:
     """Stands in for a model: gives the replies that it is made with, the first `endless` of them without an end."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=2048))
 
     def __init__(self, tokenizer, replies: list[str], endless: int = 0) -> None:
         self.tokenizer, self.replies, self.endless = tokenizer, iter(replies), endless
@@ -100,11 +103,9 @@ def test_the_blindfold_shows_one_even_grey_for_each_picture_of_an_item(processor
 
 def test_a_reply_is_read_without_its_spaces_and_end_and_says_whether_it_ended(processor):
     (item,) = make_items("test", 2, tasks=["perception"])
-    asked = [(item, text) for text, _ in item.questions]
     model = Oracle(processor.tokenizer, ["yes no", " yes "], endless=1)
-    model.eval()
-    replies = answer(model, processor, asked)
-    assert [tuple(reply) for reply in replies] == [("yes no", False), ("yes", True)]
+    (replies,) = ask(model, processor, [item])
+    assert [(reply.text, reply.ended) for reply in replies] == [("yes no", False), ("yes", True)]
 
 
 def test_a_pair_counts_as_two_questions_and_four_rotations_as_one():
@@ -120,5 +121,5 @@ def test_fewer_than_two_questions_are_refused():
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="Expected tasks from .*got \\['captions'\\]"):
+    with pytest.raises(ValueError, match="no task named 'captions': its tasks are existence, "):
         make_items("test", 2, tasks=["captions", "scene"])

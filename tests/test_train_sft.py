@@ -20,11 +20,16 @@ from transformers import AutoModelForImageTextToText, LlavaProcessor
 from trl import SFTTrainer
 
 import train_sft
-from dpvr.training import output_folder as run_folder
+from dpvr.data.templates import marks_replies, with_marked_replies
+from dpvr.training import arguments, output_folder, trainers
+from dpvr.training.arguments import parse
+from dpvr.training.models import load_model
+from dpvr.training.run import load_rows
+from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 NEEDS_TRAINING = pytest.mark.skipif(
-    Version(transformers.__version__) < Version(train_sft.OLDEST_TRANSFORMERS),
+    Version(transformers.__version__) < Version(arguments.OLDEST_TRANSFORMERS),
     reason="training is for transformers 5.18 and newer",
 )
 SHORT = ["--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_questions", "2", "--logging_steps", "1"]
@@ -32,15 +37,15 @@ SHORT = ["--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_quest
 
 def run(base: str, output_dir, *arguments: str) -> dict:
     arguments = ["--model_name_or_path", base, "--output_dir", str(output_dir), *SHORT, *arguments]
-    return train_sft.main(*train_sft.parse_args(arguments))
+    return train_sft.main(arguments)
 
 
 def make_trainer(*arguments: str) -> SFTTrainer:
-    args, training, base = train_sft.parse_args(list(arguments))
+    args, training, base = parse(list(arguments))
     transformers.set_seed(training.seed)
-    processor = train_sft.load_marked_processor(base.model_name_or_path)
-    rows = train_sft.load_rows(args, training.seed).rows
-    return train_sft.make_trainer(train_sft.load_model(args, base), processor, rows, args, training, base)
+    processor = with_marked_replies(load_processor(base.model_name_or_path))
+    rows = load_rows(args, training.seed).rows
+    return trainers.make_trainer(load_model(args, base), processor, rows, args, training, base)
 
 
 @NEEDS_TRAINING
@@ -157,15 +162,15 @@ def test_a_plan_is_data_that_the_trained_repository_carries(random_mini, tmp_pat
 
 @NEEDS_TRAINING
 def test_a_routing_with_nothing_to_train_is_refused(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="exactly zero gradient"):
+    with pytest.raises(ValueError, match="no layer reads the side branch, so there is nothing to train: use late_fusion"):
         run(random_mini, tmp_path / "out", "--routing", "text_only")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_older_transformers_is_refused_with_the_way_out(monkeypatch):
-    monkeypatch.setattr(train_sft.transformers, "__version__", "4.57.6")
-    with pytest.raises(ImportError, match="Expected transformers 5.18 or newer.*got 4.57.6.*Remedy: pip install"):
-        train_sft.parse_args([])
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ImportError, match="needs transformers 5.18 or newer.*this is 4.57.6: pip install"):
+        parse([])
 
 
 @NEEDS_TRAINING
@@ -212,7 +217,7 @@ def test_lora_and_full_fine_tuning_train_the_vanilla_model_and_save_what_they_tr
 
 @NEEDS_TRAINING
 def test_a_plan_for_a_baseline_is_refused(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="Expected no DPVR fields with --method lora"):
+    with pytest.raises(ValueError, match="--method lora trains the vanilla model, which has no .*: leave"):
         run(random_mini, tmp_path / "out", "--method", "lora", "--split_layer", "1")
     assert not (tmp_path / "out").exists()
 
@@ -311,10 +316,10 @@ WITHOUT_END = """{% for message in messages %}{{ message['role'].upper() + ': ' 
 def test_a_template_that_marks_no_replies_or_not_their_end_is_replaced(random_mini, tmp_path, capsys, template):
     processor = LlavaProcessor.from_pretrained(random_mini)
     whole = processor.chat_template
-    assert train_sft.marks_replies(processor)
+    assert marks_replies(processor)
     processor.chat_template = template
     processor.save_pretrained(tmp_path)
-    loaded = train_sft.load_marked_processor(str(tmp_path))
+    loaded = with_marked_replies(load_processor(str(tmp_path)))
     assert loaded.chat_template == whole and "does not mark" in capsys.readouterr().out
 
 
@@ -361,11 +366,11 @@ def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mi
 @NEEDS_TRAINING
 def test_resuming_without_a_checkpoint_or_under_another_plan_is_refused(random_mini, tmp_path):
     for name in ("last", str(tmp_path / "nowhere")):
-        with pytest.raises(ValueError, match="Expected a whole checkpoint"):
+        with pytest.raises(ValueError, match="There is no whole checkpoint, .*--save_strategy steps"):
             run(random_mini, tmp_path / "out", "--resume_from_checkpoint", name)
     short = ["--eval_questions", "0", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
     run(random_mini, tmp_path / "out", *short)
-    with pytest.raises(ValueError, match="Expected a checkpoint of the plan"):
+    with pytest.raises(ValueError, match="The checkpoint has the layer plan .* and this run .*: resume with"):
         run(random_mini, tmp_path / "out", *short, "--split_layer", "1", "--resume_from_checkpoint", "last")
 
 
@@ -379,12 +384,12 @@ def test_a_failure_while_saving_leaves_the_previous_adapter_whole(random_mini, t
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "save_adapter", fail)
+        patch.setattr(output_folder, "save_adapter", fail)
         with pytest.raises(OSError, match="no space"):
             run(random_mini, out, *short, "--seed", "5")
     assert all(path.read_bytes() == content for path, content in before.items())
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.os, "replace", fail)
+        patch.setattr(output_folder.os, "replace", fail)
         with pytest.raises(OSError, match="no space"):
             run(random_mini, out, *short, "--seed", "5", "--split_layer", "1")
     assert not (out / "model.safetensors").exists()  # nothing loads half old, half new
@@ -405,7 +410,7 @@ def test_what_another_method_saved_before_is_gone(random_mini, tmp_path):
 
 @NEEDS_TRAINING
 def test_half_precision_is_refused_where_it_does_not_train(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="Expected --dtype float32 with --method full"):
+    with pytest.raises(ValueError, match="--method full needs --dtype float32, as small steps are lost in "):
         run(random_mini, tmp_path / "out", "--method", "full", "--dtype", "bfloat16")
 
 
@@ -424,10 +429,8 @@ def test_the_adapter_beside_it_gives_the_same_logits_on_the_base(random_mini, tm
 
 @NEEDS_TRAINING
 def test_on_a_base_in_bfloat16_the_branch_is_trained_in_float32(random_mini, tmp_path):
-    args, _, base = train_sft.parse_args(
-        ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"]
-    )
-    model = train_sft.load_model(args, base)
+    args, _, base = parse(["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"])
+    model = load_model(args, base)
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     assert {dtype for name, dtype in dtypes.items() if name in SIDE_BRANCH_KEYS} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if name not in SIDE_BRANCH_KEYS} == {torch.bfloat16}
@@ -438,9 +441,7 @@ def test_on_a_base_in_bfloat16_the_branch_is_trained_in_float32(random_mini, tmp
     "path", sorted((Path(train_sft.__file__).parent / "configs").glob("llava_*.yaml")), ids=lambda p: p.stem
 )
 def test_every_recipe_in_configs_is_read(path):
-    args, training, base = train_sft.parse_args(
-        ["--config", str(path), "--use_cpu", "true"]
-    )  # bf16 asks for a GPU otherwise
+    args, training, base = parse(["--config", str(path), "--use_cpu", "true"])  # bf16 asks for a GPU otherwise
     size, late = ("13b" if "13b" in path.stem else "7b"), not path.stem.endswith(("_pc", "_kv"))
     assert base.model_name_or_path == f"llava-hf/llava-1.5-{size}-hf" and base.dtype == "bfloat16"
     assert args.split_layer == {"7b": 18, "13b": 28}[size] and training.learning_rate == (1e-4 if late else 5e-5)

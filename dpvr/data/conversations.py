@@ -51,6 +51,7 @@ FEATURES = Features(
 )
 BROKEN_PICTURE = (OSError, ValueError, SyntaxError, EOFError, struct.error, DecompressionBombError)  # Pillow's
 LISTED = 20
+KINDS = {dict: "dictionary", list: "list", str: "string"}
 BATCH = 1000  # rows held as Python objects before they become Arrow
 
 
@@ -65,7 +66,7 @@ class Conversations(NamedTuple):
 
 
 class _BadRow(Exception):
-    """Why a row is not trained on, as `expected ..., got ...`."""
+    """Why a row is not trained on."""
 
 
 class _Source(NamedTuple):
@@ -136,23 +137,23 @@ def _identify(picture: Row) -> str:
 
 def _open_json(path: str, image_folder: str | None) -> _Source:
     if not os.path.isfile(path):
-        raise ValueError(f"Expected a JSON file; got {path!r}, where none is. Remedy: check the path.")
+        raise ValueError(f"There is no JSON file {path!r}: check the path.")
     if image_folder is not None and not os.path.isdir(image_folder):
-        raise ValueError(f"Expected a folder as image_folder; got {image_folder!r}. Remedy: check the path.")
+        raise ValueError(f"The image_folder {image_folder!r} is not a folder: check the path.")
     folder = None if image_folder is None else os.path.realpath(image_folder)
     rows = _read_lines if path.endswith(".jsonl") else _read_list
     return _Source(path, partial(rows, path), partial(_from_llava, image_folder=folder))
 
 
 def _read_list(path: str) -> list[Any]:
-    remedy = "Remedy: LLaVA's form is [{...}, {...}]; name a file with one row in a line .jsonl."
+    form = "LLaVA's form is [{...}, {...}], and the name of a file with one row per line ends in .jsonl."
     with open(path, "rb") as file:
         try:
             rows = json.load(file)
         except ValueError as error:
-            raise ValueError(f"Expected a JSON list of rows in {path!r}; got {error}. {remedy}") from error
+            raise ValueError(f"{path!r} is not a JSON list of rows ({error}): {form}") from error
     if not isinstance(rows, list):
-        raise ValueError(f"Expected a JSON list of rows in {path!r}; got a {type(rows).__name__}. {remedy}")
+        raise ValueError(f"{path!r} is not a JSON list of rows but a {type(rows).__name__}: {form}")
     return rows
 
 
@@ -169,8 +170,8 @@ def _read_lines(path: str) -> Iterator[Any]:
 def _open_dataset(data: str, split: str, image_folder: str | None, streaming: bool) -> _Source:
     if image_folder is not None:
         raise ValueError(
-            f"Expected image_folder with a .json or .jsonl file only; got {image_folder!r} with {data!r}. Remedy: "
-            "leave it out, or name LLaVA's JSON file."
+            f"The image_folder {image_folder!r} goes with a .json or .jsonl file, and {data!r} is a data set: leave "
+            "it out, or name LLaVA's JSON file."
         )
     try:
         if os.path.isfile(os.path.join(data, "dataset_dict.json")):  # save_to_disk of several splits
@@ -181,14 +182,14 @@ def _open_dataset(data: str, split: str, image_folder: str | None, streaming: bo
             table = load_dataset(data, split=split, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"Expected a data set on the Hub or in a folder with a split {split!r}, or a .json or .jsonl file; got "
-            f"{data!r}, of which `datasets` says: {error}. Remedy: check the name, the split and the connection."
+            f"{data!r} cannot be read as a data set with the split {split!r}: {error}. Check the name, the split and "
+            "the connection, or name a .json or .jsonl file."
         ) from error
     features = table.features or {}
     if features.get("images") != FEATURES["images"] or "messages" not in features:
         raise ValueError(
-            f"Expected the columns images, {FEATURES['images']}, and messages in {data!r}; got {dict(features)}. "
-            "Remedy: rename and cast the columns, or give LLaVA's JSON file and its image_folder."
+            f"{data!r} has the columns {dict(features)}, and training needs images, {FEATURES['images']}, and "
+            "messages: rename and cast the columns, or give LLaVA's JSON file and its image_folder."
         )
     table = table.select_columns(list(FEATURES))
     return _Source(data, partial(_raw_rows, table), _from_messages, table)
@@ -247,7 +248,7 @@ def _check(rows: Iterable[Any], source: _Source, bad_rows: dict[int, str]) -> It
 def _report(source: _Source, bad_rows: dict[int, str], total: int, skip_bad_rows: bool) -> None:
     """Raise or warn if there are bad rows; raise in either case if there is no good one."""
     if total == 0:
-        raise ValueError(f"Expected at least one row in {source.name!r}; got none. Remedy: name another one.")
+        raise ValueError(f"{source.name!r} has no rows: name other data.")
     if not bad_rows:
         return
     lines = [f"row {index}: {reason}" for index, reason in islice(bad_rows.items(), LISTED)]
@@ -257,10 +258,9 @@ def _report(source: _Source, bad_rows: dict[int, str], total: int, skip_bad_rows
     if skip_bad_rows and len(bad_rows) < total:
         warnings.warn(f"Left out {len(bad_rows)} of {total} rows of {source.name!r}:\n{listed}", stacklevel=4)
         return
-    remedy = "mend them" if skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"
+    way_out = "Mend them." if skip_bad_rows else "Mend them, or leave them out with --skip_bad_rows."
     raise ValueError(
-        f"Expected good rows in {source.name!r}; got {len(bad_rows)} bad of {total} rows read:\n{listed}\n"
-        f"Remedy: {remedy}."
+        f"{len(bad_rows)} of {total} rows read from {source.name!r} cannot be trained on:\n{listed}\n{way_out}"
     )
 
 
@@ -274,8 +274,8 @@ def _from_llava(row: Any, image_folder: str | None) -> Row:
     names = [] if image is None else image if isinstance(image, list) else [image]
     if names and image_folder is None:
         raise ValueError(
-            f"Expected image_folder, as the rows have pictures such as {names[0]!r}; got None. Remedy: name the "
-            "folder that their names are relative to."
+            f"The rows have pictures such as {names[0]!r}, and no image_folder is given: name the folder that their "
+            "names are relative to."
         )
     _check_conversation(messages, len(names))
     return {"images": [_check_picture(_find(name, image_folder)) for name in names], "messages": messages}
@@ -295,7 +295,7 @@ def _from_messages(row: Row) -> Row:
 def _message(speaker: Any, content: Any, roles: dict[str, str]) -> Row:
     """Return {"role", "content"} with pictures before text; `roles` go by what the source calls the speakers."""
     if speaker not in list(roles):
-        raise _BadRow(f"expected {', '.join(roles)} as a speaker, got {speaker!r:.60}")
+        raise _BadRow(f"a message is from {speaker!r:.60}, and only {', '.join(roles)} speak")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else _dicts(content, "content")
     pieces = [piece for part in parts for piece in _split(part)]
     return {"role": roles[speaker], "content": sorted(pieces, key=lambda piece: piece != PICTURE)}
@@ -306,12 +306,12 @@ def _split(part: Row) -> list[Row]:
     if part.get("type") == "image":
         return [PICTURE]
     if part.get("type") != "text":
-        raise _BadRow(f"expected image or text as the type of a part, got {part.get('type')!r:.60}")
+        raise _BadRow(f"a part has the type {part.get('type')!r:.60}, and only image and text can be read")
     text = _typed(part.get("text"), str, "text")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold and Arrow cannot
-        raise _BadRow(f"expected Unicode text, got {text!r:.60}") from error
+        raise _BadRow(f"the text {text!r:.60} is not valid Unicode") from error
     count = text.count(MARK)
     return [PICTURE] * count + [{"type": "text", "text": text.replace(MARK, "").strip() if count else text}]
 
@@ -319,22 +319,26 @@ def _split(part: Row) -> list[Row]:
 def _check_conversation(messages: list[Row], num_images: int) -> None:
     roles = [message["role"] for message in messages]
     if not roles:
-        raise _BadRow("expected messages, got none")
+        raise _BadRow("it has no messages")
     if "assistant" not in roles:
-        raise _BadRow(f"expected an assistant's message to learn from, got {', '.join(roles):.80}")
+        raise _BadRow(f"no message is from the assistant, so nothing is to be learnt: {', '.join(roles):.80}")
     turns = roles[1:] if roles[0] == "system" else roles
     if any(role != ("user", "assistant")[number % 2] for number, role in enumerate(turns)):
-        raise _BadRow(f"expected user and assistant in turn, got {', '.join(roles):.80}")
+        raise _BadRow(f"user and assistant do not take turns: {', '.join(roles):.80}")
     marks = [message["content"].count(PICTURE) for message in messages]
     first = marks[roles.index("user")]
     if first != num_images or sum(marks) != first:
         raise _BadRow(
-            f"expected as many image marks as images, {num_images}, all in the first user message, got {first} there "
-            f"and {sum(marks) - first} elsewhere"
+            f"it has {_counted(num_images, 'image')} but {_counted(first, MARK + ' mark')} in the first user message "
+            f"and {sum(marks) - first} elsewhere: put one per image into the first user message"
         )
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and not "".join(part["text"] for part in message["content"]).strip():
-            raise _BadRow(f"expected text in every reply, got an empty one in message {number}")
+            raise _BadRow(f"the reply in message {number} is empty")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _find(name: Any, image_folder: str) -> Row:
@@ -343,9 +347,9 @@ def _find(name: Any, image_folder: str) -> Row:
         path = os.path.realpath(os.path.join(image_folder, _typed(name, str, "image")))
         inside = os.path.commonpath([image_folder, path]) == image_folder
     except ValueError as error:  # such as a null byte
-        raise _BadRow(f"expected the name of a picture, got {name!r:.60}: {error}") from error
+        raise _BadRow(f"{name!r:.60} is not the name of a picture: {error}") from error
     if not inside:
-        raise _BadRow(f"expected a picture inside {image_folder!r}, got {name!r}")
+        raise _BadRow(f"the picture {name!r} lies outside of {image_folder!r}")
     return {"bytes": None, "path": path}
 
 
@@ -356,14 +360,14 @@ def _check_picture(picture: Any) -> Row:
         Image().decode_example(picture)
     except BROKEN_PICTURE as error:
         name = picture["path"] or "bytes without a name"
-        raise _BadRow(f"expected a picture that decodes, got {name!r}: {type(error).__name__}: {error}") from error
+        raise _BadRow(f"the picture {name!r} cannot be read: {type(error).__name__}: {error}") from error
     # beside bytes the path is only a name, but `datasets` would prefer a file of that name in the working folder
     return picture if picture["bytes"] is None else {**picture, "path": None}
 
 
 def _typed(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind):
-        raise _BadRow(f"expected {what} to be a {kind.__name__}, got {value!r:.60}")
+        raise _BadRow(f"{what} is {value!r:.60}, not a {KINDS[kind]}")
     return value
 
 

@@ -47,15 +47,17 @@ def open_picture(path: str | Path) -> Image.Image:
             picture = ImageOps.exif_transpose(picture)
             picture = _to_rgb(picture)
     except DecompressionBombError as error:
-        raise ValueError(f"Expected a picture of at most {MAX_PIXELS:,} pixels; got a larger one.") from error
+        raise ValueError(f"The picture has more than {MAX_PIXELS:,} pixels: make it smaller.") from error
     except FileNotFoundError as error:
-        raise ValueError("Expected a picture; its file is no longer here. Remedy: upload it again.") from error
+        raise ValueError("The picture's file is no longer here: upload it again.") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"Expected a picture ({', '.join(FORMATS)}); got a file that is none of these.") from error
+        raise ValueError(
+            f"The file is not a picture that can be read here: use one of {', '.join(FORMATS)}."
+        ) from error
     except BROKEN as error:
         if isinstance(error, _Refused):
             raise
-        raise ValueError("Expected a whole picture; got one that is damaged or cut off.") from error
+        raise ValueError("The picture is damaged or cut off: save or upload it again.") from error
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture
 
@@ -66,17 +68,19 @@ class _Refused(ValueError):
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise _Refused(f"Expected a picture of at most {MAX_PIXELS:,} pixels; got {width} x {height}.")
+        raise _Refused(f"The picture has {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller.")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise _Refused(
-            f"Expected a picture at most {MAX_ASPECT} times as long as it is wide; got {width} x {height}. Remedy: "
-            "cut out the part that you ask about."
+            f"The picture has {width} x {height} pixels, one side more than {MAX_ASPECT} times the other: cut out the "
+            "part that you ask about."
         )
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
-        raise _Refused("Expected 8 or 16 bits per channel; got floating point. Remedy: save it as a PNG.")
+        raise _Refused(
+            "The picture is in floating point, and only 8 or 16 bits per channel can be read: save it as a PNG."
+        )
     if picture.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would cut them off at 255
         picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:

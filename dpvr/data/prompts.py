@@ -1,23 +1,56 @@
-"""Prompts that have been answered, in batches for a measurement: the first question of each row, and its answer.
+"""What a model is given: conversations as inputs to answer, and answered ones, in batches, to measure on.
 
-rows of images and messages (conversations.py)  -->  processor, twice  -->  inputs, labels at the answer's tokens
+Conversation(messages, pictures) --> chat template, processor, padding on the left --> inputs      prompt_inputs
+rows of images and messages      --> processor, twice --> inputs, labels at the answer's tokens    AnsweredPrompts
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaProcessor
+from transformers import BatchFeature, LlavaProcessor, ProcessorMixin
 
 from dpvr.data.conversations import Row
+from generation_dpvr import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # a processor's inputs, and labels (B, T)
 
 
+class Conversation(NamedTuple):
+    """Messages as a chat template takes them, and their pictures in order."""
+
+    messages: list[dict[str, Any]]
+    pictures: Sequence[Image.Image] = ()
+
+
+def prompt_inputs(processor: ProcessorMixin, conversations: Sequence[Conversation]) -> BatchFeature:
+    """The inputs of a batch of conversations, each of which waits for its answer.
+
+    Raises:
+        ValueError: if a text holds the mark that stands for a picture.
+    """
+    for conversation in conversations:
+        _refuse_marks(conversation, processor.image_token)
+    prompts = processor.apply_chat_template([c.messages for c in conversations], add_generation_prompt=True)
+    pictures = [picture for conversation in conversations for picture in conversation.pictures]
+    padding = {"padding": True, "padding_side": "left"}
+    return processor(images=pictures or None, text=prompts, return_tensors="pt", **padding)
+
+
+def _refuse_marks(conversation: Conversation, mark: str) -> None:
+    for message in conversation.messages:
+        for part in message["content"]:
+            if mark in (part.get("text") or ""):
+                raise ValueError(
+                    f"The text {part['text'][:200]!r} holds {mark!r}, the mark that the chat template puts in for "
+                    "every picture: take it out of the text."
+                )
+
+
 class AnsweredPrompts:
-    """At most `most` rows with a picture, behind the first `skip` of them, one by one.
+    """The first question of each row with its answer, of at most `most` rows with a picture after `skip` of them.
 
     Each time it is iterated, the rows are encoded anew.
 
@@ -34,7 +67,7 @@ class AnsweredPrompts:
         for row in self.rows:
             if taken == self.skip + self.most:
                 return
-            if (found := encode(self.processor, row)) is None:
+            if (found := answered_prompt(self.processor, row)) is None:
                 self.without_picture += 1
             else:
                 taken += 1
@@ -42,8 +75,8 @@ class AnsweredPrompts:
                     yield found
 
 
-def encode(processor: LlavaProcessor, row: dict[str, Any]) -> Batch | None:
-    """The processor's inputs of a row's first question with its answer, and its labels (1, T); None without pictures.
+def answered_prompt(processor: LlavaProcessor, row: Row) -> Batch | None:
+    """The inputs of a row's first question with its answer, and its labels (1, T); None without pictures.
 
     Raises:
         ValueError: if the chat template writes a prompt anew once it is answered.
@@ -61,8 +94,8 @@ def encode(processor: LlavaProcessor, row: dict[str, Any]) -> Batch | None:
     length = prompt["input_ids"].shape[1]
     if not torch.equal(whole["input_ids"][:, :length], prompt["input_ids"]):
         raise ValueError(
-            f"Expected a chat template that leaves an answered prompt as it was; got {texts[1]!r} after {texts[0]!r}. "
-            "Remedy: another processor, such as dpvr-mini's template."
+            f"The chat template writes the prompt {texts[0]!r} differently once it is answered, as {texts[1]!r}, so "
+            "the answer's tokens cannot be told from the prompt's: use a template that does not, such as dpvr-mini's."
         )
     labels = whole["input_ids"].clone()
     labels[:, :length] = IGNORED_LABEL
@@ -86,7 +119,7 @@ def _joined(prompts: list[Batch], device: str | torch.device) -> Batch:
         return pad_sequence([tensor[0] for tensor in tensors], batch_first=True, padding_value=value).to(device)
 
     inputs = {
-        "input_ids": stack([inputs["input_ids"] for inputs, _ in prompts], 0),  # masked out, whatever it stands for
+        "input_ids": stack([inputs["input_ids"] for inputs, _ in prompts], 0),  # any id will do: it is masked out
         "attention_mask": stack([inputs["attention_mask"] for inputs, _ in prompts], 0),
         "pixel_values": torch.cat([inputs["pixel_values"] for inputs, _ in prompts]).to(device),
     }

@@ -1,7 +1,7 @@
 """Replies to many conversations about pictures, in batches of any lengths.
 
-    requests --sort by settings, longest first--> batches --chat template, processor, padding on the left--> generate
-             <------------ the asked order ------------ replies, cut at the stop strings <------------------'
+    requests --sort by settings, longest first--> batches --prompt_inputs, padding on the left--> generate
+             <------------ the asked order ------------ replies, cut at the stop strings <---------'
 
 An error ends the run: no reply is ever made up, not even an empty one.
 """
@@ -12,20 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
+
+from dpvr.data.prompts import Conversation, prompt_inputs
 
 GREEDY = {"max_new_tokens", "num_beams", "repetition_penalty"}
 SAMPLING = {"temperature", "top_p", "top_k"}
 HINTS = {"image_aspect_ratio"}  # for models that cut pictures up; LLaVA's processor has one way
-
-
-class Conversation(NamedTuple):
-    """Messages as a chat template takes them, and their pictures in order."""
-
-    messages: list[dict[str, Any]]
-    pictures: list[Image.Image]
 
 
 class Request(NamedTuple):
@@ -40,8 +34,11 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
+    """What the model said, in how many tokens, and whether it ended by itself with an end token."""
+
     text: str
     tokens: int
+    ended: bool
 
 
 def to_settings(wanted: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
@@ -53,11 +50,14 @@ def to_settings(wanted: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
         max_new_tokens: where `wanted` has none.
 
     Raises:
-        ValueError: for another wish, which nobody would hear of if it were dropped.
+        ValueError: for another wish, which would else be dropped in silence.
     """
     known = GREEDY | SAMPLING | HINTS | {"until", "do_sample"}
     if unknown := sorted(wanted.keys() - known):
-        raise ValueError(f"Expected generation settings from {sorted(known)}; got {unknown}. Remedy: drop them.")
+        raise ValueError(
+            f"The generation setting {unknown[0]!r} is not known here: take it out of the task. Known are "
+            f"{', '.join(sorted(known))}."
+        )
     until = wanted.get("until") or []
     samples = bool(wanted.get("temperature")) and wanted.get("do_sample", True)
     used = GREEDY | SAMPLING if samples else GREEDY
@@ -75,12 +75,13 @@ def reply_to_all(
     requests: Sequence[Request],
     *,
     batch_size: int,
+    description: str = "replies",
     show_progress: bool = True,
 ) -> list[Reply]:
     """Return the replies in the order of the requests, `batch_size` of which with equal settings are one batch."""
     replies: dict[int, Reply] = {}
     order = sorted(range(len(requests)), key=lambda index: (_key(requests[index]), -requests[index].length))
-    with tqdm(total=len(requests), desc="replies", unit="question", disable=not show_progress) as progress:
+    with tqdm(total=len(requests), desc=description, unit="question", disable=not show_progress) as progress:
         for _, alike in itertools.groupby(order, key=lambda index: _key(requests[index])):
             for batch in _batches(alike, batch_size):
                 conversations = [requests[index].make() for index in batch]
@@ -104,7 +105,7 @@ def _batches(indices: Iterable[int], size: int) -> Iterator[list[int]]:
 def reply(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    conversations: list[Conversation],
+    conversations: Sequence[Conversation],
     *,
     until: Sequence[str] = (),
     **settings: Any,
@@ -112,33 +113,17 @@ def reply(
     """Return the replies to one batch of conversations, which may have any number of pictures each.
 
     Raises:
-        ValueError: if a text holds the model's own mark of a picture.
+        ValueError: if a text holds the mark that stands for a picture.
     """
-    _check_texts(conversations, processor.image_token)
-    prompts = processor.apply_chat_template([c.messages for c in conversations], add_generation_prompt=True)
-    pictures = [picture for conversation in conversations for picture in conversation.pictures]
-    inputs = processor(
-        images=pictures or None, text=prompts, padding=True, padding_side="left", return_tensors="pt"
-    ).to(model.device, model.dtype)
+    inputs = prompt_inputs(processor, conversations).to(model.device, model.dtype)
     start, room = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
     if start > room:
-        warnings.warn(f"A prompt of {start} tokens; the model knows {room} positions.", stacklevel=2)
-    pad = processor.tokenizer.pad_token_id
+        warnings.warn(f"A prompt has {start} tokens and the model {room} positions.", stacklevel=2)
+    pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
     output = model.generate(**inputs, pad_token_id=pad, **settings)[:, start:]
     texts = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
-    lengths = (output != pad).sum(dim=1).tolist()
-    return [Reply(_cut(text, until).strip(), length) for text, length in zip(texts, lengths, strict=True)]
-
-
-def _check_texts(conversations: list[Conversation], mark: str) -> None:
-    for conversation in conversations:
-        for message in conversation.messages:
-            for part in message["content"]:
-                if mark in part.get("text", ""):
-                    raise ValueError(
-                        f"Expected texts without the model's own mark {mark!r}, as the template puts one there for "
-                        f"every picture; got {part['text'][:200]!r}. Remedy: take it out of the question."
-                    )
+    lengths, ended = (output != pad).sum(dim=1).tolist(), (output == end).any(dim=1).tolist()
+    return [Reply(_cut(text, until).strip(), *rest) for text, *rest in zip(texts, lengths, ended, strict=True)]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

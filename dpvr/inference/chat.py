@@ -125,8 +125,8 @@ def load(
         model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True, **loading)
     if model.config.model_type != DpvrLlavaForConditionalGeneration.config_class.model_type:
         raise ValueError(
-            f"{name!r} holds a model of type {model.config.model_type!r}, neither a DPVR model nor an adapter: train a "
-            "side branch on it with train_sft.py first."
+            f"{name!r} holds a model of type {model.config.model_type!r}, neither a DPVR model nor an adapter: train "
+            "a side branch on it with train_sft.py first."
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), load_processor(home, revision)
@@ -205,8 +205,8 @@ class Answerer:
             )
         if marks := [mark for mark in self.processor.tokenizer.all_special_tokens if mark in question]:
             raise ValueError(
-                f"The question holds {marks[0]!r}, one of the model's special tokens: take it out. Pictures are put in "
-                "by themselves."
+                f"The question holds {marks[0]!r}, one of the model's special tokens: take it out. Pictures are put "
+                "in by themselves."
             )
 
     def stream(

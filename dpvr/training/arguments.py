@@ -1,0 +1,83 @@
+"""The arguments of train_sft.py as TRL reads them: the project's options on TRL's classes."""
+
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import transformers
+from packaging.version import Version
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from dpvr.analysis.plan_search import read_plan
+from dpvr.command_line import unknown_option
+from dpvr.training.options import AUTO, BaseOptions, DpvrArguments, RecipeOptions
+
+OLDEST_TRANSFORMERS = "5.18"
+
+
+@dataclass
+class BaseArguments(BaseOptions, ModelConfig):
+    """TRL's ModelConfig; LoRA's targets default to all linear layers of the decoder."""
+
+
+@dataclass
+class SideBranchSFTConfig(RecipeOptions, SFTConfig):
+    """TRL's SFTConfig with the paper's recipe as defaults."""
+
+
+class TrainingParser(TrlParser):
+    """TRL's parser, whose errors are one line each."""
+
+    def __init__(self) -> None:
+        types = (DpvrArguments, SideBranchSFTConfig, BaseArguments)
+        super().__init__(types, prog="train_sft.py", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(argv: list[str]) -> tuple[DpvrArguments, SideBranchSFTConfig, BaseArguments]:
+    """The arguments of a command line and of the file of its --config.
+
+    Raises:
+        ValueError: for options that contradict each other.
+        ImportError: if transformers is too old to train with.
+        SystemExit: 2, with one line, for an option that is not known or has no such value.
+    """
+    parser = TrainingParser()
+    if "--help-all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    require_transformers()
+    if "--config" in argv[-1:]:
+        parser.error("--config needs the name of a YAML file")
+    args, training, base, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(unknown_option(unknown, parser._option_string_actions))
+    return with_plan(args, argv), training, base
+
+
+def require_transformers() -> None:
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise ImportError(
+            f"Training needs transformers {OLDEST_TRANSFORMERS} or newer, for TRL's loss on the replies of rows with "
+            f"pictures, and this is {transformers.__version__}: pip install 'transformers>={OLDEST_TRANSFORMERS}'. "
+            "Loading and generation work with this version."
+        )
+
+
+def with_plan(args: DpvrArguments, flags: list[str]) -> DpvrArguments:
+    """The arguments with the fields of --plan, which a --config may have otherwise and a flag may not."""
+    plan = read_plan(args.plan) if args.plan else {}
+    if twice := [name for name in plan if f"--{name}" in flags]:
+        raise ValueError(
+            f"--{twice[0]} is given on the command line and in the plan {args.plan!r}: leave the flag out, or edit "
+            "the file."
+        )
+    args = replace(args, **plan)
+    if args.split_layer not in (None, AUTO):
+        if not str(args.split_layer).isdecimal():
+            raise ValueError(
+                f"--split_layer takes a number of layers, such as 18, or {AUTO}, not {args.split_layer!r}."
+            )
+        args.split_layer = int(args.split_layer)
+    return args

@@ -1,0 +1,156 @@
+"""TRL's SFTTrainer for each method: what its checkpoints hold, how it resumes, and which tokens are labels.
+
+rows --collator--> input_ids, pixel_values, labels without image tokens --> SFTTrainer
+                   (sharded: always with a picture)                         checkpoints: the side branch alone
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlavaProcessor
+from trl import SFTTrainer, get_peft_config
+
+from configuration_dpvr import DpvrLlavaConfig
+from dpvr.data.conversations import Row
+from dpvr.data.templates import with_bos
+from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
+from dpvr.training.options import MINIBENCH, DpvrArguments
+from dpvr.training.output_folder import side_branch_of, without_shards
+from generation_dpvr import IGNORED_LABEL
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+
+WEIGHTS_NAME, TRAINER_STATE_NAME = "model.safetensors", "trainer_state.json"
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+class CardlessTrainer(SFTTrainer):
+    """An SFTTrainer that leaves the card to `hub_dpvr.py`, which makes it from the run's records."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class SideBranchTrainer(CardlessTrainer):
+    """An SFTTrainer whose checkpoints hold the side branch, as the saved repository does, and not the frozen base."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            model = without_shards(model, side_branch_of(state_dict or model.state_dict()))
+            model.save_pretrained(output_dir or self.args.output_dir, side_branch_only=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        saved = DpvrLlavaConfig.from_pretrained(resume_from_checkpoint).layer_plan()
+        if saved != model.config.layer_plan():
+            raise ValueError(
+                f"The checkpoint has the layer plan {saved} and this run {model.config.layer_plan()}: resume with the "
+                "routing and layers of the run that was stopped."
+            )
+        if self.is_fsdp_enabled:  # which keeps its shards beside the side branch
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model.load_side_branch(load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
+
+
+class WholeModelTrainer(CardlessTrainer):
+    """An SFTTrainer that resumes by `from_pretrained`: Trainer's own reading does not know the names LLaVA saves."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+
+TRAINERS = {"dpvr": SideBranchTrainer, "lora": SFTTrainer, "full": WholeModelTrainer}
+
+
+class WithoutImageLabels:
+    """A collator that leaves image tokens out of the labels, and under a layer plan the tokens right after them.
+
+    A model is never to produce an image token, and past the split images predict nothing. The models' own losses
+    leave them out as well; here they are left out of the count that the loss is divided by.
+    """
+
+    def __init__(self, collate: Callable[[list[Row]], dict[str, torch.Tensor]], model: torch.nn.Module) -> None:
+        self.collate, self.image, self.routed = collate, model.config.image_token_id, not model.model.plan.is_vanilla
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        batch = self.collate(rows)
+        ignored = batch["input_ids"] == self.image
+        if self.routed:
+            ignored = ignored | torch.nn.functional.pad(ignored[:, :-1], (1, 0))
+        return batch | {"labels": batch["labels"].masked_fill(ignored, IGNORED_LABEL)}
+
+
+class AlwaysAPicture:
+    """A collator that adds to rows of text alone one with a picture and without labels: neither loss nor gradient.
+
+    Processes that share a model's shards must all run the same layers, tower and side branch included, or they wait
+    for each other's shards for ever, or take one layer's for another's.
+    """
+
+    def __init__(self, collate: Callable[[list[Row]], dict[str, torch.Tensor]]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        if any(row["images"] for row in rows):
+            return self.collate(rows)
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        batch = self.collate([*rows, {"images": [Image.new("RGB", (32, 32))], "messages": [question]}])
+        batch["labels"][-1] = IGNORED_LABEL
+        return batch
+
+
+def make_trainer(
+    model: DpvrLlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    rows: Dataset | IterableDataset,
+    args: DpvrArguments,
+    training: SideBranchSFTConfig,
+    base: BaseArguments,
+) -> SFTTrainer:
+    """The trainer of a method; the loss curve will be in its `state.log_history`.
+
+    Raises:
+        ValueError: if MiniBench's questions are to be answered by a model of which each process has a shard.
+    """
+    lora = None
+    if args.method == "lora":
+        base.use_peft = True
+        lora = get_peft_config(base)
+        lora.target_modules = lora.target_modules or LORA_TARGETS
+    trainer = TRAINERS[args.method](
+        model=model, args=training, train_dataset=rows, processing_class=with_bos(processor), peft_config=lora
+    )
+    trainer.data_collator = WithoutImageLabels(trainer.data_collator, model)
+    if trainer.accelerator.distributed_type in SHARDED:
+        if args.data == MINIBENCH and args.eval_questions:
+            raise ValueError(
+                f"--eval_questions is {args.eval_questions}, but under FSDP and ZeRO-3 no process has the whole model "
+                "to ask: use --eval_questions 0, and python -m dpvr.benchmarks.accuracy afterwards."
+            )
+        trainer.data_collator = AlwaysAPicture(trainer.data_collator)
+    return trainer
+
+
+def find_checkpoint(training: SideBranchSFTConfig) -> str | None:
+    """The folder to resume from; "last" is the newest whole one in `output_dir`, a killed run may leave a torn one."""
+    name = training.resume_from_checkpoint
+    if name is None:
+        return None
+    found = Path(training.output_dir).glob("checkpoint-*") if name == "last" else [Path(name)]
+    whole = [folder for folder in found if (folder / TRAINER_STATE_NAME).is_file()]  # which Trainer writes last
+    if not whole:
+        raise ValueError(
+            f"There is no whole checkpoint, with {TRAINER_STATE_NAME}, in "
+            f"{training.output_dir if name == 'last' else name!r}: name another one, or start anew with "
+            "--save_strategy steps --save_steps 100 and without --resume_from_checkpoint."
+        )
+    return str(max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1])) if name == "last" else whole[0])

@@ -1,0 +1,90 @@
+"""Every command: its help comes at once, and an error of the user's is one message and exit status 2."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    "train_sft.py",
+    "app.py",
+    "-m dpvr.push",
+    "-m dpvr.analysis.probe",
+    "-m dpvr.benchmarks.accuracy",
+    "-m dpvr.benchmarks.grid",
+    "-m dpvr.benchmarks.latency",
+    "-m dpvr.benchmarks.training_step",
+    "-m dpvr.lmms_eval.minibench",
+    "-m dpvr.pretraining.assemble",
+    "-m dpvr.pretraining.train",
+    "-m dpvr.reports",
+    "-m minibench.export",
+]
+HELP_SECONDS = 2.0
+WRONG = {  # a command line of each kind of error, and what is said
+    "train_sft.py --lerning_rate 1": "there is no option --lerning_rate; did you mean --learning_rate?",
+    "train_sft.py --method lorra": "invalid choice: 'lorra'",
+    "train_sft.py --data gone.json": "There is no JSON file 'gone.json'",
+    "train_sft.py --config gone.yaml": "gone.yaml",
+    "app.py --modle x": "there is no option --modle; did you mean --model?",
+    "app.py --model no/such": "no/such",
+    "-m dpvr.benchmarks.latency --shape 512x33": "invalid choice: '512x33'",
+    "-m dpvr.benchmarks.accuracy --limit many": "invalid int value: 'many'",
+    "-m dpvr.analysis.probe --model gone": "gone",
+    "-m dpvr.push gone me/x": "gone",
+    "-m minibench.export --output_dir x --format datasets --split train --size 0": "0",
+}
+
+
+def python(command: str, **environment: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, *command.split()]
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_every_command_of_the_repository_is_in_the_list():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("dpvr/**/*.py"), *ROOT.glob("minibench/**/*.py")]
+    scripts = {path.relative_to(ROOT) for path in files if '__name__ == "__main__"' in path.read_text()}
+    scripts |= {path.relative_to(ROOT) for path in files if path.name == "__main__.py"}
+    names = {
+        str(path) if len(path.parts) == 1 else "-m " + ".".join(path.with_suffix("").parts).removesuffix(".__main__")
+        for path in scripts
+    }
+    assert names == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_takes_less_than_two_seconds_of_processor_time(command):
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = spent()
+    result = python(f"{command} --help")
+    assert result.returncode == 0 and "usage:" in result.stdout and not result.stderr
+    assert spent() - before < HELP_SECONDS
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_an_error_of_the_users_is_one_message_and_exit_status_2(command):
+    result = python(command, HF_HUB_OFFLINE="1")
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert WRONG[command] in result.stderr and len(lines[-1]) < 600
+
+
+def test_the_traceback_is_there_for_who_asks_python_for_it():
+    result = python("-X dev train_sft.py --data gone.json")
+    assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_the_help_of_training_shows_our_options_and_names_the_way_to_all():
+    shown = python("train_sft.py --help").stdout
+    assert len(shown.splitlines()) < 110 and "--help-all" in shown and "python train_sft.py --method lora" in shown
+    for title in ("what to train:", "data:", "model:", "recipe:", "output:"):
+        assert f"\n{title}\n" in shown
+    everything = python("train_sft.py --help-all").stdout
+    assert all(f"--{name}" in everything for name in ("adam_beta1", "packing", "bnb_4bit_quant_type", "split_layer"))
