@@ -1,11 +1,12 @@
-"""accuracy.py: which model each row measures, and what is printed and written."""
+"""accuracy.py and accuracy_rows.py: which model each row measures, and what is printed and written."""
 
 import json
 
 import pytest
 import torch
 
-from dpvr.benchmarks import accuracy as benchmark_accuracy
+from dpvr.benchmarks import accuracy_rows
+from dpvr.benchmarks.accuracy import main, parse_args
 from minibench.tasks import TASKS
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -24,7 +25,7 @@ def trained(random_mini, tmp_path) -> DpvrLlavaForConditionalGeneration:
 
 def test_the_last_line_is_one_json_document_with_a_row_per_model(random_mini, tmp_path, capsys):
     arguments = ["--model_name_or_path", random_mini, "--limit", "2", "--seed", "3"]
-    benchmark_accuracy.main(benchmark_accuracy.parse_args([*arguments, "--output", str(tmp_path / "new" / "a.json")]))
+    main(parse_args([*arguments, "--output", str(tmp_path / "new" / "a.json"), "--json"]))
     printed = capsys.readouterr()
     document = json.loads(printed.out.splitlines()[-1])
     assert [row["name"] for row in document["rows"]] == NAMES
@@ -50,8 +51,8 @@ def test_each_row_sees_its_own_model(trained, monkeypatch):
         seen[description] = (model.config.routing, blind, is_trained, options)
         return {}
 
-    monkeypatch.setattr(benchmark_accuracy, "evaluate", look)
-    rows = benchmark_accuracy.measure(trained, None, num_questions=7, seed=1, batch_size=2)
+    monkeypatch.setattr(accuracy_rows, "evaluate", look)
+    rows = accuracy_rows.measure(trained, None, num_questions=7, seed=1, batch_size=2)
     options = {"num_questions": 7, "seed": 1, "batch_size": 2}
     assert seen["vanilla"][:2] == ("none", False) and seen["blind"][:2] == ("none", True)
     assert seen["late_fusion"] == ("late_fusion", False, True, options)
@@ -62,14 +63,16 @@ def test_each_row_sees_its_own_model(trained, monkeypatch):
 
 
 def test_a_row_bears_the_name_of_its_routing(trained, monkeypatch):
-    monkeypatch.setattr(benchmark_accuracy, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(accuracy_rows, "evaluate", lambda *_, **__: {})
     trained.set_routing("kv_substitution")
-    rows = benchmark_accuracy.measure(trained, None)
+    rows = accuracy_rows.measure(trained, None)
     assert [row["name"] for row in rows] == ["vanilla", "untrained", "kv_substitution", "blind"]
 
 
 def test_a_model_without_a_side_branch_in_use_is_refused(trained, tmp_path):
     trained.set_routing("text_only")
     trained.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Expected a model whose routing reads its side branch, got 'text_only'"):
-        benchmark_accuracy.load(str(tmp_path))
+    with pytest.raises(
+        ValueError, match="is 'text_only', which reads no side branch, .*: save the model with late_fusion"
+    ):
+        accuracy_rows.load(str(tmp_path))

@@ -1,19 +1,21 @@
-"""grid.py and cells.py: what is measured, how a run goes on, and that the files say what was answered."""
+"""grid.py, grid_run.py and cells.py: what is measured, how a run goes on, and that the files say what was answered."""
 
 import fcntl
 import gzip
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from configuration_dpvr import DpvrLlavaConfig
-from dpvr.benchmarks import grid
+from dpvr.benchmarks import grid_run
 from dpvr.benchmarks.cells import BUDGETS, SEEDS, Cell, Grid, GridCosts, unique_cells
+from dpvr.benchmarks.grid import main, parse_args
 from dpvr.inference.evaluation import Reply, score
+from dpvr.pretraining.model import make_model
 from dpvr.pretraining.processor import save_processor
-from dpvr.pretraining.train import make_model
 from dpvr.pretraining.train import parse_args as parse_pretrain_args
 from dpvr.reports.grid_results import Results
 from minibench.data import make_items
@@ -91,72 +93,75 @@ def pruned_ratio(costs: GridCosts, cut: int, kept: int) -> float:
 def test_what_would_mix_two_grids_is_refused_before_anything_is_measured(random_twelve, tmp_path):
     options = ["--model_name_or_path", random_twelve, "--limit", "4", "--cells", "vanilla", "--output_dir"]
     small = [*options, str(tmp_path / "results"), "--num_rows", "4", "--work_dir", str(tmp_path / "work")]
-    assert grid.main(grid.parse_args(small))["measured"] == ["vanilla"]
+    assert main(parse_args(small))["measured"] == ["vanilla"]
     before = (tmp_path / "results" / "grid.json").read_bytes()
-    with pytest.raises(ValueError, match="Expected the training of .*'num_rows': 4, .* got .*'num_rows': 5"):
-        grid.main(grid.parse_args([*small, "--num_rows", "5"]))
-    with pytest.raises(ValueError, match=r"Expected the settings of .* got .*'seed': 1"):
-        grid.main(grid.parse_args([*small, "--seed", "1"]))
     with pytest.raises(
-        ValueError, match=r"Expected plans.json in .*Remedy: python -m dpvr.analysis.probe --find_plan"
+        ValueError,
+        match="training of this run, .*'num_rows': 5, .* differ from .*'num_rows': 4, .*choose another --output_dir",
     ):
-        grid.main(grid.parse_args([*small, "--plans", str(tmp_path)]))
+        main(parse_args([*small, "--num_rows", "5"]))
+    with pytest.raises(ValueError, match=r"settings of this run, .*'seed': 1"):
+        main(parse_args([*small, "--seed", "1"]))
+    with pytest.raises(ValueError, match=r"no plans.json in .*python -m dpvr.analysis.probe --find_plan"):
+        main(parse_args([*small, "--plans", str(tmp_path)]))
     assert (tmp_path / "results" / "grid.json").read_bytes() == before
     own_plan = tmp_path / "own_plan"
     own_plan.mkdir()
     config = json.loads((Path(random_twelve) / "config.json").read_text()) | {"fusion_layers": [8, 9, 10]}
     (own_plan / "config.json").write_text(json.dumps(config))
-    args = grid.parse_args(["--model_name_or_path", str(own_plan)])
-    with pytest.raises(ValueError, match=r"Expected a repository with the plan fields .*\[8, 9, 10\]"):
-        grid.make_grid(args, grid.Questions({}, 64, 25))
+    args = parse_args(["--model_name_or_path", str(own_plan)])
+    with pytest.raises(
+        ValueError, match=r"sets {'fusion_layers': \[8, 9, 10\]}, but .*{'fusion_layers': None}: set these"
+    ):
+        grid_run.make_grid(args, grid_run.Questions({}, 64, 25))
 
 
 def test_plans_replace_the_provisional_ones(costs, tmp_path):
-    assert grid.read_plans(tmp_path, costs) == {}
+    assert grid_run.read_plans(tmp_path, costs) == {}
     tried = [(3, [5, 7], 0.2), (1, [11], 0.9), (9, [9, 10, 11], 0.0), (2, [], 0.1)]  # split, layers, KL
     points = [{"split_layer": split, "fusion_layers": layers, "kl": kl} for split, layers, kl in tried]
     (tmp_path / "plans.json").write_text(json.dumps({"frontier": points}))
     plan = {"routing": "late_fusion", "split_layer": 3, "fusion_layers": [5, 7]}
-    found = grid.read_plans(tmp_path, costs)
+    found = grid_run.read_plans(tmp_path, costs)
     rows = {row.name: row for row in Grid(costs, 10, found).frontier()}
     assert [cell.fields for cell in rows["0.55 plan"].cells] == [plan] * 3
     assert found[0.45] == {"routing": "late_fusion", "split_layer": 1, "fusion_layers": [11]}
     assert all(costs.ratio(fields) <= budget for budget, fields in found.items()) and 0.28 not in found
-    with pytest.raises(ValueError, match=r"Expected plans for the budgets .*; got \[0.5\]"):
+    with pytest.raises(ValueError, match=r"plans for the budgets \[0.5\], and the grid has only"):
         Grid(costs, 10, {0.5: plan})
 
 
 def test_cells_are_selected_by_table_name_or_pattern_with_the_slow_baselines_last(tables):
-    cells = grid.select(tables, ["table2"])
+    cells = grid_run.select(tables, ["table2"])
     assert cells[0].name == "vanilla" and [cell.is_baseline for cell in cells[-3:]] == [True] * 3
-    assert [cell.name for cell in grid.select(tables, ["late_fusion_split8_k2_*"])] == [
+    assert [cell.name for cell in grid_run.select(tables, ["late_fusion_split8_k2_*"])] == [
         f"late_fusion_split8_k2_seed{seed}" for seed in SEEDS
     ]
-    everything = grid.select(tables, ["*"])
+    everything = grid_run.select(tables, ["*"])
     assert {cell.name for cell in everything} == {c.name for rows in tables.values() for c in unique_cells(rows)}
-    with pytest.raises(ValueError, match="got 'vanila'"):
-        grid.select(tables, ["vanila"])
+    with pytest.raises(ValueError, match="named 'vanila'. There are table2, "):
+        grid_run.select(tables, ["vanila"])
 
 
 @pytest.mark.skipif(LINE_4, reason="training is for transformers 5.18 and newer")
 def test_a_killed_grid_goes_on_and_its_answers_reproduce_its_scores(random_twelve, tmp_path, monkeypatch):
     options = ["--model_name_or_path", random_twelve, "--num_rows", "4", "--limit", "4"]
     folders = ["--output_dir", str(tmp_path / "results"), "--work_dir", str(tmp_path / "work")]
-    args = grid.parse_args([*options, *folders, "--cells", *CELLS])
-    train = grid.train
+    args = parse_args([*options, *folders, "--cells", *CELLS])
+    train = grid_run.train
 
     def killed(cell, folder, base, lock):
         folder.mkdir()
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grid, "train", killed)
+    monkeypatch.setattr(grid_run, "train", killed)
     with pytest.raises(KeyboardInterrupt):
-        grid.main(args)
-    monkeypatch.setattr(grid, "train", train)
+        main(args)
+    monkeypatch.setattr(grid_run, "train", train)
     first = tmp_path / "results" / "cells" / "vanilla.json"
     before = first.stat().st_mtime_ns
-    outcome = grid.main(args)
+    outcome = main(args)
     assert outcome["finished"] == CELLS[:1] + CELLS[2:] and outcome["measured"] == [TRAINED]
     assert first.stat().st_mtime_ns == before and not (tmp_path / "work" / TRAINED).exists()
 
@@ -165,9 +170,9 @@ def test_a_killed_grid_goes_on_and_its_answers_reproduce_its_scores(random_twelv
         path = tmp_path / "results" / "cells" / f"{name}.json"
         cell = json.loads(path.read_text())
         texts = json.loads(gzip.decompress(path.with_suffix(".replies.json.gz").read_bytes()))
-        replies = [[Reply(text, True) for text in several] for several in texts]
+        replies = [[Reply(text, 1, True) for text in several] for several in texts]
         assert score(items, replies)["details"] == cell["row"]["details"]
-        assert grid.right(items, replies) == cell["right"]
+        assert grid_run.right(items, replies) == cell["right"]
     trained = json.loads((tmp_path / "results" / "cells" / f"{TRAINED}.json").read_text())
     assert trained["training"]["recipe"]["seed"] == 1 and trained["training"]["data"]["fingerprint"] == [4, 7, 1]
     assert trained["trainable_parameters"] > 0 and 0 < trained["prefill_flops_ratio"] < 1
@@ -179,22 +184,22 @@ def test_a_killed_grid_goes_on_and_its_answers_reproduce_its_scores(random_twelv
 
 def test_a_cell_that_another_run_works_at_is_left_to_it(tmp_path):
     cell = Cell({"routing": "none"})
-    with grid.claimed(cell, tmp_path) as lock:
+    with grid_run.claimed(cell, tmp_path) as lock:
         assert lock is not None
-        with grid.claimed(cell, tmp_path) as other:
+        with grid_run.claimed(cell, tmp_path) as other:
             assert other is None
         with (tmp_path / "vanilla.lock").open() as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with grid.claimed(cell, tmp_path) as lock:
+    with grid_run.claimed(cell, tmp_path) as lock:
         assert lock is not None
 
 
 def test_a_cell_with_another_definition_is_measured_anew(tmp_path):
-    args = grid.parse_args(["--output_dir", str(tmp_path)])
+    args = parse_args(["--output_dir", str(tmp_path)])
     cell = Cell({"routing": "late_fusion", "split_layer": 4}, {"method": "dpvr", "num_rows": 1000})
-    document = {"cell": json.loads(json.dumps(grid.asdict(cell))), "settings": grid.settings(args)}
-    grid.write(grid.cell_file(tmp_path, cell), json.dumps(document).encode())
-    assert grid.is_finished(cell, args)
-    assert not grid.is_finished(Cell(cell.fields, {"method": "dpvr", "num_rows": 5000}), args)
-    assert not grid.is_finished(cell, grid.parse_args(["--output_dir", str(tmp_path), "--limit", "7"]))
+    document = {"cell": json.loads(json.dumps(asdict(cell))), "settings": grid_run.settings(args)}
+    grid_run.write(grid_run.cell_file(tmp_path, cell), json.dumps(document).encode())
+    assert grid_run.is_finished(cell, args)
+    assert not grid_run.is_finished(Cell(cell.fields, {"method": "dpvr", "num_rows": 5000}), args)
+    assert not grid_run.is_finished(cell, parse_args(["--output_dir", str(tmp_path), "--limit", "7"]))
     assert [path.name for path in Path(tmp_path, "cells").iterdir()] == [f"{cell.name}.json"]

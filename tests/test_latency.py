@@ -1,6 +1,7 @@
-"""benchmark_latency.py: what it counts and how it is switched; no test asks how fast anything was."""
+"""latency.py and its two modules: what they count and how they are switched; no test asks how fast anything was."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,22 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 import forward_dpvr
-from dpvr.benchmarks import latency as benchmark_latency
-from dpvr.benchmarks import pruning as baselines
-from dpvr.benchmarks import random_models as bench
-from dpvr.benchmarks.latency import (
-    CACHES,
-    FLASH,
-    METHODS,
-    PARTS,
-    TIMES,
-    main,
-    make_base,
-    make_method,
-    parse_args,
-    plan_of,
-    sizes,
-)
+from dpvr.benchmarks import latency_methods, latency_rounds, pruning, time_and_memory
+from dpvr.benchmarks.latency import main, parse_args
+from dpvr.benchmarks.latency_methods import Machine, make_base, make_method, plan_of
+from dpvr.benchmarks.latency_rounds import PARTS, TIMES, sizes
+from dpvr.benchmarks.setups import CACHES, FLASH, METHODS
 from dpvr.reports.latency import render_table_6
 from streams_dpvr import Streams
 from two_stream_dpvr import TwoStreamPass
@@ -31,15 +21,16 @@ from versions_dpvr import LINE_4
 
 SMALL = ["--shape", "64x4", "--rounds", "1", "--warmup", "0", "--new_tokens", "2", "--text_tokens", "16"]
 WIDTH, IMAGE = 64, 576
+CPU = Machine("cpu", torch.float32)
 
 
 def document_of(capsys, *options: str) -> dict:
-    main(parse_args([*options]))
+    main(parse_args([*options, "--json"]))
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_it_prints_a_row_per_method_and_a_json_document_last(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark_latency, "peak_in_a_process_of_its_own", lambda name, size, args: 7)
+    monkeypatch.setattr(latency_rounds, "peak_in_a_process_of_its_own", lambda name, *_: 7)
     document = document_of(capsys, *SMALL, "--output_dir", str(tmp_path))
     assert document == json.loads((tmp_path / "64x4.json").read_text()) and document["versions"]["torch"]
     rows = {row["method"]: row for row in document["rows"]}
@@ -52,7 +43,7 @@ def test_it_prints_a_row_per_method_and_a_json_document_last(capsys, monkeypatch
         "fastv": 3 * (IMAGE + 16) + IMAGE // 2 + 16,
     }
     assert {name: rows[name]["kv_bytes"] for name in entries} == {n: 2 * 4 * WIDTH * e for n, e in entries.items()}
-    base = make_base(parse_args(SMALL))
+    base = make_base("64x4", CPU)
     for name, row in rows.items():
         if name == FLASH:
             assert "not installed" in row["note"] and row["prefill_ms"] is None and row["peak_bytes"] is None
@@ -84,7 +75,7 @@ def test_the_embedded_model_is_a_shape_too(capsys):
 
 @pytest.fixture(scope="module")
 def of_7b() -> tuple[LlavaForConditionalGeneration, int]:
-    return make_base(parse_args(["--shape", "llava-1.5-7b", "--device", "meta"]))
+    return make_base("llava-1.5-7b", Machine("meta", torch.bfloat16))
 
 
 def flops_ratio(base: tuple[LlavaForConditionalGeneration, int], method: str, num_text_tokens: int) -> float:
@@ -124,7 +115,7 @@ def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b
 
     monkeypatch.setattr(TwoStreamPass, "sort", sort_on_meta)
     monkeypatch.setattr(forward_dpvr, "find_images", lambda owner, arguments: image)
-    monkeypatch.setattr(baselines, "best_image_tokens", lambda scores, mask, keep: mask & (torch.arange(704) < 289))
+    monkeypatch.setattr(pruning, "best_image_tokens", lambda scores, mask, keep: mask & (torch.arange(704) < 289))
     states = torch.empty(1, 704, 4096, dtype=torch.bfloat16, device="meta")
     with FlopCounterMode(display=False) as counter:
         output = model.model(inputs_embeds=states, kept_logits=0 if method == "vanilla" else 1)
@@ -133,15 +124,15 @@ def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b
 
 
 def test_the_process_for_the_peak_is_given_the_same_work(monkeypatch):
-    """That such a process has nothing else in it is tested in test_benchmark_training.py."""
-    args, started = parse_args([*SMALL, "--batch_sizes", "1", "2", "--num_images", "3", "--seed", "5"]), []
-    monkeypatch.setattr(bench, "peak_in_a_process_of_its_own", lambda script, name, flags: started.append(flags))
+    """That such a process has nothing else in it is tested in test_training_step.py."""
+    args, started = parse_args([*SMALL, "--batch_sizes", "1", "2", "--num_images", "3"]), []
+    machine = Machine("cpu", torch.bfloat16)
+    monkeypatch.setattr(time_and_memory, "peak_in_a_process_of_its_own", lambda _, name, flags: started.append(flags))
     for size in sizes(args):
-        benchmark_latency.peak_in_a_process_of_its_own("fastv", size, args)
+        latency_rounds.peak_in_a_process_of_its_own("fastv", size, "64x4", machine)
         again = parse_args([*started[-1], "--peak_of", "fastv"])
-        assert list(sizes(again)) == [size]
-        for name in ("shape", "device", "dtype", "seed"):
-            assert vars(again)[name] == vars(args)[name]
+        assert list(sizes(again)) == [size] and again.shape == "64x4"
+        assert Machine.of(again.shape, again.device, again.dtype) == machine
 
 
 def test_the_paths_for_a_gpu_synchronise_and_ask_its_allocator(capsys, monkeypatch):
@@ -157,27 +148,30 @@ def test_the_paths_for_a_gpu_synchronise_and_ask_its_allocator(capsys, monkeypat
 
 def test_flash_attention_serves_vanilla_alone(monkeypatch):
     asked = []
-    monkeypatch.setattr(benchmark_latency, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(latency_methods, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(
         LlavaForConditionalGeneration, "set_attn_implementation", lambda self, name: asked.append(name)
     )
-    args = parse_args(SMALL)
-    llava, split = make_base(args)
-    assert benchmark_latency.why_not(FLASH, args) is None and make_method(FLASH, llava, split) is llava
+    llava, split = make_base("64x4", CPU)
+    assert latency_methods.why_not(FLASH, CPU) is None and make_method(FLASH, llava, split) is llava
     for name in (FLASH, "late_fusion"):
-        with benchmark_latency.kernels_of(name, llava):
+        with latency_methods.kernels_of(name, llava):
             asked.append(name)
     assert asked == ["flash_attention_2", FLASH, "sdpa", "late_fusion"]
 
 
-def test_vanilla_is_always_measured_first_and_quick_is_small():
+def test_vanilla_is_always_measured_first():
     assert parse_args(["--methods", "text_only"]).methods == ["vanilla", "text_only"]
-    assert parse_args(["--quick"]).shape == "64x4" and parse_args(["--shape", "llava-1.5-7b"]).device in (
-        "cuda",
-        "meta",
-    )
-    chosen = parse_args("--rounds 9 --quick --text_tokens 32".split())
-    assert (chosen.rounds, chosen.text_tokens, chosen.shape) == (9, [32], "64x4")
+
+
+def test_a_large_shape_is_counted_where_there_is_no_gpu_and_a_device_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Machine.of("llava-1.5-7b", None, None) == Machine("meta", torch.bfloat16)
+    assert Machine.of("512x32", None, None) == Machine("cpu", torch.float32)
+    with pytest.raises(ValueError, match="--device cuda needs a GPU, .*: choose cpu"):
+        Machine.of("512x32", "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Machine.of("llava-1.5-7b", None, "float32") == Machine("cuda", torch.float32)
 
 
 def test_in_the_tables_a_gpus_times_take_the_place_of_what_was_counted(capsys, tmp_path):
@@ -216,7 +210,7 @@ def test_peak_memory_stands_beside_the_same_prompt_on_the_same_device_alone(caps
 
 def test_what_does_not_fit_is_not_timed_and_the_others_have_no_ratio_to_it(capsys, monkeypatch, tmp_path):
     peaks = {"vanilla": None, "fastv": 7_000_000}
-    monkeypatch.setattr(benchmark_latency, "peak_in_a_process_of_its_own", lambda name, size, args: peaks[name])
+    monkeypatch.setattr(latency_rounds, "peak_in_a_process_of_its_own", lambda name, *_: peaks[name])
     vanilla, fastv = document_of(capsys, *SMALL, "--methods", "fastv", "--output_dir", str(tmp_path / "latency"))[
         "rows"
     ]
@@ -230,17 +224,17 @@ def test_what_does_not_fit_is_not_timed_and_the_others_have_no_ratio_to_it(capsy
 def test_numbers_that_make_no_run_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         parse_args(flags.split())
-    assert "of at least" in capsys.readouterr().err
+    assert re.search(r"(-1|0) is too small: give [01] or more", capsys.readouterr().err)
 
 
 def test_every_method_begins_a_round_in_turn(capsys, monkeypatch):
-    order, run_once = [], benchmark_latency.run_once
+    order, answer = [], latency_rounds.answer
 
-    def run(model, *args):
+    def noted(model, *args):
         order.append(plan_of(model).split_layer)
-        return run_once(model, *args)
+        return answer(model, *args)
 
-    monkeypatch.setattr(benchmark_latency, "run_once", run)
+    monkeypatch.setattr(latency_rounds, "answer", noted)
     methods = ["--methods", "late_fusion", "fastv", "--rounds", "3", "--skip_peaks"]
     document_of(capsys, *SMALL, *methods)
     assert order == [4, 2, 3, 2, 3, 4, 3, 4, 2]

@@ -35,7 +35,7 @@ CUTS, TRIED_CUTS = (3, 2, 1), 2  # layers before a cut, and how many of those th
 RANKS = {"fastv": "attention", "random_pruning": "random"}
 SWEPT_FUSION = {SPLIT: (1, 2, 3, 4), 4: (1, 2, 3, 4), 2: (1, 2, 4)}  # K by split
 SPARSE = ((4, [5, 6, 7]), (4, [4, 5, 6, 7]), (4, [6, 7]), (4, [7, 11]), (8, [8]), (2, [4, 5, 6, 7]))  # split, layers
-LAST_READ = 8  # withdrawing the picture after so many layers costs 3 points (results/dpvr_mini/depth.json)
+LAST_READ = 8  # removing the image after so many layers costs 3 points (results/dpvr_mini/depth.json)
 RATES = {  # late fusion's is train_sft.py's; PC and KV take half, as in configs/; the others: learning_rates
     "late_fusion": 3e-3,
     "persistent_context": 1.5e-3,
@@ -54,7 +54,7 @@ class Cell:
     Args:
         fields: DPVR fields that differ from the repository's config.
         training: flags of train_sft.py without DPVR fields and seed; None: nothing is trained.
-        pruning: arguments of `baselines.prune`; None: nothing is pruned.
+        pruning: arguments of `pruning.prune`; None: nothing is pruned.
         seed: of the training.
         split: where the questions come from; "validation" for what is chosen by its score.
         length: how many times as many pictures as the other cells it is trained on.
@@ -161,11 +161,11 @@ class Grid:
     def __init__(self, costs: GridCosts, num_rows: int, plans: dict[float, Fields] | None = None) -> None:
         if costs.depth != DEPTH:
             raise ValueError(
-                f"Expected a decoder of {DEPTH} layers, which the grid's splits are for; got {costs.depth}. Remedy: "
-                "dpvr-mini, or benchmark_accuracy.py for one model of any depth."
+                f"The decoder has {costs.depth} layers, and the grid's splits are for {DEPTH}: use dpvr-mini, or "
+                "python -m dpvr.benchmarks.accuracy for one model of any depth."
             )
         if unknown := sorted(set(plans or {}) - set(BUDGETS)):
-            raise ValueError(f"Expected plans for the budgets {BUDGETS}; got {unknown}. Remedy: one of these.")
+            raise ValueError(f"There are plans for the budgets {unknown}, and the grid has only {BUDGETS}.")
         self.costs, self.num_rows = costs, num_rows
         self.plans = {budget: costs.provisional_plan(budget) for budget in BUDGETS} | (plans or {})
 

@@ -63,16 +63,16 @@ def prune(
     depth = model.config.text_config.num_hidden_layers
     if not (type(layer) is int and 1 <= layer < depth):
         raise ValueError(
-            f"Expected layer to be an integer from 1 to {depth - 1}, for a decoder of {depth} layers; got {layer!r}. "
-            "Remedy: FastV's own is 2 of 32, the paper's comparison 3."
+            f"layer is {layer!r}, but this decoder has {depth} layers: choose 1 to {depth - 1} (FastV's own is 2 of "
+            "32, the paper's comparison 3)."
         )
     if not 0 < keep <= 1:
         raise ValueError(
-            f"Expected keep, a share of the image tokens, above 0 and at most 1; got {keep!r}. Remedy: no image "
-            "token at all is routing='text_only'."
+            f"keep is {keep!r}, and must be a share of the image tokens above 0 and at most 1; to keep none use "
+            "routing='text_only'."
         )
     if rank not in RANKS:
-        raise ValueError(f"Expected rank to be one of {RANKS}; got {rank!r}. Remedy: pick one of these names.")
+        raise ValueError(f"rank is {rank!r}: choose {' or '.join(map(repr, RANKS))}.")
     check_support(model.config)
     return PrunedLlava(model, layer, keep, rank, seed)
 
@@ -126,7 +126,7 @@ class PrunedLlava(CostFormulas, routed(LlavaForConditionalGeneration)):
         for name in ("labels", "output_hidden_states"):
             value = kwargs.get(name)
             if value is not None and value is not False:
-                raise ValueError(f"Expected no {name} for an inference-only baseline; got them. Remedy: drop them.")
+                raise ValueError(f"A pruned model is for inference only and takes no {name}: leave them out.")
         return super().forward(*args, **kwargs)
 
     def prefill_flops(
