@@ -29,16 +29,13 @@ from adapter_dpvr import DpvrConfig
 from dpvr.inference.batches import reply, to_settings
 from dpvr.inference.chat import load
 from dpvr.inference.evaluation import evaluate
-from dpvr.lmms_eval import minibench as lmms
+from dpvr.lmms_eval import minibench_tasks as lmms
 from dpvr.pretraining.processor import save_processor
 from loading_dpvr import load_processor
 from minibench.data import make_items
 from minibench.scoring import summarise
 from minibench.tasks import TASKS
 from versions_dpvr import LINE_4
-
-if sys.version_info >= (3, 11):
-    pass
 
 ROOT = Path(__file__).parent.parent
 TASK_FILES = Path("dpvr/lmms_eval/tasks")
@@ -133,7 +130,7 @@ def test_the_models_replies_are_those_that_minibench_scores(lmms_dpvr, questions
     model = lmms_dpvr.DpvrLlava(str(ROOT), routing=routing, device="cpu", dtype="float64", batch_size="3")
     assert model.model.config.routing == routing and model.model.dtype == torch.float64
     expected = []
-    monkeypatch.setattr("minibench.evaluate.summarise", lambda items, replies: expected.extend(replies) or {})
+    monkeypatch.setattr("dpvr.inference.evaluation.summarise", lambda items, replies: expected.extend(replies) or {})
     for task in ("multi_image", "science"):
         evaluate(model.model, model.processor, num_questions=2, seed=3, batch_size=1, tasks=[task])
     assert ask(model, questions) == [text for replies in expected for text in replies]
@@ -178,14 +175,14 @@ def test_an_error_in_generation_is_raised(lmms_dpvr, questions, monkeypatch):
 
 def test_what_the_model_cannot_do_is_refused(lmms_dpvr, questions):
     for batch_size, most in (("auto", None), (0, None), (4, 8)):
-        with pytest.raises(ValueError, match="Expected --batch_size of 1 or more"):
+        with pytest.raises(ValueError, match="give a --batch_size of 1 or more and no maximum"):
             lmms_dpvr.DpvrLlava(str(ROOT), batch_size=batch_size, max_batch_size=most)
     model = lmms_dpvr.DpvrLlava(str(ROOT), device="cpu")
-    with pytest.raises(ValueError, match=r"got \['tokens'\]"):
+    with pytest.raises(ValueError, match="setting 'tokens' is not known"):
         ask(model, questions, tokens=3)
-    with pytest.raises(NotImplementedError, match="generates"):
+    with pytest.raises(NotImplementedError, match="no likelihoods: choose a task"):
         model.loglikelihood([])
-    with pytest.raises(ValueError, match="got 'video'"):
+    with pytest.raises(ValueError, match="has a video, and the model takes pictures"):
         lmms_dpvr.to_conversation([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
 
 
@@ -221,9 +218,9 @@ def test_the_exported_questions_are_those_that_benchmark_accuracy_asks(questions
 
 def test_part_of_an_item_is_not_scored(questions):
     results = [lmms.to_results(row, ["yes"])["score"] for row in rows(questions, "choice_en")]
-    with pytest.raises(ValueError, match="Expected all 8 questions of 2 items of 'choice_en', each once; got 6"):
+    with pytest.raises(ValueError, match="6 replies to the 8 questions of 2 items of 'choice_en', .*: leave --limit"):
         lmms.score(results[:6])
-    with pytest.raises(ValueError, match="each once; got 9"):
+    with pytest.raises(ValueError, match="9 replies to the 8 questions"):
         lmms.score([*results, results[0]])
 
 

@@ -38,6 +38,7 @@ from dpvr.benchmarks.latency_methods import (
 from dpvr.benchmarks.setups import FLASH
 from dpvr.benchmarks.time_and_memory import resident_peak, synchronize, timed
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from versions_dpvr import cache_name
 
 TIMES = ("prefill_ms", "prefill_without_tower_ms", "decode_ms_per_token")
 PARTS = ("tower", "embedding", "shared_stack", "side_branch", "deep_stack", "last_layer", "head")
@@ -93,13 +94,13 @@ def make_cache(kind: str, model: Method, room: int) -> Cache:
 @torch.inference_mode()
 def answer(model: Method, prompt: dict[str, torch.Tensor], kind: str, clock: PhaseClock, new_tokens: int) -> Row:
     """One answer: milliseconds of the prefill and of each token, and the bytes that the cache's tensors hold."""
-    length, device = prompt["input_ids"].shape[1], clock.device
+    length, device, named = prompt["input_ids"].shape[1], clock.device, cache_name(type(model).forward)
     cache = make_cache(kind, model, length + new_tokens)
     with clock.listening(model) if device == "cpu" else nullcontext():
-        _, prefill_ms = timed(lambda: model(**prompt, past_key_values=cache, logits_to_keep=1), device)
+        _, prefill_ms = timed(lambda: model(**prompt, **{named: cache}, logits_to_keep=1), device)
     if device != "cpu":  # where listening waits for the device at every part: in a prefill that is not timed
         with clock.listening(model):
-            model(**prompt, past_key_values=make_cache(kind, model, length), logits_to_keep=1)
+            model(**prompt, **{named: make_cache(kind, model, length)}, logits_to_keep=1)
     phases = clock.milliseconds()
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     return {
@@ -117,7 +118,7 @@ def decode(model: Method, input_ids: torch.Tensor, cache: Cache, new_tokens: int
     (rows, length), token, tokens_ms = input_ids.shape, input_ids[:, -1:], []
     for index in range(new_tokens):
         place = torch.full((rows, 1), length + index, device=device)
-        options = {"position_ids": place, "past_key_values": cache, "logits_to_keep": 1}
+        options = {"position_ids": place, cache_name(type(model).forward): cache, "logits_to_keep": 1}
         output, milliseconds = timed(lambda: model(input_ids=token, **options), device)  # noqa: B023
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         tokens_ms.append(milliseconds)
@@ -131,7 +132,7 @@ def peak_of_one_prefill(name: str, args: Namespace, machine: Machine) -> int:
     model = make_method(name, llava, split_layer)
     prompt = make_prompt(llava, next(sizes(args)), machine)
     with torch.inference_mode(), kernels_of(name, llava):
-        model(**prompt, past_key_values=DynamicCache(), logits_to_keep=1)
+        model(**prompt, **{cache_name(type(model).forward): DynamicCache()}, logits_to_keep=1)
     return torch.cuda.max_memory_allocated(machine.device) if machine.device != "cpu" else resident_peak() - before
 
 

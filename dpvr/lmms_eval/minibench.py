@@ -1,126 +1,38 @@
-"""MiniBench in lmms-eval: what the files in tasks/minibench call, and a command that measures a model with them.
+"""MiniBench's scores of a model by lmms-eval, under vanilla and under the model's own routing.
 
-    export --format questions --> lmms-eval: model "dpvr_llava", group "minibench_all" --> benchmark_accuracy.py's rows
+    questions, in a temporary folder --> lmms-eval --> a table; --output writes the JSON document, --json prints it
+
+The scores are those of dpvr.benchmarks.accuracy; docs/lmms_eval.md says how to install lmms-eval.
 
     python -m dpvr.lmms_eval.minibench --limit 100 --output results/lmms_eval/minibench.json
-
-lmms-eval scores single rows and has them put together at the end. Here a row's result says which question of which
-item it is, and `scoring.score_task` puts them together, so that a pair, or four rotations, count as one item.
 """
 
 import argparse
-import shutil
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from configuration_dpvr import DpvrLlavaConfig
-from dpvr.record import publish, run_record
-from minibench import export
-from minibench.scoring import score_task
-from minibench.tasks import TASKS, Item
-
-TASKS_FOLDER = Path(__file__).parent / "tasks"
-
-
-def to_pictures(row: dict[str, Any]) -> list[Image.Image]:
-    return row["images"]
-
-
-def to_question(row: dict[str, Any]) -> str:
-    return row["question"]
-
-
-def to_results(row: dict[str, Any], replies: list[str]) -> dict[str, dict[str, Any]]:
-    """Return what `score` and `accuracy` want of one question, whose pictures have been left out."""
-    told = {**{name: row[name] for name in row if name != "images"}, "reply": replies[0]}
-    return {"score": told, "accuracy": told}
-
-
-def score(results: list[dict[str, Any]]) -> float:
-    return score_task(*to_items(results))["score"]
-
-
-def accuracy(results: list[dict[str, Any]]) -> float:
-    return score_task(*to_items(results))["accuracy"]
-
-
-def to_items(results: list[dict[str, Any]]) -> tuple[list[Item], list[list[str]]]:
-    """Return the items of one task's questions, without pictures, and the replies to each.
-
-    Raises:
-        ValueError: if some item's questions have not all been asked once.
-    """
-    asked: dict[int, dict[int, dict[str, Any]]] = {}
-    for result in results:
-        asked.setdefault(result["item"], {})[result["turn"]] = result
-    turns = [[item[turn] for turn in sorted(item)] for _, item in sorted(asked.items())]
-    whole = sum(item[0]["turns"] for item in turns)
-    if not len(results) == sum(map(len, turns)) == whole:
-        raise ValueError(
-            f"Expected all {whole} questions of {len(turns)} items of {results[0]['task']!r}, each once; got "
-            f"{len(results)}. Remedy: leave --limit of lmms-eval out, and export fewer questions (--size)."
-        )
-    items = [
-        Item(
-            item[0]["task"],
-            item[0]["skill"],
-            item[0]["chance"],
-            scenes=(),
-            questions=tuple((turn["question"], turn["answer"]) for turn in item),
-            options=(),
-        )
-        for item in turns
-    ]
-    return items, [[turn["reply"] for turn in item] for item in turns]
-
-
-def write_tasks(folder: Path, limit: int, seed: int) -> Path:
-    """Write the questions and the task files that ask them to a folder, and return where the task files are."""
-    questions = ["--output_dir", str(folder / "outputs" / "questions"), "--size", str(limit), "--seed", str(seed)]
-    export.main(export.parse_args(["--format", "questions", "--split", "test", *questions]))
-    return Path(shutil.copytree(TASKS_FOLDER, folder / "dpvr" / "lmms_eval" / "tasks"))
-
-
-def measure(name_or_path: str, routing: str, task_files: Path, batch_size: int) -> dict[str, Any]:
-    """Return a routing's row, by lmms-eval's own evaluator."""
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
-    found = simple_evaluate(
-        "dpvr_llava",
-        model_args=f"pretrained={name_or_path},routing={routing}",
-        tasks=["minibench_all"],
-        task_manager=TaskManager(include_path=str(task_files), include_defaults=False),
-        batch_size=batch_size,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    tasks = {task: found["results"][f"minibench_{task}"] for task in TASKS}
-    return {
-        "name": "vanilla" if routing == "none" else routing,
-        "routing": routing,
-        "tasks": {task: result["score,none"] for task, result in tasks.items()},
-        "mean": found["results"]["minibench_all"]["score,none"],
-        "accuracy": {task: result["accuracy,none"] for task, result in tasks.items()},
-        "questions": {task: found["n-samples"][f"minibench_{task}"]["effective"] for task in TASKS},
-    }
+from dpvr.command_line import Parser, at_least, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="MiniBench's scores of a model under vanilla and its own routing.")
+    parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", default=".", help="a DPVR repository (id or path)")
-    parser.add_argument("--limit", type=int, default=100, help="questions per task")
-    parser.add_argument("--seed", type=int, default=0, help="as in benchmark_accuracy.py")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--output", type=Path, help="also write the JSON document to this file")
+    parser.add_argument("--limit", type=at_least(1), default=100, help="questions of each task")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions, as in dpvr.benchmarks.accuracy")
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="questions answered at once")
+    parser.add_argument("--output", type=Path, help="write the JSON document to this file")
+    parser.add_argument("--json", action="store_true", help="print the JSON document as the last line")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
+    import tempfile
+    from importlib.metadata import version
+
+    from configuration_dpvr import DpvrLlavaConfig
+    from dpvr.lmms_eval.minibench_tasks import measure, write_tasks
+    from dpvr.record import publish, run_record
+
     routing = DpvrLlavaConfig.from_pretrained(args.model_name_or_path).routing
     record = {
         **run_record("-m dpvr.lmms_eval.minibench"),
@@ -131,9 +43,19 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         task_files = write_tasks(Path(folder), args.limit, args.seed)
         rows = [measure(args.model_name_or_path, each, task_files, args.batch_size) for each in ("none", routing)]
     document = {"rows": rows, **record}
-    publish(document, args.output)
+    print(f"MiniBench by lmms-eval, {args.limit} questions of each task, seed {args.seed}: scores in per cent.")
+    print_table(rows)
+    publish(document, args.output, args.json)
     return document
 
 
+def print_table(rows: list[dict[str, Any]]) -> None:
+    names = [row["name"] for row in rows]
+    print(" " * 12 + "".join(f"{name:>20}" for name in names))
+    scores = {task: [row["tasks"][task] for row in rows] for task in rows[0]["tasks"]}
+    for task, values in {**scores, "mean": [row["mean"] for row in rows]}.items():
+        print(f"{task:<12}" + "".join(f"{100 * value:>20.1f}" for value in values))
+
+
 if __name__ == "__main__":
-    main(parse_args())
+    run(main, parse_args())

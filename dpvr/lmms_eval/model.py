@@ -1,6 +1,6 @@
 """DPVR in lmms-eval, whose task files and scores make a model's figures comparable with those that others publish.
 
-    pip install -e . --no-deps            makes "dpvr_llava" known to lmms-eval, by an entry point (pyproject.toml)
+    pip install -e . --no-deps            registers "dpvr_llava" with lmms-eval, by an entry point (pyproject.toml)
     lmms-eval --model dpvr_llava --model_args pretrained=.,routing=late_fusion --tasks pope --batch_size 16
 
 `--model_args` are what `DpvrLlava` takes. docs/lmms_eval.md has the installation and the commands of the benchmarks.
@@ -29,10 +29,10 @@ class DpvrLlava(lmms):
         dtype: such as bfloat16; that of the weights, unless said.
         attn_implementation: sdpa, eager or flex_attention.
         batch_size: questions that are answered at once.
-        max_new_tokens: for tasks that say nothing about it.
+        max_new_tokens: for tasks that set no limit themselves.
     """
 
-    is_simple = False  # it takes messages, with each picture where the task puts it
+    is_simple = False  # it takes chat messages, in which each picture is where the task puts it
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class DpvrLlava(lmms):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1 or max_batch_size is not None:
             raise ValueError(
-                f"Expected --batch_size of 1 or more and no --max_batch_size; got {batch_size!r} and "
-                f"{max_batch_size!r}. Remedy: halve it until it fits; sizes are not searched for."
+                f"--batch_size is {batch_size!r} and --max_batch_size {max_batch_size!r}: give a --batch_size of 1 or "
+                "more and no maximum, as no fitting size is searched for; halve it until it fits."
             )
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -92,10 +92,10 @@ class DpvrLlava(lmms):
         )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("dpvr_llava generates. Remedy: a task with output_type generate_until.")
+        raise NotImplementedError("dpvr_llava gives no likelihoods: choose a task with output_type generate_until.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("dpvr_llava answers once. Remedy: a task with output_type generate_until.")
+        raise NotImplementedError("dpvr_llava answers in one round: choose a task with output_type generate_until.")
 
 
 def to_conversation(messages: list[dict[str, Any]]) -> Conversation:
@@ -104,7 +104,7 @@ def to_conversation(messages: list[dict[str, Any]]) -> Conversation:
     Raises:
         ValueError: for videos and sounds.
     """
-    pictures, told = [], []
+    pictures, turns = [], []
     for message in messages:
         parts = []
         for part in message["content"]:
@@ -114,6 +114,6 @@ def to_conversation(messages: list[dict[str, Any]]) -> Conversation:
             elif part["type"] == "text":
                 parts.append(part)
             else:
-                raise ValueError(f"Expected pictures and texts; got {part['type']!r}. Remedy: another task.")
-        told.append({"role": message["role"], "content": parts})
-    return Conversation(told, pictures)
+                raise ValueError(f"The task has a {part['type']}, and the model takes pictures and texts only.")
+        turns.append({"role": message["role"], "content": parts})
+    return Conversation(turns, pictures)
