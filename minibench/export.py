@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows the module's docstring as it is, and answers an error in one line."""
 
     def __init__(self) -> None:
-        super().__init__(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__("python -m minibench.export", None, __doc__, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from dpvr.pretraining.model import make_model
 from dpvr.pretraining.processor import make_processor, save_processor
-from dpvr.pretraining.train import make_model
 from dpvr.pretraining.train import parse_args as parse_pretrain_args
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 

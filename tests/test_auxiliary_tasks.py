@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dpvr.pretraining.auxiliary_tasks import NO_PICTURE, ONE_PICTURE, TWO_PICTURES, auxiliary_turns, even, fact
+from dpvr.pretraining.auxiliary_tasks import NO_PICTURE, ONE_PICTURE, TWO_PICTURES, auxiliary_turns, balanced, fact
 from dpvr.pretraining.rows import PretrainingRows
 from minibench.data import MiniBench
 from minibench.questions import CHINESE
@@ -175,7 +175,7 @@ def test_a_false_entry_is_told_from_a_true_one():
         assert not any(holds(request, f"{shape['place']} {word}", facts[:1]) for word in wrong)
 
 
-def test_the_answers_alone_are_to_be_loss_mask():
+def test_only_the_answers_carry_loss():
     scene = make_scene("train", 0, 0)
     loss_mask = Counter()
     for seed in range(200):
@@ -198,9 +198,9 @@ def test_the_answers_alone_are_to_be_loss_mask():
 
 def test_even_entries_have_every_answer_as_often_as_there_are_entries():
     entries = [fact(str(number), "yes" if number < 3 else "no") for number in range(20)]
-    answers = Counter(answer for _, (answer,) in even(entries, random.Random(0)))
+    answers = Counter(answer for _, (answer,) in balanced(entries, random.Random(0)))
     assert answers == {"yes": 3, "no": 5}
-    assert len(set(even(entries, random.Random(0), 30))) == 20
+    assert len(set(balanced(entries, random.Random(0), 30))) == 20
 
 
 def test_rows_hold_auxiliary_tasks_in_their_share_and_are_the_same_when_read_again():
@@ -212,7 +212,7 @@ def test_rows_hold_auxiliary_tasks_in_their_share_and_are_the_same_when_read_aga
     assert 80 < auxiliary < 160
 
 
-def test_half_of_the_auxiliary_tasks_in_text_alone_have_the_caption_of_the_scene_in_place_of_its_picture():
+def test_half_of_the_text_only_rows_have_the_caption_of_the_scene_in_place_of_its_picture():
     text_rows, seen_rows = (
         PretrainingRows("train", 40, auxiliary_share=1.0, text_only_share=share, seed=6) for share in (1.0, 0.0)
     )

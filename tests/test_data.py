@@ -144,7 +144,8 @@ def test_the_llava_json_holds_the_same_rows(rows, write):
 def test_trls_trainer_takes_the_exported_folder_as_it_is(write, minibench_processor, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
-    from dpvr.pretraining.train import make_model, parse_args
+    from dpvr.pretraining.model import make_model
+    from dpvr.pretraining.train import parse_args
 
     size = "--output_dir x --text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32"
     model = make_model(minibench_processor, parse_args(size.split()))

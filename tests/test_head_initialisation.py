@@ -1,4 +1,4 @@
-"""minibench/wiring.py: a random decoder that looks back in its text and at its picture."""
+"""head_initialisation.py: where the heads of a decoder attend before any training."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ def make_decoder(**settings: int) -> LlamaModel:
     return LlamaModel(LlamaConfig(vocab_size=300, intermediate_size=240, **{**sizes, **settings})).eval()
 
 
-def looked_at(decoder: LlamaModel, starts: int) -> tuple[float, float]:
-    """The shares of attention that go to the token before, and to the token after the same token's earlier stand."""
+def attention_of_heads(decoder: LlamaModel, starts: int) -> tuple[float, float]:
+    """The shares of attention on the previous token, and on the token after an earlier copy of the current one."""
     decoder.set_attn_implementation("eager")
     shares = []
     for seed in range(10):
@@ -31,15 +31,15 @@ def looked_at(decoder: LlamaModel, starts: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("starts", [0, 100])
-def test_the_heads_look_back_wherever_the_words_stand(starts):
+def test_the_heads_form_an_induction_head_at_any_position(starts):
     decoder = make_decoder()
-    assert max(looked_at(decoder, starts)) < 0.1
+    assert max(attention_of_heads(decoder, starts)) < 0.1
     initialise_heads(decoder)
-    previous, successor = looked_at(decoder, starts)
+    previous, successor = attention_of_heads(decoder, starts)
     assert previous > 0.6 and successor > 0.3
 
 
-def test_a_word_looks_at_the_image_tokens_that_stand_for_it():
+def test_a_word_attends_to_the_image_tokens_that_match_it():
     decoder = make_decoder()
     initialise_heads(decoder)
     decoder.set_attn_implementation("eager")
@@ -52,25 +52,31 @@ def test_a_word_looks_at_the_image_tokens_that_stand_for_it():
     assert attention[1:64:4].sum() > 0.8 and attention[64:].sum() < 0.01
 
 
-def test_all_other_weights_stay_as_they_were():
+def test_all_other_weights_are_unchanged():
     decoder, untouched = make_decoder(), make_decoder().state_dict()
     initialise_heads(decoder)
     changed = {name for name, weight in decoder.state_dict().items() if not torch.equal(weight, untouched[name])}
     parts = [f"layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qkvo"]
     assert changed == {"embed_tokens.weight", *parts}
     for name in parts:
-        dim, wired = 1 if "o_proj" in name else 0, 64 if ".0." in name else 128
-        others = [weights[name].narrow(dim, wired, 192 - wired) for weights in (decoder.state_dict(), untouched)]
+        dim, first = 1 if "o_proj" in name else 0, 64 if ".0." in name else 128
+        others = [weights[name].narrow(dim, first, 192 - first) for weights in (decoder.state_dict(), untouched)]
         assert torch.equal(*others)
 
 
-@pytest.mark.parametrize("settings", [{"num_hidden_layers": 1}, {"num_key_value_heads": 1}])
-def test_a_decoder_without_room_for_the_heads_is_refused(settings):
-    with pytest.raises(ValueError, match="Expected a decoder of two or more layers"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hidden_layers": 1}, "has 1 layers, and the heads need two"),
+        ({"num_key_value_heads": 1}, "has 3 heads and 1 heads of keys: give every head its own keys"),
+    ],
+)
+def test_a_decoder_without_room_for_the_heads_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         initialise_heads(make_decoder(**settings))
 
 
-def test_a_narrow_decoder_gets_heads_as_far_as_they_fit():
+def test_a_narrow_decoder_gets_the_heads_that_fit():
     decoder = make_decoder(hidden_size=64, num_attention_heads=1, num_key_value_heads=1)
     initialise_heads(decoder)
-    assert looked_at(decoder, 0)[0] > 0.5
+    assert attention_of_heads(decoder, 0)[0] > 0.5

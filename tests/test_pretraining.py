@@ -1,8 +1,10 @@
-"""minibench/pretrain.py, tower.py and optimizer.py: the training of the small LLaVA, resumed, logged and saved."""
+"""dpvr/pretraining: the training of the small LLaVA, resumed, logged and saved; its command, batches and optimizer."""
 
 import copy
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,21 +12,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from dpvr.pretraining.optimizer import Muon
+from dpvr.pretraining import stages, tower
+from dpvr.pretraining.collator import MAX_LENGTH, RowCollator
+from dpvr.pretraining.model import make_model
+from dpvr.pretraining.optimizer import Muon, MuonWithAdamW
 from dpvr.pretraining.rows import PretrainingRows
+from dpvr.pretraining.train import main, parse_args
+from generation_dpvr import IGNORED_LABEL
 from minibench.scenes import PLACES, Shape, make_scene
 from minibench.tasks import TASKS
-
-pretrain = pytest.importorskip("minibench.pretrain")
-tower = pytest.importorskip("minibench.tower")
 
 
 @pytest.fixture
 def tiny_run(tmp_path, monkeypatch, minibench_processor):
     """Pretrains a tiny model in a folder and returns the log lines of the call."""
-    monkeypatch.setattr(pretrain, "make_processor", lambda: minibench_processor)
+    monkeypatch.setattr(stages, "make_processor", lambda: minibench_processor)
     sizes = "--text_layers 2 --text_width 64 --vision_layers 2 --vision_width 32 --batch_size 2 --num_workers 0"
-    data = "--tower_pictures 2 --texts 4 --aligned_pictures 2 --questions_per_row 2 --captions_first 0"
+    data = "--tower_pictures 2 --texts 4 --aligned_pictures 2 --questions_per_row 2"
     data += " --further_pictures 2"
     steps = "--logging_steps 1 --save_steps 2 --validation_questions 2"
 
@@ -32,7 +36,7 @@ def tiny_run(tmp_path, monkeypatch, minibench_processor):
         log = tmp_path / name / "log.jsonl"
         before = len(log.read_text().splitlines()) if log.exists() else 0
         command = f"--output_dir {tmp_path / name} --pictures {pictures} {sizes} {data} {steps}"
-        pretrain.main(pretrain.parse_args(command.split()))
+        main(parse_args(command.split()))
         return [json.loads(line) for line in log.read_text().splitlines()[before:]]
 
     return run
@@ -71,15 +75,15 @@ def test_the_labels_of_a_batch_are_the_replies_of_its_rows_and_their_end_tokens(
     rows = list(PretrainingRows("train", 40, 4, caption_share=0.2, auxiliary_share=0.5, text_only_share=0.5))
     assert 10 < sum("loss_mask" in row for row in rows) < 30
     assert {len(row["images"]) for row in rows} == {0, 1, 2}
-    collate = pretrain.RowCollator(minibench_processor, max_length=2000)
+    collate = RowCollator(minibench_processor, max_length=2000)
     batch = collate(rows)
     assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in rows)
     assert "pixel_values" not in collate([row for row in rows if not row["images"]])
-    cut = pretrain.RowCollator(minibench_processor)(rows)["labels"]
-    assert cut.shape[1] == pretrain.MAX_LENGTH < batch["labels"].shape[1]
-    assert torch.equal(cut, batch["labels"][:, : pretrain.MAX_LENGTH])
+    cut = RowCollator(minibench_processor)(rows)["labels"]
+    assert cut.shape[1] == MAX_LENGTH < batch["labels"].shape[1]
+    assert torch.equal(cut, batch["labels"][:, :MAX_LENGTH])
     for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
-        kept = labels != pretrain.IGNORED_LABEL
+        kept = labels != IGNORED_LABEL
         answers = [message["content"][0]["text"] for message in row["messages"][1::2]]
         if "loss_mask" in row:
             pairs = zip(answers, row["loss_mask"], strict=True)
@@ -89,6 +93,26 @@ def test_the_labels_of_a_batch_are_the_replies_of_its_rows_and_their_end_tokens(
             ]
         assert minibench_processor.tokenizer.decode(labels[kept]) == "".join(f" {answer}</s>" for answer in answers)
         assert torch.equal(ids[kept], labels[kept])
+
+
+# The commands
+
+
+@pytest.mark.parametrize("name", ["train", "assemble"])
+def test_the_options_are_read_before_any_library_is_loaded(name):
+    script = f"import sys, dpvr.pretraining.{name}; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split())
+    assert f"dpvr.pretraining.{name}" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "numpy", "sklearn"}
+
+
+def test_a_run_ends_with_where_the_model_is_and_a_table_of_its_last_validation(tiny_run, tmp_path, capsys):
+    log = tiny_run("run", pictures=2)
+    *_, saved = capsys.readouterr().out.partition("Written to")
+    assert str(tmp_path / "run" / "final") in saved
+    last = [entry for entry in log if "validation" in entry][-1]
+    rows = [line.split() for line in saved.splitlines()[1:]]
+    assert rows == [[task, f"{score:.1%}"] for task, score in {**last["validation"], "mean": last["mean"]}.items()]
 
 
 # A run
@@ -141,8 +165,8 @@ def test_a_stage_that_is_done_is_not_run_again(tiny_run, tmp_path):
 
 
 def test_a_perfect_projector_has_no_loss(minibench_processor, monkeypatch):
-    args = pretrain.parse_args(["--output_dir", "x", "--text_layers", "2", "--vision_layers", "2"])
-    model = pretrain.make_model(minibench_processor, args)
+    args = parse_args(["--output_dir", "x", "--text_layers", "2", "--vision_layers", "2"])
+    model = make_model(minibench_processor, args)
     aligner = tower.Aligner(model.model, tower.word_ids(minibench_processor.tokenizer))
     scenes = [make_scene("train", 0, index) for index in range(4)]
     labels = torch.stack([tower.patch_labels(scene, 12) for scene in scenes])
@@ -185,9 +209,9 @@ def test_the_saved_weights_bear_the_names_of_published_llava_checkpoints(tiny_ru
 
 
 def test_hidden_matrices_go_to_muon_and_everything_else_to_adamw(minibench_processor):
-    args = pretrain.parse_args(["--output_dir", "x", "--text_layers", "2", "--vision_layers", "2"])
-    model = pretrain.make_model(minibench_processor, args)
-    optimizer = pretrain.MuonWithAdamW(model, 0.02, 0.002)
+    args = parse_args(["--output_dir", "x", "--text_layers", "2", "--vision_layers", "2"])
+    model = make_model(minibench_processor, args)
+    optimizer = MuonWithAdamW(model, 0.02, 0.002)
     names = {id(weight): name for name, weight in model.named_parameters()}
     muon = {names[id(weight)] for weight in optimizer.parts[0].param_groups[0]["params"]}
     assert any("q_proj" in name for name in muon) and any("multi_modal_projector" in name for name in muon)
@@ -198,7 +222,7 @@ def test_hidden_matrices_go_to_muon_and_everything_else_to_adamw(minibench_proce
 def test_frozen_parameters_are_left_to_no_optimizer():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[0].requires_grad_(False)
-    optimizer = pretrain.MuonWithAdamW(model, 0.02, 0.002)
+    optimizer = MuonWithAdamW(model, 0.02, 0.002)
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     assert held == {id(weight) for weight in model[1].parameters()}
 
@@ -212,7 +236,7 @@ def test_a_restored_optimizer_takes_the_steps_of_the_saved_one():
 
     torch.manual_seed(0)
     model, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-    optimizer, restored = (pretrain.MuonWithAdamW(m, 0.02, 0.002) for m in (model, other))
+    optimizer, restored = (MuonWithAdamW(m, 0.02, 0.002) for m in (model, other))
     step(model, optimizer)
     other.load_state_dict(model.state_dict())
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -1,4 +1,4 @@
-"""minibench/processor.py: the tokenizer, the chat template, and files for both lines of transformers."""
+"""dpvr/pretraining/processor.py: the tokenizer, the chat template, and files for both lines of transformers."""
 
 import json
 import re

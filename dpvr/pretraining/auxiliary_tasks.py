@@ -1,13 +1,12 @@
-"""Auxiliary tasks for pretraining: tables of short answers about one picture or two.
+"""Auxiliary tasks for pretraining: tables of short answers about one picture or two, or about words alone.
 
-    Colours: -> star red, top left blue, ring red, ...        an entry: what is asked about, and the answer last
+    Colours: -> star red, top left blue, ring red, ...        an entry: a key, and the answer last
 
-A question of MiniBench carries two or three tokens of reply in some thirty; an
-auxiliary task asks a dozen things in as many
-tokens, each answer's key being given in the reply. Which key comes next is chance, so keys carry no loss, or
-their loss, five sixths of the whole, would drown the rest. What a large language model brings along (letters of
-options, sums, rules, Chinese words) and what LLaVA's instruction data teach is practised in this form first; the
-questions then only have to be worded.
+A question of MiniBench has two or three reply tokens in some thirty; an auxiliary task has a dozen answers in as many
+tokens, because the reply gives each answer's key. Which key comes next is random, so keys carry no loss: theirs would
+be five sixths of the total. The skills that LLaVA gets from a large language model and from its instruction data
+(letters of options, sums, rules, Chinese words) are practised in this form first; what is left to learn is how the
+questions are worded.
 """
 
 import random
@@ -21,7 +20,7 @@ from minibench.tasks import LETTERS, PROPERTIES, addition, difference, rule_for
 
 
 class Entry(NamedTuple):
-    """What is asked about, and the answer, as words and names."""
+    """A key, which says what is asked about, and the answer, both as words and names."""
 
     key: tuple[str, ...]
     answer: tuple[str, ...]
@@ -45,7 +44,7 @@ WORDS = tuple(dict.fromkeys(word for family in FAMILIES for word in family if " 
 
 
 def auxiliary_turns(scenes: Sequence[Scene], rng: random.Random, num_tables: int) -> list[Turn]:
-    """Return at most `num_tables` different tables, none empty; without scenes about words."""
+    """Return at most `num_tables` different tables, none empty: about the scenes, or without any about words."""
     tables = (NO_PICTURE, ONE_PICTURE, TWO_PICTURES)[len(scenes)]
     turns: list[Turn] = []
     for table in dict.fromkeys(rng.sample(tables, len(tables))):
@@ -70,8 +69,8 @@ def fact(*words: str) -> Entry:
     return Entry(words[:-1], words[-1:])
 
 
-def even(entries: list[Entry], rng: random.Random, num: int = MAX_ENTRIES) -> list[Entry]:
-    """Return at most `num` entries, of every answer as many as there are, by turns."""
+def balanced(entries: list[Entry], rng: random.Random, num: int = MAX_ENTRIES) -> list[Entry]:
+    """Return at most `num` entries with answers as balanced as they can be: one of each answer in turn."""
     left: dict[tuple[str, ...], list[Entry]] = {}
     for entry in rng.sample(entries, len(entries)):
         left.setdefault(entry.answer, []).append(entry)
@@ -88,14 +87,14 @@ def word_for(thing: Object) -> str:
     return thing.shape if isinstance(thing, Shape) else str(thing.digit)
 
 
-def alone(scene: Scene) -> dict[str, Object]:
-    """Return the shapes and digits that are there once, by their word."""
+def single_objects(scene: Scene) -> dict[str, Object]:
+    """Return the shapes and digits that occur exactly once in a scene, by their word."""
     words = [word_for(thing) for thing in scene.objects]
     return {word: thing for word, thing in zip(words, scene.objects, strict=True) if words.count(word) == 1}
 
 
 def count_of(word: str, scene: Scene) -> int:
-    """Return how many there are of a colour, a plural of `PLURALS`, "objects", "shapes" or "digits"."""
+    """Count the objects of a colour, of a plural in `PLURALS`, or all "objects", "shapes" or "digits"."""
     whole = {"objects": scene.objects, "shapes": scene.shapes, "digits": scene.digits}
     if word in whole:
         return len(whole[word])
@@ -103,7 +102,7 @@ def count_of(word: str, scene: Scene) -> int:
 
 
 def side_of(place: str, other: str) -> str | None:
-    """Return on which side of another place a place is, None if they share neither row nor column."""
+    """Return on which side of `other` a place lies, None if they share neither row nor column."""
     (row, column), (other_row, other_column) = (divmod(PLACES.index(one), 3) for one in (place, other))
     if row == other_row:
         return "left" if column < other_column else "right"
@@ -111,7 +110,7 @@ def side_of(place: str, other: str) -> str | None:
 
 
 def filled(entries: list[Entry], words: list[Entry], rng: random.Random) -> list[Entry]:
-    """Return entries about the picture, filled up with some that say in words what is to be done with what is seen."""
+    """Return entries about the picture, filled up to `MAX_ENTRIES` with entries of the same task about words alone."""
     entries = rng.sample(entries, min(len(entries), MAX_ENTRIES))
     return entries + rng.sample(words, MAX_ENTRIES - len(entries))
 
@@ -124,7 +123,8 @@ COUNTABLE = (*COLOURS, *PLURALS.values(), "objects", "shapes", "digits")
 def colours(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
     entries = [fact(thing.place, thing.colour) for thing in scene.shapes]
-    return "Colours:", entries + [fact(word, thing.colour) for word, thing in alone(scene).items() if word in SHAPES]
+    entries += [fact(word, thing.colour) for word, thing in single_objects(scene).items() if word in SHAPES]
+    return "Colours:", entries
 
 
 def things(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -134,17 +134,17 @@ def things(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry
 
 def places(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    return "Where:", [fact(word, thing.place) for word, thing in alone(scene).items()]
+    return "Where:", [fact(word, thing.place) for word, thing in single_objects(scene).items()]
 
 
 def numbers(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    return "How many:", even([fact(word, str(count_of(word, scene))) for word in COUNTABLE], rng)
+    return "How many:", balanced([fact(word, str(count_of(word, scene))) for word in COUNTABLE], rng)
 
 
 def sides(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
-    things = permutations(alone(scene).items(), 2)
+    things = permutations(single_objects(scene).items(), 2)
     entries = [
         fact(word, "and", other_word, side)
         for (word, one), (other_word, other) in things
@@ -156,13 +156,14 @@ def sides(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]
 def presence(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     (scene,) = scenes
     there = list(dict.fromkeys(thing.name for thing in scene.shapes))
-    absent = like_those(scene) + rng.sample(PAIRS, 3)
+    absent = similar_pairs(scene) + rng.sample(PAIRS, 3)
     entries = [fact(name, "yes") for name in there]
-    return "Is there:", even(entries + [fact(name, "no") for name in dict.fromkeys(absent) if name not in there], rng)
+    entries += [fact(name, "no") for name in dict.fromkeys(absent) if name not in there]
+    return "Is there:", balanced(entries, rng)
 
 
-def like_those(scene: Scene) -> list[str]:
-    """Return pairs of colour and shape that are not there, of a colour and a shape that are, or companions."""
+def similar_pairs(scene: Scene) -> list[str]:
+    """Return hard negatives: absent pairs of a colour and a shape that are both present, and absent companions."""
     near = [" ".join(companion(thing.colour, thing.shape)) for thing in scene.shapes]
     near += [f"{one.colour} {other.shape}" for one, other in permutations(scene.shapes, 2)]
     there = {thing.name for thing in scene.shapes}
@@ -170,10 +171,10 @@ def like_those(scene: Scene) -> list[str]:
 
 
 def choice(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
-    """Which one of three is there, several times over."""
+    """Several lists of three pairs, of each of which exactly one is in the picture."""
     (scene,) = scenes
     there = list(dict.fromkeys(thing.name for thing in scene.shapes))
-    absent = like_those(scene) + [name for name in rng.sample(PAIRS, 12) if name not in there]
+    absent = similar_pairs(scene) + [name for name in rng.sample(PAIRS, 12) if name not in there]
     entries, lists = [], []
     for letter, name in zip(LETTERS, rng.sample(there, len(there)), strict=False):
         options = rng.sample([name, *rng.sample(list(dict.fromkeys(absent)), 2)], 3)
@@ -206,20 +207,20 @@ def comparisons(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[
 
 
 def order(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
-    """The digits from left to right and whether they go up, if no two share a column; the rest is about words."""
+    """Whether the digits go up from left to right, if no two share a column; the other entries are in words."""
     (scene,) = scenes
     lines = [tuple(rng.sample(range(10), rng.choice((2, 2, 3)))) for _ in range(40)]
     columns = [PLACES.index(thing.place) % 3 for thing in scene.digits]
     entries = []
     if len(set(columns)) == len(columns) > 1:
         digits = tuple(thing.digit for _, thing in sorted(zip(columns, scene.digits, strict=True)))
-        if (way := way_of(digits)) is not None:
+        if (way := direction_of(digits)) is not None:
             entries = [Entry(("digits",), (way,)), Entry(("in words",), (*map(str, digits), way))]
-    words = [fact(*map(str, line), way) for line in lines if (way := way_of(line)) is not None]
-    return "Up or down:", entries + even(words, rng, 4)
+    words = [fact(*map(str, line), way) for line in lines if (way := direction_of(line)) is not None]
+    return "Up or down:", entries + balanced(words, rng, 4)
 
 
-def way_of(digits: Sequence[int]) -> str | None:
+def direction_of(digits: Sequence[int]) -> str | None:
     rising = tuple(sorted(set(digits)))
     return {rising: "up", rising[::-1]: "down"}.get(tuple(digits))
 
@@ -255,7 +256,7 @@ def remainders(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[E
     (scene,) = scenes
     number = len(scene.objects)
     entries = [Entry((key,), tuple(difference(number, count_of(key, scene)).split())) for key in COLOURS]
-    return "Left without:", even(entries, rng, 4)
+    return "Left without:", balanced(entries, rng, 4)
 
 
 def rules(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -271,12 +272,12 @@ def rules(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]
 
     entries = [rule(thing.place, thing) for thing in scene.shapes]
     if by_colour:
-        entries += [rule(word, thing) for word, thing in alone(scene).items() if word in SHAPES]
+        entries += [rule(word, thing) for word, thing in single_objects(scene).items() if word in SHAPES]
     return f"Rules: {text}.", entries
 
 
 def letters(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
-    """Options in the form that the questions have, to be named with their letters: no picture is needed."""
+    """Options as in the questions, each to be named with its letter; needs no picture."""
     chinese = rng.random() < 0.4
     options = rng.sample(rng.choice(FAMILIES), 4)
     entries = [
@@ -286,7 +287,7 @@ def letters(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entr
 
 
 def given(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
-    """Words that go with others, here alone."""
+    """Pairs of words given in the request, to be recalled."""
     keys = rng.sample(WORDS, rng.randint(4, MAX_ENTRIES))
     entries = [fact(key, rng.choice(WORDS)) for key in keys]
     return f"Given: {', '.join(' '.join(key + answer) for key, answer in entries)}.", entries
@@ -314,7 +315,7 @@ def numbers_of_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, l
         for which, scene in zip(WHICH, scenes, strict=True)
         for word in COUNTABLE
     ]
-    return "How many:", even(entries, rng)
+    return "How many:", balanced(entries, rng)
 
 
 def presence_in_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -323,7 +324,7 @@ def presence_in_each(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, 
     for which, scene in zip(WHICH, scenes, strict=True):
         there = {thing.name for thing in scene.objects}
         entries += [fact(which, name, "yes" if name in there else "no") for name in names]
-    return "Is there:", even(entries, rng)
+    return "Is there:", balanced(entries, rng)
 
 
 def same(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -343,12 +344,12 @@ def same(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]
         elif isinstance(first, Digit) and isinstance(second, Digit):
             compare(first.digit, second.digit, "digit", place)
     for shape in SHAPES:
-        if shape in alone(one) and shape in alone(other):
-            compare(alone(one)[shape].colour, alone(other)[shape].colour, "colour", shape)
+        if shape in single_objects(one) and shape in single_objects(other):
+            compare(single_objects(one)[shape].colour, single_objects(other)[shape].colour, "colour", shape)
     for word in COUNTABLE:
         if count_of(word, one) or count_of(word, other):
             compare(count_of(word, one), count_of(word, other), "number", word)
-    return "Same or different:", even(entries, rng)
+    return "Same or different:", balanced(entries, rng)
 
 
 def which_has_more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
@@ -357,17 +358,17 @@ def which_has_more(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, li
         first, second = (count_of(word, scene) for scene in scenes)
         if first != second:
             entries.append(fact(word, "first" if first > second else "second"))
-    return "Which has more:", even(entries, rng)
+    return "Which has more:", balanced(entries, rng)
 
 
 def which_holds(scenes: Sequence[Scene], rng: random.Random) -> tuple[str, list[Entry]]:
     first, second = ({thing.name for thing in scene.objects} for scene in scenes)
     entries = [fact(name, "first") for name in first - second] + [fact(name, "second") for name in second - first]
-    return "Which has it:", even(sorted(entries), rng)
+    return "Which has it:", balanced(sorted(entries), rng)
 
 
 NO_PICTURE: tuple[Table, ...] = (letters, given, listed)
-# What takes longest to learn comes more often.
+# The tables that take longest to learn come more often.
 ONE_PICTURE: tuple[Table, ...] = (
     colours,
     things,

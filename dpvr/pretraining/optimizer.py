@@ -1,8 +1,8 @@
-"""Muon for the matrices inside the layers, AdamW for the rest, behind the face of one optimizer.
+"""Muon for the matrices inside the layers, AdamW for the rest, in one optimizer.
 
-Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the step of a matrix; embeddings, the output head,
-biases and norms are no such matrices and keep AdamW. One object with one list of parameter groups is what `Trainer`
-schedules, saves and resumes.
+Muon (https://kellerjordan.github.io/posts/muon/) orthogonalises the update of a matrix. Embeddings, the output head,
+biases and norms are not matrices between hidden states, so AdamW updates them. `Trainer` schedules, saves and resumes
+one optimizer with one list of parameter groups, so the two are one object.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+MUON_LR, ADAMW_LR = 0.02, 2e-3  # peak learning rates
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
@@ -19,7 +20,7 @@ NEWTON_SCHULZ_STEPS = 5
 class Muon(Optimizer):
     """`torch.optim.Muon` in float32, with matrices of one shape orthogonalised together.
 
-    PyTorch's own works in bfloat16, which a CPU without the instructions for it computes hundreds of times slower.
+    PyTorch's own computes in bfloat16, which a CPU without bfloat16 emulates, hundreds of times slower.
     """
 
     def __init__(

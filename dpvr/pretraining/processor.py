@@ -6,21 +6,18 @@
 
 A word carries its leading space (" yes"), so the tokens of a prompt are the first tokens of prompt and answer.
 
-`save_processor` writes one set of files that transformers 4.57 and 5 both read: `save_pretrained` of version 5 names a
-tokenizer class and nests an image processor that version 4 does not know.
-
-    python -m minibench.processor --output_dir DIR
+`save_processor` writes one set of files that transformers 4.57 and 5 both read. `save_pretrained` of version 5 alone
+would name a tokenizer class and nest an image processor in ways that version 4 does not know.
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from configuration_dpvr import DpvrLlavaConfig
+from dpvr.data.templates import CHAT_TEMPLATE
 from dpvr.pretraining.rows import PretrainingRows
 from minibench.questions import CHINESE, CHINESE_WORDS, PLURALS
 from minibench.scenes import SIDE
@@ -31,40 +28,7 @@ VOCABULARY = 768
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 IMAGE_TOKEN = "<image>"
 
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-{{- raise_exception("Unknown role '" ~ message['role'] ~ "': expected system, user or assistant.") -}}
-{%- endif -%}
-{%- set parts = message['content'] -%}
-{%- if parts is string -%}
-{%- set parts = [{'type': 'text', 'text': parts}] -%}
-{%- endif -%}
-{%- set reply = namespace(text='') -%}
-{%- for part in parts if part['type'] == 'text' -%}
-{%- set reply.text = reply.text ~ part['text'] -%}
-{%- endfor -%}
-{%- if message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}
-{{- ' ' ~ reply.text ~ '</s>' -}}
-{%- endgeneration -%}
-{%- else -%}
-{%- if message['role'] == 'user' -%}
-{{- 'USER: ' -}}
-{%- endif -%}
-{%- for part in parts if part['type'] == 'image' -%}
-{{- '<image>\\n' -}}
-{%- endfor -%}
-{{- reply.text ~ ' ' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- 'ASSISTANT:' -}}
-{%- endif -%}
-"""
-
-# Words that the questions of today do not use, so that other questions need no new tokenizer.
+# Words that no question uses yet, so that new questions need no new tokenizer.
 EXTRA_TEXT = (
     "zero one two three four five six seven eight nine ten none nothing both neither",
     "Is the red circle left of, right of, above, below, behind or in front of the blue square?",
@@ -73,7 +37,7 @@ EXTRA_TEXT = (
     "black white grey brown pink diamond heart hexagon line arrow letter color object background",
     "图中有什么？是。不是。有。没有。多少个？上面 下面 大 小 相同 不同 第一张 第二张",
 )
-# The words of the answers, and every other character, are a token each: Chinese has no spaces between words.
+# Each answer word is one token, and so is every other character: Chinese has no spaces between words.
 CHINESE_WORD = "|".join((*CHINESE_WORDS.values(), "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"))
 
 
@@ -116,7 +80,7 @@ def _training_text(num_rows: int) -> list[str]:
     for index in range(num_rows):
         for message in rows[index]["messages"]:
             text = message["content"][-1]["text"]
-            # A first question follows the picture's line break, a later one the space of "USER: ".
+            # A first question follows the line break after the picture, a later one the space of "USER: ".
             asked = [f"USER: \n{text} ASSISTANT:", f"USER: {text}"]
             texts += asked if message["role"] == "user" else [f" {text}"]
     words = [*CHINESE, *CHINESE.values(), *PLURALS.values(), *PROPERTIES, *map(str, range(20))]
@@ -154,16 +118,10 @@ def _processor_settings() -> dict:
     }
 
 
-def load_processor(name_or_path: str, revision: str = "main") -> LlavaProcessor:
-    """Return a saved processor, without being asked whether the code beside it may run: a processor needs none."""
-    AutoConfig.register("dpvr_llava", DpvrLlavaConfig, exist_ok=True)
-    return LlavaProcessor.from_pretrained(name_or_path, revision=revision)
-
-
 def save_processor(processor: LlavaProcessor, folder: Path | str) -> None:
     """Save a processor as files that `AutoProcessor` and `AutoTokenizer` of transformers 4.57 and 5 both load."""
     folder = Path(folder)
-    processor.tokenizer.backend_tokenizer.no_padding()  # a tokenizer that has padded a batch would save how
+    processor.tokenizer.backend_tokenizer.no_padding()  # else the padding of its latest batch would be saved
     processor.save_pretrained(folder)
     own = _read(folder / "processor_config.json")
     images = own.pop("image_processor", None)
@@ -172,7 +130,7 @@ def save_processor(processor: LlavaProcessor, folder: Path | str) -> None:
         _write(folder / "processor_config.json", own)
         _write(folder / "preprocessor_config.json", {**images, "processor_class": "LlavaProcessor"})
     tokenizer = _read(folder / "tokenizer_config.json")
-    for leftover in ("backend", "is_local", "local_files_only"):  # where it was loaded from is no property of it
+    for leftover in ("backend", "is_local", "local_files_only"):  # these say where it was loaded from
         tokenizer.pop(leftover, None)
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer["extra_special_tokens"] = {"image_token": IMAGE_TOKEN}
@@ -186,19 +144,3 @@ def _read(path: Path) -> dict:
 
 def _write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write the files of the small LLaVA's processor.")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    return parser.parse_args()
-
-
-def main(args: argparse.Namespace) -> None:
-    processor = make_processor()
-    save_processor(processor, args.output_dir)
-    print(f"{len(processor.tokenizer)} tokens, saved to {args.output_dir}")
-
-
-if __name__ == "__main__":
-    main(parse_args())

@@ -1,7 +1,7 @@
 """The rows that dpvr-mini is pretrained on: MiniBench's questions, captions, and auxiliary tasks (auxiliary_tasks.py).
 
-PretrainingRows[i]   {"images", "messages"}, and of an auxiliary task "loss_mask": for every reply, which of its
-                     words carry loss
+PretrainingRows[i]   {"images", "messages"}; a row of auxiliary tasks also has "loss_mask", which says of every
+                     word of every reply whether it carries loss
 """
 
 import random
@@ -13,7 +13,7 @@ from minibench.questions import CAPTION_REQUESTS, caption
 from minibench.scenes import Scene, Split, draw_scene, draw_scene_with_repeats
 from minibench.tasks import ONE_PICTURE
 
-# What takes longest to learn is asked more often.
+# The tasks that take longest to learn come more often.
 HARD_TASKS_MORE_OFTEN = (
     "free",
     "existence",
@@ -30,17 +30,17 @@ TABLES_PER_TEXT_ROW = 3
 
 
 class PretrainingRows(MiniBench):
-    """A map-style data set; without any share beyond MiniBench's its rows are MiniBench's.
+    """A map-style data set. With the default shares its rows equal MiniBench's.
 
     Args:
         split, size, questions_per_row, seed: as `MiniBench`.
         caption_share: the share of rows that ask for a caption in place of questions.
         auxiliary_share: the share of the other rows that are auxiliary tasks in place of questions.
         text_only_share: the share of auxiliary rows without a picture: half have a caption in its place, half are
-            about nothing but words.
-        tasks: what rows of one picture ask, of the tasks of one picture and "free".
+            about words alone.
+        tasks: the tasks that rows of one picture have questions of: tasks of one picture, and "free".
         pair_share: the share of rows with two pictures and multi_image questions.
-        repeat_share: the share of rows whose pictures are sure to have something more than once, to be counted.
+        repeat_share: the share of rows whose pictures have at least two shapes of one kind or colour, for counting.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PretrainingRows(MiniBench):
 
 
 def captioned_row(scene: Scene, turns: list[Turn]) -> Row:
-    """A row of text alone, which begins with the scene's caption."""
+    """A row without a picture that begins with the scene's caption instead."""
     first, *others = turns
     return auxiliary_row((), [first._replace(request=f"{caption(scene)}\n{first.request}"), *others])
 

@@ -1,10 +1,10 @@
-"""Pretraining of the vision tower, in the place of CLIP's: every patch names the object that covers it.
+"""Pretraining of the vision tower, in place of CLIP's: every patch names the object that covers it.
 
     picture -> CLIP ViT -> hidden state of the layer LLaVA reads --+-- per patch: colour, shape, digit, place (or none)
                                                                    +-- projector -> the sum of these words' embeddings
 
-LLaVA starts from a tower that can already see, and so does this one. The heads are thrown away afterwards. Then the
-projector is aligned with the words, which is what LLaVA's first stage is for.
+LLaVA starts from a pretrained tower, and so does this model. The heads are discarded afterwards. Then the projector is
+aligned with the word embeddings, as in LLaVA's first stage.
 """
 
 import random
@@ -23,10 +23,9 @@ NAMES = (
     ("none", *SHAPES),
     ("none", *(str(digit) for digit in range(10))),
     ("none", *PLACES),
-    ("none", "thing"),  # one patch of every object alone: to count things is then to count tokens
+    ("none", "thing"),  # one patch per object: to count objects, count these tokens
 )
 BACKGROUND_WEIGHT = 0.1
-MUON_LR, ADAMW_LR = 0.02, 2e-3
 
 
 class PatchNamer(nn.Module):
@@ -86,7 +85,7 @@ class Aligner(nn.Module):
 
 
 class PatchNames:
-    """A map-style data set of scenes in handwriting of many kinds; `PatchCollator` makes batches of it."""
+    """A map-style data set of scenes whose digits are warped at random; `PatchCollator` makes batches of it."""
 
     def __init__(self, split: Split, size: int, seed: int = 0) -> None:
         self.split = split
@@ -102,7 +101,7 @@ class PatchNames:
 
 
 class PatchCollator:
-    """Turns scenes into the inputs of `PatchNamer` and `Aligner`."""
+    """Turns scenes into batches for `PatchNamer` and `Aligner`."""
 
     def __init__(self, image_processor: BaseImageProcessor, patch: int) -> None:
         self.image_processor = image_processor
@@ -114,7 +113,7 @@ class PatchCollator:
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return the tokens of every name, see `Aligner`."""
+    """Return the tokens of every name, as `Aligner` takes them."""
     words = [word for names in NAMES for word in names]
     tokens = [[] if word == "none" else tokenizer.encode(f" {word}", add_special_tokens=False) for word in words]
     longest = max(map(len, tokens))
@@ -122,8 +121,10 @@ def word_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 
 def patch_labels(scene: Scene, patch: int) -> torch.Tensor:
-    """Return `int[patches, len(NAMES)]`, in raster order: what lies on top at the middle of every patch, 0 for
-    nothing. Of every object one patch is a "thing", the one at the middle of its place."""
+    """Return `int[patches, len(NAMES)]`, in raster order: the topmost object at the centre of each patch, 0 for none.
+
+    One patch of every object is a "thing": the one at the centre of the object's place.
+    """
     centres = torch.arange(SIDE // patch) * patch + patch / 2
     labels = torch.zeros(len(centres), len(centres), len(NAMES), dtype=torch.long)
     for thing in scene.from_back_to_front:
