@@ -37,9 +37,9 @@ def publish(document: dict[str, Any], path: str | Path | None, as_json: bool = F
         print(json.dumps(document))
 
 
-def commit() -> str | None:
-    """The commit of this code, with "+" if files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The commit of the code in a folder, with "+" if files differ from it; None outside a repository."""
+    git = ["git", "-C", str(folder)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode

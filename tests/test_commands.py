@@ -31,9 +31,9 @@ WRONG = {  # a command line of each kind of error, and what is said
     "train_sft.py --data gone.json": "There is no JSON file 'gone.json'",
     "train_sft.py --config gone.yaml": "gone.yaml",
     "app.py --modle x": "there is no option --modle; did you mean --model?",
-    "app.py --model no/such": "no/such",
+    "app.py --model no/such": "Error: We couldn't connect to",
     "-m dpvr.benchmarks.latency --shape 512x33": "invalid choice: '512x33'",
-    "-m dpvr.benchmarks.accuracy --limit many": "invalid int value: 'many'",
+    "-m dpvr.benchmarks.accuracy --limit many": "invalid integer value: 'many'",
     "-m dpvr.analysis.probe --model gone": "gone",
     "-m dpvr.push gone me/x": "gone",
     "-m minibench.export --output_dir x --format datasets --split train --size 0": "0",
@@ -83,7 +83,7 @@ def test_the_traceback_is_there_for_who_asks_python_for_it():
 
 def test_the_help_of_training_shows_our_options_and_names_the_way_to_all():
     shown = python("train_sft.py --help").stdout
-    assert len(shown.splitlines()) < 110 and "--help-all" in shown and "python train_sft.py --method lora" in shown
+    assert len(shown.splitlines()) < 120 and "--help-all" in shown and "python train_sft.py --method lora" in shown
     for title in ("what to train:", "data:", "model:", "recipe:", "output:"):
         assert f"\n{title}\n" in shown
     everything = python("train_sft.py --help-all").stdout

@@ -1,5 +1,6 @@
 """train_sft.py: what it trains, what it leaves alone, what it saves, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from trl import SFTTrainer
 
 import train_sft
 from dpvr.data.templates import marks_replies, with_marked_replies
-from dpvr.training import arguments, output_folder, trainers
+from dpvr.training import arguments, options, output_folder, trainers
 from dpvr.training.arguments import parse
 from dpvr.training.models import load_model
 from dpvr.training.run import load_rows
@@ -162,7 +163,7 @@ def test_a_plan_is_data_that_the_trained_repository_carries(random_mini, tmp_pat
 
 @NEEDS_TRAINING
 def test_a_routing_with_nothing_to_train_is_refused(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="no layer reads the side branch, so there is nothing to train: use late_fusion"):
+    with pytest.raises(ValueError, match="no layer reads the side branch, .* nothing to train: use late_fusion"):
         run(random_mini, tmp_path / "out", "--routing", "text_only")
     assert not (tmp_path / "out").exists()
 
@@ -175,7 +176,7 @@ def test_an_older_transformers_is_refused_with_the_way_out(monkeypatch):
 
 @NEEDS_TRAINING
 def test_the_bases_own_folder_is_refused_as_output_before_any_training(random_mini):
-    with pytest.raises(ValueError, match="Expected another folder than the base's"):
+    with pytest.raises(ValueError, match="is the folder of the base, .*: save to a new folder"):
         run(random_mini, random_mini)
 
 
@@ -446,3 +447,33 @@ def test_every_recipe_in_configs_is_read(path):
     assert base.model_name_or_path == f"llava-hf/llava-1.5-{size}-hf" and base.dtype == "bfloat16"
     assert args.split_layer == {"7b": 18, "13b": 28}[size] and training.learning_rate == (1e-4 if late else 5e-5)
     assert training.per_device_train_batch_size == 4 and training.num_train_epochs == 1 and training.bf16
+
+
+def test_a_misspelt_option_is_answered_in_one_line_on_the_command_line_and_in_a_config(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("warmup_step: 3\n")
+    for words, said in (
+        (["--lora_dropouts", "0"], "train_sft.py: there is no option --lora_dropouts; did you mean --lora_dropout?\n"),
+        (
+            ["--config", str(tmp_path / "recipe.yaml")],
+            "there is no option --warmup_step; did you mean --warmup_steps?\n",
+        ),
+        (["fast"], "unexpected argument 'fast'"),
+        (["--config"], "--config needs the name of a YAML file"),
+        (["--split", "4"], "there is no option --split"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parse(words)
+        shown = capsys.readouterr().err
+        assert end.value.code == 2 and said in shown and shown.count("\n") == 1
+
+
+def test_what_the_help_names_are_options_of_the_trainer_and_our_defaults_are_the_run_s():
+    def defaults(of: type) -> dict:
+        return {field.name: field.default for field in dataclasses.fields(of)}
+
+    base, recipe = defaults(arguments.BaseArguments), defaults(arguments.SideBranchSFTConfig)
+    assert defaults(options.BaseOptions).items() < base.items()
+    assert defaults(options.RecipeOptions).items() < recipe.items()
+    named = {name for group in options.TRAINER_OPTIONS.values() for name in group}
+    theirs = (base | recipe).keys() - defaults(options.BaseOptions).keys() - defaults(options.RecipeOptions).keys()
+    assert named < theirs

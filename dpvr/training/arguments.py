@@ -48,6 +48,7 @@ def parse(argv: list[str]) -> tuple[DpvrArguments, SideBranchSFTConfig, BaseArgu
         parser.print_help()
         raise SystemExit(0)
     require_transformers()
+    argv = [word for flag in argv for word in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if "--config" in argv[-1:]:
         parser.error("--config needs the name of a YAML file")
     args, training, base, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
@@ -68,7 +69,8 @@ def require_transformers() -> None:
 def with_plan(args: DpvrArguments, flags: list[str]) -> DpvrArguments:
     """The arguments with the fields of --plan, which a --config may have otherwise and a flag may not."""
     plan = read_plan(args.plan) if args.plan else {}
-    if twice := [name for name in plan if f"--{name}" in flags]:
+    given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    if twice := [name for name in plan if name in given]:
         raise ValueError(
             f"--{twice[0]} is given on the command line and in the plan {args.plan!r}: leave the flag out, or edit "
             "the file."

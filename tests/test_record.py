@@ -1,0 +1,39 @@
+"""record.py: what a record says of its command, commit and machine, and where it goes."""
+
+import json
+import subprocess
+
+from dpvr.record import commit, publish, run_record
+
+
+def git(folder, *words: str) -> str:
+    own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    return subprocess.run(
+        ["git", "-C", str(folder), *own, *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_the_commit_is_that_of_the_folder_and_says_whether_files_differ_from_it(tmp_path):
+    assert commit(tmp_path) is None
+    git(tmp_path, "init", "--quiet")
+    assert commit(tmp_path) is None
+    (tmp_path / "a.py").write_text("a = 1\n")
+    git(tmp_path, "add", "a.py")
+    git(tmp_path, "commit", "--quiet", "-m", "a")
+    assert commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "a.py").write_text("a = 2\n")
+    assert commit(tmp_path) == git(tmp_path, "rev-parse", "HEAD") + "+"
+
+
+def test_a_record_names_command_commit_hardware_and_versions():
+    record = run_record("-m dpvr.reports")
+    assert record["command"].startswith("python -m dpvr.reports") and record["commit"] == commit()
+    assert record["hardware"] and {"python", "torch", "transformers", "peft", "trl"} <= record["versions"].keys()
+
+
+def test_a_document_goes_to_its_file_and_only_when_asked_to_standard_output(tmp_path, capsys):
+    publish({"a": 1}, tmp_path / "new" / "a.json")
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
+    assert capsys.readouterr().out == f"Written to {tmp_path / 'new' / 'a.json'}.\n"
+    publish({"a": 1}, None, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
