@@ -218,7 +218,9 @@ def test_the_exported_questions_are_those_that_benchmark_accuracy_asks(questions
 
 def test_part_of_an_item_is_not_scored(questions):
     results = [lmms.to_results(row, ["yes"])["score"] for row in rows(questions, "choice_en")]
-    with pytest.raises(ValueError, match="6 replies to the 8 questions of 2 items of 'choice_en', .*: leave --limit"):
+    with pytest.raises(
+        ValueError, match="6 replies to the 8 questions of 2 items of 'choice_en', .*: leave out lmms-eval's --limit"
+    ):
         lmms.score(results[:6])
     with pytest.raises(ValueError, match="9 replies to the 8 questions"):
         lmms.score([*results, results[0]])

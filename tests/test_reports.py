@@ -1,18 +1,25 @@
-"""minibench/results.py, findings.py, tables.py and pareto.py: on answers made up here, and on those in results/."""
+"""dpvr/reports: tables, claims and figures of answers made up here, and of those in results/."""
 
 import json
 from math import sqrt
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
 from dpvr.reports import accuracy as tables
-from dpvr.reports.claims import better, findings, within
-from dpvr.reports.documents import between_marks
+from dpvr.reports.__main__ import main, parse_args
+from dpvr.reports.blocks import blocks
+from dpvr.reports.claims import better, claims, within
+from dpvr.reports.documents import between_marks, fill, read
+from dpvr.reports.front import METHODS, render_front
 from dpvr.reports.grid_results import Measured, Results, units
-from dpvr.reports.pareto import draw
+from dpvr.reports.latency import render_latency
+from dpvr.reports.pareto import draw, draw_by_cost
 from minibench.tasks import TASKS
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
 SETTINGS = {"model": ".", "limit": 4, "seed": 0}
 NUM_QUESTIONS = {"perception": 2, "cognition": 2, "choice_en": 4, "choice_cn": 4}
 
@@ -128,16 +135,16 @@ def test_what_is_missing_reads_not_measured(folder):
     ]
     assert table[3].startswith("| all weights | not measured |") and len({line.count("|") for line in table}) == 1
     frontier = tables.render_table(results, "frontier")
-    assert "| 0.45 plan | none is so cheap |" in frontier and "| 0.70 plan | not measured |" in frontier
-    assert tables.render_plans(results).splitlines()[2:] == ["| 0.70 | 3 | 5 7 | probe_saturation.py --find_plan |"]
-    answers = {one.label: one.answer for finding in findings(results) for one in finding.comparisons}
+    assert "| 0.45 plan | no such model at this cost |" in frontier and "| 0.70 plan | not measured |" in frontier
+    assert tables.render_plans(results).splitlines()[2:] == ["| 0.70 | 3 | 5 7 | dpvr.analysis.probe --find_plan |"]
+    answers = {one.label: one.answer for claim in claims(results) for one in claim.comparisons}
     assert answers["late fusion - all weights"] == "not measured"
     assert answers["late fusion - vanilla"] == "open"
     assert answers["split 8, 40 pictures - 10 pictures"] == "open"
     assert [row["name"] for row in tables.table2(results)] == ["vanilla", "late_fusion"]
     assert tables.table2(results)[0]["minus_vanilla"] is None and tables.table2(results)[1]["minus_vanilla"]
     assert tables.table2(results)[1]["seeds"] == []  # those of trained cells
-    assert all(tables.blocks(results)["docs/accuracy.md"].values())
+    assert all(tables.blocks(results).values())
 
 
 def test_answers_follow_the_interval():
@@ -152,16 +159,20 @@ def test_a_rival_is_the_best_of_its_kind_within_the_budget(folder):
     rows["kv_substitution"] = []
     grid["tables"]["frontier"] = [{"name": f"0.70 {name}", "cells": cells} for name, cells in rows.items()]
     (folder / "grid.json").write_text(json.dumps(grid))
-    labels = {one.label: one for finding in findings(Results(folder)) for one in finding.comparisons}
+    labels = {one.label: one for claim in claims(Results(folder)) for one in claim.comparisons}
     assert labels["plan - fastv, after 2"].interval[0] == pytest.approx(-3 / 4 / 8)
     assert "plan - fastv, after 3" not in labels
     assert labels["plan - vtw"].answer == "not measured"
-    assert labels["plan - kv_substitution"].answer == labels["plan - random_pruning"].answer == "none is so cheap"
+    assert (
+        labels["plan - kv_substitution"].answer
+        == labels["plan - random_pruning"].answer
+        == "no such model at this cost"
+    )
 
 
 def test_the_weak_spot_is_where_late_fusion_loses_more_than_elsewhere(folder):
-    (finding,) = (f for f in findings(Results(folder)) if f.question.startswith("Is multi_image"))
-    estimate, low, high = finding.comparisons[0].interval
+    (claim,) = (one for one in claims(Results(folder)) if one.question.startswith("Is multi_image"))
+    estimate, low, high = claim.comparisons[0].interval
     assert estimate == pytest.approx(-0.375 + 0.125 / 7)
     here, elsewhere = 1.96 * VARIANCE["multi_image"] ** 0.5, 1.96 * (VARIANCE["scene"] + VARIANCE["equal"]) ** 0.5 / 7
     shift, other = -0.25 + 0.375, -0.5 / 6 / 7 + 0.125 / 7  # of the intervals' centres from the estimates
@@ -172,24 +183,94 @@ def test_the_weak_spot_is_where_late_fusion_loses_more_than_elsewhere(folder):
     assert (low, high) == pytest.approx((estimate - below, estimate + above))
 
 
-def test_the_figure_is_drawn_and_not_without_vanilla(folder, tmp_path):
-    draw(Results(folder), tmp_path)
-    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+def test_the_figures_are_drawn_and_not_without_vanilla(folder, tmp_path):
+    assert draw(Results(folder), tmp_path) == [tmp_path / "pareto.png", tmp_path / "pareto.svg"]
+    assert draw_by_cost(Results(folder), tmp_path) == [tmp_path / "accuracy_by_cost.png"]
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("pareto.png", "accuracy_by_cost.png"))
     drawn = (tmp_path / "pareto.svg").read_bytes()
     draw(Results(folder), tmp_path)
     assert (tmp_path / "pareto.svg").read_bytes() == drawn
     (folder / "cells" / "vanilla.json").unlink()
     (tmp_path / "pareto.png").unlink()
-    draw(Results(folder), tmp_path)
+    assert draw(Results(folder), tmp_path) == draw_by_cost(Results(folder), tmp_path) == []
     assert not (tmp_path / "pareto.png").exists()
 
 
-def test_the_documents_are_made_from_the_results():
-    root = Path(__file__).parent.parent
-    results = Results(root / "results" / "minibench")
-    for document, blocks in tables.blocks(results).items():
-        text = (root / document).read_text(encoding="utf-8")
-        for name, block in blocks.items():
-            assert between_marks(text, name) == block, name
-    table2 = json.loads((root / "results" / "minibench" / "table2.json").read_text(encoding="utf-8"))
-    assert table2["rows"] == tables.table2(results)
+def test_a_document_is_filled_between_its_marks_and_one_without_a_block_is_refused_by_name(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("Before.\n<!-- one -->\nold\n<!-- /one -->\nAfter.\n<!-- two -->\n<!-- /two -->\n")
+    fill(path, {"one": "new\n", "two": "also new\n"})
+    filled = "Before.\n<!-- one -->\nnew\n<!-- /one -->\nAfter.\n<!-- two -->\nalso new\n<!-- /two -->\n"
+    assert path.read_text() == filled
+    for text in (filled, filled.replace("<!-- /two -->", "")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"page.md: There is no block '(three|two)': put <!-- (three|two) -->"):
+            fill(path, {"one": "newer\n", "two": "newer\n", "three": "new\n"})
+        assert path.read_text() == text
+
+
+def test_the_front_page_has_one_row_per_method_from_three_records():
+    """The numbers are looked up here in the records themselves."""
+    lines = render_front(RESULTS).splitlines()
+    rows = {method.latency: line.strip("| ").split(" | ") for method, line in zip(METHODS, lines[2:], strict=False)}
+    assert len(rows) == 6 and lines[8] == "" and len(lines) == 10
+    cells = {path.name: read(path) for path in (RESULTS / "minibench" / "cells").glob("*.json")}
+    large, timed = (read(RESULTS / "latency" / f"{shape}.json")["rows"] for shape in ("llava-1.5-7b", "512x32"))
+    for latency, *names in (
+        ("late_fusion", *(f"late_fusion_split8_seed{seed}.json" for seed in (1, 2, 3))),
+        ("kv_substitution", "kv_substitution_split8_seed1.json"),
+        ("early_reading_4", *(f"late_fusion_split1_layers1.4.5.8.9_seed{seed}.json" for seed in (1, 2, 3))),
+        ("fastv", "fastv_layer3_keep0.5.json"),
+        ("text_only", "text_only_split8.json"),
+    ):
+        _, accuracy, _, flops, *costs, trained = rows[latency]
+        assert float(accuracy) == pytest.approx(
+            100 * sum(cells[name]["row"]["mean"] for name in names) / len(names), abs=0.051
+        )
+        assert flops == f"{cells[names[0]]['prefill_flops_ratio']:.3f}"
+        assert trained == f"{cells[names[0]]['trainable_parameters']:,}"
+        (counted,), (measured,) = ([row for row in records if row["method"] == latency] for records in (large, timed))
+        ratios = (counted["ratio_to_vanilla"]["prefill_flops"], counted["ratio_to_vanilla"]["kv_bytes"])
+        assert costs == [f"{ratio:.3f}" for ratio in (*ratios, measured["ratio_to_vanilla"]["prefill_ms"])]
+    assert "reading in layers 1, 4, 5, 8 and 9," in lines[9] and "reading in layers 10, 12, 14 and 16." in lines[9]
+
+
+@pytest.mark.parametrize(("clock", "named"), [("cpu", "processor time"), ("wall", "wall time"), (None, "wall time")])
+def test_records_name_their_clock_or_are_of_wall_time(clock, named, tmp_path):
+    for name in ("512x32.json", "peaks/512x32.json"):
+        record = read(RESULTS / "latency" / name)
+        record.pop("clock", None)
+        path = tmp_path / "latency" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | ({"clock": clock} if clock else {})))
+    assert f", {named}, medians of" in render_latency(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/accuracy.md", "docs/minibench.md", "docs/performance.md", "docs/training.md"]
+)
+def test_the_documents_are_made_from_the_results(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name, block in blocks(RESULTS)[document].items():
+        assert between_marks(text, name) == block, name
+
+
+def test_table_2_is_made_from_the_results():
+    rows = tables.table2(Results(RESULTS / "minibench"))
+    assert read(RESULTS / "minibench" / "table2.json")["rows"] == rows
+
+
+def test_one_command_fills_every_document_and_draws_every_figure(tmp_path, monkeypatch, capsys):
+    copytree(RESULTS, tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    for document, texts in blocks(RESULTS).items():
+        marks = (f"<!-- {name} -->\n<!-- /{name} -->\n" for name in texts)
+        (tmp_path / document).write_text("".join(marks), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    main(parse_args([]))
+    for document, texts in blocks(RESULTS).items():
+        filled = (tmp_path / document).read_text(encoding="utf-8")
+        assert {name: between_marks(filled, name) for name in texts} == texts
+    drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
+    assert drawn == {"accuracy_by_cost.png", "latency_kv.png", "latency_roofline.png", "latency_text.png"}
+    assert "blocks of 5 documents were filled" in capsys.readouterr().out

@@ -55,8 +55,8 @@ def to_items(results: list[dict[str, Any]]) -> tuple[list[Item], list[list[str]]
     if not len(results) == sum(map(len, turns)) == whole:
         raise ValueError(
             f"There are {len(results)} replies to the {whole} questions of {len(turns)} items of "
-            f"{results[0]['task']!r}, and an item is scored as a whole: leave out lmms-eval's --limit, and export fewer "
-            "questions (--size)."
+            f"{results[0]['task']!r}, and an item is scored as a whole: leave out lmms-eval's --limit, and export "
+            "fewer questions (--size)."
         )
     items = [
         Item(

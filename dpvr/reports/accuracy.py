@@ -1,32 +1,23 @@
-"""Tables and figure of the accuracy grid, made from what `dpvr.benchmarks.grid` wrote and nothing else.
+"""Tables of the accuracy grid, made from what `dpvr.benchmarks.grid` wrote and from nothing else.
 
 grid.json, cells/*.json
     |
 rows                  scores: the mean over seeds; intervals: paired over questions, against vanilla on the same ones
     |
-table2.json           the rows of the paper's Table 2
-pareto.png, .svg      accuracy by prefill FLOPs and by trained parameters (the paper's Figure 1)
-README.md             Table 2 in short, and what the grid says of the paper's claims
-docs/accuracy.md      all tables
+table2                the rows of the paper's Table 2, as table2.json has them
+blocks                docs/accuracy.md: Table 2 in short, what the grid says of the paper's claims, and all tables
 
 A model that was not measured yet reads "not measured"; so does every comparison with it.
-
-    python -m dpvr.reports
 """
 
-from pathlib import Path
 from typing import Any
 
 from dpvr.benchmarks.cells import Cell
-from dpvr.record import publish, run_record
-from dpvr.reports.claims import NONE_FITS, NOT_MEASURED, Comparison, Finding, findings
-from dpvr.reports.documents import fill
+from dpvr.reports.claims import NONE_FITS, NOT_MEASURED, Claim, Comparison, claims
+from dpvr.reports.documents import table as markdown
 from dpvr.reports.grid_results import Interval, Measured, Results
-from dpvr.reports.latency import table as markdown
-from dpvr.reports.pareto import draw
 from minibench.tasks import TASKS
 
-FOLDER = Path("results/minibench")
 NAMES = {
     "vanilla": "vanilla LLaVA",
     "full": "all weights",
@@ -44,7 +35,7 @@ NAMES = {
 
 
 def table2(results: Results) -> list[dict[str, Any]]:
-    """The measured rows of Table 2, as `benchmark_accuracy.py` has them, and what they cost."""
+    """The measured rows of Table 2, as dpvr.benchmarks.accuracy has them, and what they cost."""
     rows = {row.name: row for row in results.tables["table2"] if row.cells}
     return [as_json(rows[name], results.vanilla) for name in NAMES if name in rows]
 
@@ -104,18 +95,18 @@ def points(interval: Interval) -> str:
     return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def render_findings(results: Results, in_short: bool = False) -> str:
-    """Each question with its comparisons and answers; all of them, or those for the README."""
-    chosen = [finding for finding in findings(results) if finding.in_short or not in_short]
-    rows = [[finding.question if not index else "", *_told(one)] for finding, index, one in _numbered(chosen)]
+def render_claims(results: Results, in_short: bool = False) -> str:
+    """Each claim with its comparisons and answers; all of them, or the short list."""
+    chosen = [claim for claim in claims(results) if claim.in_short or not in_short]
+    rows = [[claim.question if not index else "", *_compared(one)] for claim, index, one in _numbered(chosen)]
     return "\n".join(markdown(["", "compared", "points (95% interval)", ""], rows)) + "\n"
 
 
-def _numbered(chosen: list[Finding]) -> list[tuple[Finding, int, Comparison]]:
-    return [(finding, index, one) for finding in chosen for index, one in enumerate(finding.comparisons)]
+def _numbered(chosen: list[Claim]) -> list[tuple[Claim, int, Comparison]]:
+    return [(claim, index, one) for claim in chosen for index, one in enumerate(claim.comparisons)]
 
 
-def _told(comparison: Comparison) -> list[str]:
+def _compared(comparison: Comparison) -> list[str]:
     interval = points(comparison.interval) if comparison.interval else ""
     return [comparison.label, interval, f"**{comparison.answer}**"]
 
@@ -132,7 +123,7 @@ def render_run(results: Results) -> str:
     trained = [(cell["cell"]["training"]["num_rows"], Cell(**cell["cell"])) for cell in cells if cell["training"]]
     usual = {num_rows for num_rows, cell in trained if cell.split == "test" and cell.length == 1}
     if usual:
-        lines.append(f"What is trained saw {_listed(usual)} pictures.")
+        lines.append(f"Trained models saw {_listed(usual)} pictures.")
     if others := {num_rows for num_rows, _ in trained} - usual:
         lines.append(f"In the tables of training length and learning rates some saw {_listed(others)}.")
     machines = {(cell["hardware"], cell["versions"]["torch"], cell["versions"]["transformers"]) for cell in cells}
@@ -151,46 +142,30 @@ def render_plans(results: Results) -> str:
     for row in results.tables["frontier"]:
         if row.name.endswith(" plan") and row.planned:
             fields, budget = results.definitions[row.planned[0]]["fields"], row.name.split()[0]
-            source = "probe_saturation.py --find_plan" if float(budget) in results.found_plans else "provisional"
+            source = "dpvr.analysis.probe --find_plan" if float(budget) in results.found_plans else "provisional"
             split, layers = fields["split_layer"], fields["fusion_layers"]
             rows.append([budget, str(split), " ".join(map(str, layers)), source])
     return "\n".join(markdown(["budget", "split", "layers that read the image", "plan"], rows)) + "\n"
 
 
 def render_summary(results: Results) -> str:
-    """The README's block."""
+    """Table 2 and the claims in short."""
     return "\n".join(
         [
             render_table(results, "table2", with_tasks=False),
-            render_findings(results, in_short=True),
-            "*yes* and *no*: the whole interval says so; *open*: these questions do not decide it.",
+            render_claims(results, in_short=True),
+            "*yes* and *no*: the whole interval is on that side; *open*: it reaches both sides.",
             "",
         ]
     )
 
 
-def blocks(results: Results) -> dict[str, dict[str, str]]:
-    """{document: {block between marks: text}}."""
-    tables = {f"grid_{table}": render_table(results, table) for table in results.tables}
+def blocks(results: Results) -> dict[str, str]:
+    """{block: text} of docs/accuracy.md."""
     return {
-        "README.md": {"accuracy_grid": render_summary(results)},
-        "docs/accuracy.md": {
-            "grid_run": render_run(results),
-            "grid_findings": render_findings(results),
-            "grid_plans": render_plans(results),
-            **tables,
-        },
+        "accuracy_grid": render_summary(results),
+        "grid_run": render_run(results),
+        "grid_findings": render_claims(results),
+        "grid_plans": render_plans(results),
+        **{f"grid_{table}": render_table(results, table) for table in results.tables},
     }
-
-
-def main() -> None:
-    results = Results(FOLDER)
-    document = {"rows": table2(results), "settings": results.settings, **run_record("-m dpvr.reports")}
-    publish(document, FOLDER / "table2.json")
-    draw(results, FOLDER)
-    for path, texts in blocks(results).items():
-        fill(Path(path), texts)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,10 @@
-"""What the accuracy grid says of the paper's claims: questions, answered by paired intervals and nothing else.
+"""What the accuracy grid says of the paper's claims: each is a question that paired intervals answer.
 
 within   first - second >= -1 point        yes: the whole interval is; no: none of it is; open: it reaches both sides
 better   first - second > 0                yes, no or open in the same way
 
-An interval is over questions: that other pictures would give other scores. Seeds vary beside it; see the tables' std.
+An interval covers the choice of questions: other questions would give other scores. It does not cover the training
+seeds, whose standard deviation stands in the tables.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from minibench.tasks import TASKS
 
 TOLERANCE = 0.01
 YES, NO, OPEN, NOT_MEASURED = "yes", "no", "open", "not measured"
-NONE_FITS = "none is so cheap"
-SAID_IN_SHORT = (("plan", "0.45"), ("late_fusion", "0.81"))  # the goal, and late fusion at its own split
+NONE_FITS = "no such model at this cost"
+IN_SHORT = (("plan", "0.45"), ("late_fusion", "0.81"))  # the goal of plans, and late fusion at its own split
+TRAINED = {"plan": "a trained plan", "late_fusion": "trained late fusion"}
 RIVALS = ("vtw", "random_pruning", "fastv", "kv_substitution")
 
 
@@ -29,8 +31,8 @@ class Comparison(NamedTuple):
     answer: str
 
 
-class Finding(NamedTuple):
-    """A question, what answers it, and whether it belongs in the README."""
+class Claim(NamedTuple):
+    """A claim as a question, the comparisons that answer it, and whether it belongs in the short list."""
 
     question: str
     comparisons: list[Comparison]
@@ -47,36 +49,37 @@ def better(interval: Interval) -> str:
     return _answer(low > 0, high <= 0)
 
 
-def findings(results: Results) -> list[Finding]:
+def claims(results: Results) -> list[Claim]:
+    """The paper's claims, and those about plans."""
     late, vanilla = results.row("table2", "late_fusion"), results.vanilla
     fusion = {count: results.row("fusion", f"8, K = {count}") for count in (1, 2, 3, 4)}
     depths = {count: results.row("side_branch", f"d_v = {count}") for count in (1, 2, 3)}
     return [
-        Finding(
+        Claim(
             "Does late fusion stay within 1 point of vanilla?",
             [compare("late fusion - vanilla", late, vanilla, within)],
         ),
-        Finding(
+        Claim(
             "Does it stay within 1 point of full fine-tuning?",
             [compare("late fusion - all weights", late, results.row("table2", "full"), within)],
         ),
-        Finding(
+        Claim(
             "Does one fusion layer suffice, within 1 point?",
             [compare(f"K = 1 - K = {count}", fusion[1], fusion[count], within) for count in (2, 3, 4)],
         ),
-        Finding("Is multi_image the weak spot of late fusion?", [weak_spot(late, vanilla)]),
-        Finding(
-            "Does K = 2 mend multi_image?",
+        Claim("Is multi_image the weak spot of late fusion?", [weak_spot(late, vanilla)]),
+        Claim(
+            "Does K = 2 improve multi_image?",
             [compare("K = 2 - K = 1, multi_image", fusion[2], fusion[1], better, ("multi_image",))],
         ),
-        Finding(
+        Claim(
             "Is d_v = 1 enough, within 1 point?",
             [compare(f"d_v = 1 - d_v = {count}", depths[1], depths[count], within) for count in (2, 3)],
         ),
-        Finding("Does a trained plan stay within 1 point of vanilla?", plans(results)),
+        Claim("Does a trained plan stay within 1 point of vanilla?", plans(results)),
         *at_the_same_cost(results),
-        Finding("What does training a branch win, by split?", training_gains(results), in_short=False),
-        Finding("Does training it longer help?", longer(results), in_short=False),
+        Claim("What does training the side branch gain, by split?", training_gains(results), in_short=False),
+        Claim("Does training it longer help?", longer(results), in_short=False),
     ]
 
 
@@ -95,7 +98,10 @@ def compare(
 
 
 def weak_spot(late: Measured | None, vanilla: Measured | None) -> Comparison:
-    """Whether late fusion loses more on multi_image than on the other tasks, which are independent of it (MOVER)."""
+    """Whether late fusion loses more on multi_image than on the other tasks, which have other questions.
+
+    The interval of the difference of two independent differences is MOVER's (Zou and Donner, 2008).
+    """
     label = "(late fusion - vanilla) on multi_image - the same on the other tasks"
     if late is None or vanilla is None:
         return Comparison(label, None, NOT_MEASURED)
@@ -132,19 +138,19 @@ def longer(results: Results) -> list[Comparison]:
     ]
 
 
-def at_the_same_cost(results: Results) -> list[Finding]:
+def at_the_same_cost(results: Results) -> list[Claim]:
     """A trained plan and trained late fusion against the best of each rival within the same prefill FLOPs."""
     found = []
-    for name, budget in product(("plan", "late_fusion"), budgets(results)):
+    for name, budget in product(TRAINED, budgets(results)):
         rivals = [rival for rival in (*RIVALS, "late_fusion") if rival != name]
         comparisons = [against_the_best(results, budget, name, rival) for rival in rivals]
-        question = f"Does a trained {name} at {budget} of the FLOPs beat what else fits there?"
-        found.append(Finding(question, comparisons, in_short=(name, budget) in SAID_IN_SHORT))
+        question = f"At {budget} of the prefill FLOPs, does {TRAINED[name]} beat the other methods?"
+        found.append(Claim(question, comparisons, in_short=(name, budget) in IN_SHORT))
     return found
 
 
 def against_the_best(results: Results, budget: str, name: str, rival: str) -> Comparison:
-    """A row of the frontier against the one that scored best of those a rival has within the same budget."""
+    """A row of the frontier against the best row that a rival has within the same budget."""
     rows = [row for row in results.tables["frontier"] if row.name.split(",")[0] == f"{budget} {rival}"]
     if not any(row.planned for row in rows):
         return Comparison(f"{name} - {rival}", None, NONE_FITS)

@@ -1,188 +1,55 @@
-"""The tables of README.md and docs/performance.md, made from the JSON files in `results/`.
+"""What the reports share: a record read, a table in Markdown, and blocks put into a document.
 
-dpvr_mini/accuracy.json       benchmark_accuracy.py --suite minibench    vanilla, untrained, trained, blind
-dpvr_mini/depth.json          minibench.depth                            by the number of layers that see the picture
-dpvr_mini/pretraining.jsonl   minibench.pretrain                         the curve on the validation split
-dpvr_mini/training.json       train_sft.py                               what training the side branch took
-training_cpu.json             benchmark_training.py                      a step of late fusion, LoRA and all weights
-latency/                      benchmark_latency.py                       see latency_report.py, also for figures
-    |
-README.md and docs/performance.md, between marks such as <!-- accuracy --> and <!-- /accuracy -->
+    results/*.json --read--> a module's render functions --> {block: text} --fill--> the document
 
-python -m dpvr.reports
+A block stands between marks such as <!-- accuracy --> and <!-- /accuracy -->.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from dpvr.reports.latency import PERFORMANCE, draw, render_latency, table
 
-RESULTS, DOCS = Path("results"), Path("docs")
-MINI = "dpvr_mini"
-METHODS = {"late_fusion": "late fusion", "lora_r16": "LoRA, r = 16", "lora_r64": "LoRA, r = 64", "full": "all weights"}
-NAMES = {
-    "vanilla": "vanilla LLaVA",
-    "untrained": "late fusion, untrained side branch",
-    "late_fusion": "late fusion, trained side branch",
-    "blind": "vanilla LLaVA, blind",
-    "constant reply": "always the best constant reply",
-}
-
-
-def render_accuracy(results: Path) -> str:
-    """The scores of all rows, and what is behind them."""
-    accuracy, training = (_read(results / MINI / f"{name}.json") for name in ("accuracy", "training"))
-    rows = [*accuracy["rows"], {"name": "constant reply", **accuracy["constant_reply"]}]
-    vanilla, blind = (next(row for row in rows if row["name"] == name) for name in ("vanilla", "blind"))
-    lines = table(
-        ["", *vanilla["tasks"], "mean", "95% interval of the mean", "six-bench mean"],
-        [
-            [
-                NAMES[row["name"]],
-                *map(_percent, row["tasks"].values()),
-                _percent(row["mean"]),
-                f"{_percent(row['low'])} to {_percent(row['high'])}",
-                _percent(row["six_bench_mean"]),
-            ]
-            for row in rows
-        ],
-    )
-    details = blind["details"]
-    lines += ["", "Blind against chance, in single questions answered right (the scores above are stricter):", ""]
-    lines += table(
-        ["", *details],
-        [
-            ["blind", *(_percent(detail["accuracy"]) for detail in details.values())],
-            ["a guess among the possible replies", *(_percent(detail["chance"]) for detail in details.values())],
-            ["single questions", *(str(detail["questions"]) for detail in details.values())],
-        ],
-    )
-    pope = ("precision", "recall", "f1", "yes_ratio")
-    lines += ["", "Existence, as POPE reports it:", ""]
-    lines += table(
-        ["", *pope],
-        [
-            [NAMES[row["name"]], *(_percent(row["details"]["existence"][name]) for name in pope)]
-            for row in accuracy["rows"]
-        ],
-    )
-    plan = ", ".join(f"{name}={value!r}" for name, value in accuracy["dpvr"].items() if value is not None)
-    lines += [
-        "",
-        f"{accuracy['limit']} test questions of each task, seed {accuracy['seed']}; the 95% half-width of one task's "
-        f"score is at most {_widest(accuracy['rows'])} points. {vanilla['ended']:.1%} of the vanilla model's replies "
-        f"ended by themselves. Config: `{plan}`; {training['trainable_parameters']:,} parameters were trained, for "
-        f"{training['train_seconds']:.0f} s.",
-        f"Made by `{accuracy['command']}` and `{training['command']}`",
-        *_machine(accuracy),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def render_pretraining(results: Path) -> str:
-    """The validation scores in the course of pretraining."""
-    log = [
-        json.loads(line) for line in (results / MINI / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    starts = [entry for entry in log if entry["stage"] == "start"]
-    validations = [entry for entry in log if "validation" in entry]
-    losses = {entry["step"]: entry["loss"] for entry in log if entry["stage"] == "llava" and "loss" in entry}
-    lines = table(
-        ["step", "loss", *validations[0]["validation"], "mean"],
-        [
-            [
-                str(entry["step"]),
-                f"{losses[max(step for step in losses if step <= entry['step'])]:.3f}",
-                *map(_percent, entry["validation"].values()),
-                _percent(entry["mean"]),
-            ]
-            for entry in validations
-        ],
-    )
-    made = ["Made by these commands, each of which went on from the last checkpoint of the one before:", ""]
-    made += [f"- `{command}`" for command in dict.fromkeys(entry["command"] for entry in starts)]
-    return "\n".join([*lines, "", *made, "", *_machine(starts[-1])]) + "\n"
-
-
-def render_training(results: Path) -> str:
-    """One row per method: what a training step takes."""
-    training = _read(results / "training_cpu.json")
-    first = training["rows"][0]["seconds_per_step"]
-    lines = table(
-        ["", "seconds a step (10th to 90th percentile)", "ratio", "saved for backward", "peak memory", "trained"],
-        [
-            [
-                METHODS[row["method"]],
-                f"{row['seconds_per_step']:.2f} ({row['spread'][0]:.2f} to {row['spread'][1]:.2f})",
-                f"{row['seconds_per_step'] / first:.2f}",
-                f"{row['saved_activation_bytes'] / 1e6:,.0f} MB",
-                f"{row['peak_bytes'] / 1e6:,.0f} MB",
-                f"{row['trainable_parameters']:,}",
-            ]
-            for row in training["rows"]
-        ],
-    )
-    lines += [
-        "",
-        f"Shape {training['shape']}, batch {training['batch_size']}, {training['image_tokens']} image and "
-        f"{training['text_tokens']} text tokens, {training['dtype']}; medians of {training['steps']} interleaved "
-        f"rounds. Made by `{training['command']}`",
-        *_machine(training),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-BLOCKS = {
-    "accuracy": render_accuracy,
-    "latency": render_latency,
-    "pretraining": render_pretraining,
-    "training": render_training,
-}
-
-
-def _machine(record: dict[str, Any]) -> list[str]:
-    versions = record["versions"]
-    return [f"on {record['hardware']}, torch {versions['torch']}, transformers {versions['transformers']}."]
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _widest(rows: list[dict[str, Any]]) -> str:
-    widths = [detail["high"] - detail["low"] for row in rows for detail in row["details"].values()]
-    return f"{100 * max(widths) / 2:.1f}"
-
-
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Any:
+    """A JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def between_marks(document: str, name: str) -> str:
+    """What stands in a document between the marks of a block.
+
+    Raises:
+        ValueError: if it has no such block.
+    """
+    start, end = _marks(name)
+    before, found, rest = document.partition(start)
+    inside, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"There is no block {name!r}: put {start.strip()} and {end.strip()} on lines of their own.")
+    return inside
+
+
+def fill(path: Path, blocks: dict[str, str]) -> None:
+    """Put these texts between their marks in a document.
+
+    Raises:
+        ValueError: if the document lacks a block. Nothing is written then.
+    """
+    document = path.read_text(encoding="utf-8")
+    for name, text in blocks.items():
+        start, end = _marks(name)
+        try:
+            old = between_marks(document, name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        document = document.replace(start + old + end, start + text + end)
+    path.write_text(document, encoding="utf-8")
 
 
 def _marks(name: str) -> tuple[str, str]:
     return f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-
-
-def between_marks(readme: str, name: str) -> str:
-    """What stands in the README between the marks of a block."""
-    start, end = _marks(name)
-    return readme.split(start)[1].split(end)[0]
-
-
-def fill(path: Path, blocks: dict[str, str]) -> None:
-    """Put these texts between their marks in a document."""
-    document = path.read_text(encoding="utf-8")
-    for name, text in blocks.items():
-        start, end = _marks(name)
-        document = document.replace(start + between_marks(document, name) + end, start + text + end)
-    path.write_text(document, encoding="utf-8")
-
-
-def main() -> None:
-    for path, blocks in ((Path("README.md"), BLOCKS), (DOCS / "performance.md", PERFORMANCE)):
-        fill(path, {name: render(RESULTS) for name, render in blocks.items()})
-    draw(RESULTS, DOCS)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,12 +4,12 @@ grid.json   tables -> rows -> cells' names  --+
 cells/*.json                                  +-->  Results.row(table, name) -> Measured
 """
 
-import json
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from dpvr.benchmarks.cells import Cell
+from dpvr.reports.documents import read
 from minibench.scoring import SIX_BENCH, Units, paired_difference, unit
 from minibench.tasks import TASKS
 
@@ -100,20 +100,23 @@ def units(cell: dict[str, Any]) -> Units:
 class Results:
     """A folder that `dpvr.benchmarks.grid` wrote.
 
-    A cell that was measured with other settings, or is defined otherwise by now, counts as not measured: its questions
-    or its training differ.
+    A cell counts as not measured if its settings or its definition have changed since: its questions or its training
+    differ then.
+
+    Raises:
+        ValueError: for a folder without grid.json.
     """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "grid.json").exists():
-            raise ValueError(f"Expected grid.json in {folder}; got none. Remedy: python -m dpvr.benchmarks.grid")
-        grid = _read(folder / "grid.json")
+            raise ValueError(f"There is no grid.json in {folder}: run python -m dpvr.benchmarks.grid first.")
+        grid = read(folder / "grid.json")
         self.settings, self.prompt, self.found_plans = grid["settings"], grid["prompt"], grid["found_plans"]
         self.definitions: dict[str, dict[str, Any]] = grid["cells"]
         self.measured: dict[str, dict[str, Any]] = {}
         for name, definition in self.definitions.items():
             path = folder / "cells" / f"{name}.json"
-            cell = _read(path) if path.exists() else None
+            cell = read(path) if path.exists() else None
             if cell and (Cell(**cell["cell"]), cell["settings"]) == (Cell(**definition), self.settings):
                 self.measured[name] = cell
         self.tables = {
@@ -132,7 +135,3 @@ class Results:
     @property
     def vanilla(self) -> Measured | None:
         return self.row("table2", "vanilla")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

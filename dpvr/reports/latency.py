@@ -1,21 +1,22 @@
-"""Tables and figures of cost, made from the JSON files of benchmark_latency.py and from nothing else.
+"""Tables of cost, made from the JSON files of dpvr.benchmarks.latency and from nothing else.
 
-results/latency/SHAPE.json             all methods at 576 + 128 tokens      Tables 1, 6 and 7; README
+results/latency/SHAPE.json             all methods at 576 + 128 tokens      Tables 1, 6 and 7; the front page
 results/latency/peaks/SHAPE.json       the same prompts, --rounds 0: peak memory alone
 results/latency/text/SHAPE.json        text tokens from 64 to 1024          Table 8 and a figure
 results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
 results/DEVICE/latency/...             the same from a GPU; takes the place of what was only counted
     |
-README.md, docs/performance.md, docs/*.png      by `python -m dpvr.reports`
+README.md, docs/performance.md       `python -m dpvr.reports`; figures: latency_figures.py
 
 A column of the paper's own numbers says "paper". What has no number in the files is "not measured".
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from dpvr.reports.documents import read, table
 
 NAMES = {
     "vanilla": "vanilla LLaVA",
@@ -38,24 +39,13 @@ PAPER_TABLE_1 = {
     "text_only": "0",
 }
 UNMEASURED = "not measured"
-COLOURS = {  # Okabe, Ito; None is vanilla, grey on any background
-    "vanilla": "#888888",
-    "late_fusion": "#0072B2",
-    "early_reading_4": "#009E73",
-    "kv_substitution": "#CC79A7",
-    "text_only": "#56B4E9",
-    "fastv": "#D55E00",
-    "random_pruning": "#E69F00",
-}
+CLOCKS = {"wall": "wall", "cpu": "processor"}  # older records say which; since then it is wall time
 Row = dict[str, Any]
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
 def render_latency(results: Path) -> str:
-    """README: one row per method on a CPU."""
-    record = _read(results / "latency" / "512x32.json")
+    """One row per method on a CPU."""
+    record = read(results / "latency" / "512x32.json")
     header = [
         "",
         "prefill, ratio to vanilla",
@@ -76,13 +66,13 @@ def render_latency(results: Path) -> str:
         for row in record["rows"]
         if row["prefill_ms"] is not None
     ]
-    peaks = _read(results / "latency" / "peaks" / "512x32.json")
+    peaks = read(results / "latency" / "peaks" / "512x32.json")
     return _text(table(header, rows), _protocol(record), _protocol(peaks))
 
 
 def render_table_1(results: Path) -> str:
     """The paper's Table 1, counted: FLOPs that images cost past the split."""
-    records = [_read(results / "latency" / f"{shape}.json") for shape in ("llava-1.5-7b", "llava-1.5-13b")]
+    records = [read(results / "latency" / f"{shape}.json") for shape in ("llava-1.5-7b", "llava-1.5-13b")]
     columns = [{row["method"]: row for row in record["rows"]} for record in records]
     rows = [
         [
@@ -168,7 +158,7 @@ def _with_flops(row: Row) -> str:
 
 def render_phases(results: Path) -> str:
     """Where the time of a prefill goes, part by part; a layer of the shared stack, and arithmetic a second."""
-    record = _read(results / "latency" / "512x32.json")
+    record = read(results / "latency" / "512x32.json")
     rows = [row for row in record["rows"] if row["prefill_ms"] is not None]
     parts = list(rows[0]["phases_ms"])
     header = ["", *(part.replace("_", " ") for part in parts), "sum", "a shared layer", "GFLOP/s"]
@@ -192,6 +182,7 @@ def _shared_layers(row: Row) -> int:
 
 
 PERFORMANCE: dict[str, Callable[[Path], str]] = {
+    "latency": render_latency,
     "table1": render_table_1,
     "table6": render_table_6,
     "table7": render_table_7,
@@ -200,10 +191,6 @@ PERFORMANCE: dict[str, Callable[[Path], str]] = {
     "images": render_images,
     "phases": render_phases,
 }
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _time(row: Row, name: str, digits: int = 1) -> str:
@@ -227,7 +214,7 @@ def _bytes(row: Row, name: str) -> str:
 def _records(results: Path, folder: str = "") -> list[Row]:
     """What was measured and, of shapes that were not measured anywhere, what was counted; by shape."""
     paths = [*results.glob(f"latency/{folder}/*.json"), *results.glob(f"*/latency/{folder}/*.json")]
-    records = sorted(map(_read, sorted(paths)), key=_size)
+    records = sorted(map(read, sorted(paths)), key=_size)
     measured = {record["rows"][0]["shape"] for record in records if _is_measured(record)}
     return [record for record in records if _is_measured(record) or record["rows"][0]["shape"] not in measured]
 
@@ -250,7 +237,7 @@ def _peak(record: Row, row: Row, results: Path) -> str:
     """A row's own, or that of the same prompt on the same device in peaks/."""
     path = results / "latency" / "peaks" / f"{row['shape']}.json"
     if row["peak_bytes"] is None and path.exists():
-        peaks, same = _read(path), ("method", "batch_size", "text_tokens", "num_images")
+        peaks, same = read(path), ("method", "batch_size", "text_tokens", "num_images")
         if peaks["device"] == record["device"]:
             row = next((other for other in peaks["rows"] if all(other[name] == row[name] for name in same)), row)
     return _bytes(row, "peak_bytes")
@@ -266,7 +253,7 @@ def _protocol(record: Row, has_ratios: bool = True) -> str:
     ratios = "; ratios are taken within a round, in brackets their 10th and 90th percentiles"
     return (
         f"{first['shape']}: {record['dtype']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, "
-        f"{ {'wall': 'wall', 'cpu': 'processor'}[record['clock']] } time, medians of "
+        f"{CLOCKS[record.get('clock', 'wall')]} time, medians of "
         f"{record['rounds']} interleaved rounds after {record['warmup']} to warm up, {record['new_tokens']} tokens "
         f"decoded in each{ratios * has_ratios}. {_machine(record)}"
     )
@@ -286,84 +273,3 @@ def _made_by(records: list[Row]) -> str:
 
 def _text(lines: list[str], *notes: str) -> str:
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
-
-
-def _read(path: Path) -> Row:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-
-def draw(results: Path, folder: Path) -> None:
-    """Every figure as a PNG in `folder`."""
-    from matplotlib.figure import Figure  # not at the top: tables need none of it
-
-    for name, plot in (("latency_text", _plot_text), ("latency_kv", _plot_kv), ("latency_roofline", _plot_roofline)):
-        figure = Figure(figsize=(10, 4), facecolor="white", layout="constrained")
-        plot(figure, results)
-        figure.savefig(folder / f"{name}.png", dpi=150)
-
-
-def _plot_text(figure: Any, results: Path) -> None:
-    """Latency and FLOPs against the length of the text, as ratios to vanilla."""
-    record = _read(results / "latency" / "text" / "512x32.json")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, name, title in zip(
-        axes,
-        ("prefill_without_tower_ms", "prefill_flops"),
-        ("latency on a CPU, language model", "FLOPs, counted"),
-        strict=True,
-    ):
-        for method in dict.fromkeys(row["method"] for row in record["rows"] if row["prefill_ms"] is not None):
-            rows = [row for row in record["rows"] if row["method"] == method]
-            x, y = [row["text_tokens"] for row in rows], [row["ratio_to_vanilla"][name] for row in rows]
-            axis.plot(x, y, color=COLOURS[method], marker="o", label=NAMES[method])
-        axis.set(
-            title=f"{title}, 512x32",
-            xlabel="text tokens",
-            ylabel="ratio to vanilla",
-            xscale="log",
-            ylim=(0, 1.1),
-        )
-        axis.set_xticks(x, map(str, x))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
-
-
-def _plot_kv(figure: Any, results: Path) -> None:
-    """Bytes of keys and values after the prompt, counted for 7B."""
-    record = _read(results / "latency" / "llava-1.5-7b.json")
-    rows = [row for row in record["rows"] if row["method"] != "vanilla_flash"][::-1]
-    axis = figure.subplots()
-    groups = {"vanilla": "vanilla", "fastv": "fastv", "random_pruning": "fastv"}
-    colours = [COLOURS[groups.get(row["method"], "late_fusion")] for row in rows]
-    bars = axis.barh([NAMES[row["method"]] for row in rows], [row["kv_bytes"] / 1e6 for row in rows], color=colours)
-    axis.bar_label(bars, [f"{row['ratio_to_vanilla']['kv_bytes']:.3f}" for row in rows], padding=3)
-    axis.set(
-        xlabel="keys and values, MB (figures at the bars: ratio to vanilla)",
-        title="LLaVA-1.5-7B, 576 + 128 tokens, bfloat16",
-    )
-    axis.margins(x=0.1)
-    axis.grid(alpha=0.3, axis="x")
-
-
-def _plot_roofline(figure: Any, results: Path) -> None:
-    """FLOPs a second that each method reached, under what the machine reaches in large products."""
-    record = _read(results / "latency" / "512x32.json")
-    axis, speed = figure.subplots(), record["machine_speed"]
-    roof = [0.1, speed["flops_per_second"] / speed["bytes_per_second"], 3000]
-    axis.plot(roof, [min(speed["flops_per_second"], x * speed["bytes_per_second"]) / 1e9 for x in roof], color="0.5")
-    for row in record["rows"]:
-        if row["method"] not in COLOURS or row["prefill_ms"] is None:
-            continue
-        times = {"prefill": row["prefill_without_tower_ms"], "decode": row["decode_ms_per_token"]}
-        for name, marker in (("prefill", "o"), ("decode", "s")):
-            flops, label = row[f"{name}_flops"], NAMES[row["method"]] if name == "prefill" else None
-            place = (flops / row[f"{name}_bytes"], flops / times[name] / 1e6)
-            axis.scatter(*place, color=COLOURS[row["method"]], marker=marker, label=label, zorder=3)
-    axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte of weights, keys and values", ylabel="GFLOP/s")
-    axis.set_title("512x32 on a CPU: squares are decoded tokens, circles prefills, the line what the machine reaches")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="lower right")

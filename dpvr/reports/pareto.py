@@ -1,5 +1,8 @@
 """The paper's Figure 1 at mini scale: accuracy by prefill FLOPs, and by trained parameters.
 
+    pareto.png, pareto.svg     both, for docs/accuracy.md
+    accuracy_by_cost.png       the first, for the front page
+
 Bars are paired 95 % intervals of the difference to vanilla, which is asked the same questions.
 """
 
@@ -7,18 +10,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
 from dpvr.reports.grid_results import Measured, Results
 
 COLOURS = {  # Okabe and Ito
     "vanilla": "#000000",
     "late fusion": "#D55E00",
-    "sparse fusion": "#0072B2",
+    "chosen reading layers": "#0072B2",
     "DPVR-KV, DPVR-PC": "#009E73",
     "text only, VTW": "#999999",
     "FastV": "#E69F00",
     "random pruning": "#CC79A7",
     "LoRA, all weights": "#56B4E9",
 }
+LABEL_WIDTH = 0.13  # of a plan's name, on the axis of prefill FLOPs
 MARKERS = dict(zip(COLOURS, "*osDv^PX", strict=True))
 
 
@@ -30,7 +39,7 @@ def family(cell: dict[str, Any]) -> str:
     if training and training["method"] != "dpvr":
         return "LoRA, all weights"
     if fields["routing"] == "late_fusion":
-        return "sparse fusion" if "fusion_layers" in fields else "late fusion"
+        return "chosen reading layers" if "fusion_layers" in fields else "late fusion"
     return {"none": "vanilla", "text_only": "text only, VTW"}.get(fields["routing"], "DPVR-KV, DPVR-PC")
 
 
@@ -44,38 +53,92 @@ def rows(results: Results, tables: Iterable[str]) -> list[Measured]:
     return list(found.values())
 
 
-def draw(results: Results, folder: Path) -> None:
-    """Write pareto.png and pareto.svg; nothing without vanilla, which all are compared with."""
-    from matplotlib import rc_context  # not at the top: a figure is wanted here alone
-    from matplotlib.figure import Figure
-
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write pareto.png and pareto.svg, and return them; nothing without vanilla, which all are compared with."""
     vanilla = results.vanilla
     if vanilla is None:
-        return
+        return []
     figure = Figure(figsize=(11, 5), facecolor="white", layout="constrained")
     costs, sizes = figure.subplots(1, 2, sharey=True)
-    for row in rows(results, results.tables):
-        _point(costs, row.flops, row, vanilla)
+    _by_cost(costs, results, vanilla)
+    costs.set_title("filled: trained; hollow: not trained", fontsize="medium")
+    costs.legend(handles=_legend(), fontsize="small", loc="lower right")
     for row in rows(results, ("table2", "side_branch")):
         _point(sizes, row.trainable_parameters, row, vanilla)
-    for axis in (costs, sizes):
-        axis.axhline(100 * vanilla.mean, color="black", linestyle=":", linewidth=1)
-        axis.grid(alpha=0.3)
-    costs.set(xlabel="prefill FLOPs, share of vanilla's", ylabel="accuracy, mean of eight tasks, %")
-    costs.set_title("filled: trained; hollow: not trained", fontsize="medium")
+    _lines(sizes, vanilla)
     sizes.set_title("Table 2 and the side branch's depth and start", fontsize="medium")
     sizes.set_xscale("symlog", linthresh=1e5)
     sizes.set(xlabel="trained parameters", xlim=(-2e4, 1e7))
-    marks = {"color": "none", "markeredgecolor": "none"}
-    for name, colour in COLOURS.items():
-        costs.plot([], [], MARKERS[name], **{**marks, "markerfacecolor": colour}, label=name)
-    costs.legend(fontsize="small", loc="lower right")
-    figure.savefig(folder / "pareto.png", dpi=150)
+    paths = [folder / "pareto.png", folder / "pareto.svg"]
+    figure.savefig(paths[0], dpi=150)
     with rc_context({"svg.hashsalt": "pareto"}):  # the same file for the same results
-        figure.savefig(folder / "pareto.svg", metadata={"Date": None})
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
 
 
-def _point(axis: Any, x: float, row: Measured, vanilla: Measured) -> None:
+def draw_by_cost(results: Results, folder: Path) -> list[Path]:
+    """Write accuracy_by_cost.png for the front page, and return it: the first panel, with the trained plans named."""
+    vanilla = results.vanilla
+    if vanilla is None:
+        return []
+    figure = Figure(figsize=(9, 4.8), facecolor="white", layout="constrained")
+    axis = figure.subplots()
+    _by_cost(axis, results, vanilla)
+    axis.set_title("dpvr-mini on MiniBench; bars: 95% interval of the difference to vanilla", fontsize="medium")
+    _name_plans(axis, results)
+    filled = [Line2D([], [], marker="o", linestyle="", color="0.4", markerfacecolor=face) for face in ("0.4", "white")]
+    labels = [*COLOURS, "filled: trained", "hollow: not trained"]
+    figure.legend([*_legend(), *filled], labels, loc="outside right center", frameon=False)
+    path = folder / "accuracy_by_cost.png"
+    figure.savefig(path, dpi=150)
+    return [path]
+
+
+def _name_plans(axis: Axes, results: Results) -> None:
+    """The split and the reading layers of the frontier's trained plans, in a line above all points."""
+    plans = [row for row in rows(results, ["frontier"]) if row.name.endswith(" plan")]
+    height = axis.get_ylim()[1] + 3
+    axis.set_ylim(top=height + 5)
+    place = 2.0
+    for row in sorted(plans, key=lambda row: -row.flops):
+        place = min(row.flops, place - LABEL_WIDTH)
+        axis.annotate(
+            _describe(row.cells[0]["cell"]["fields"]),
+            (row.flops, 100 * row.mean),
+            (place, height),
+            arrowprops={"arrowstyle": "-", "color": "0.5", "shrinkB": 4},
+            fontsize="small",
+            ha="center",
+        )
+
+
+def _describe(fields: dict[str, Any]) -> str:
+    layers = fields["fusion_layers"]
+    in_a_row = layers[-1] - layers[0] == len(layers) - 1
+    named = f"{layers[0]} to {layers[-1]}" if in_a_row else ", ".join(map(str, layers))
+    return f"split {fields['split_layer']}, reads in\n{named}"
+
+
+def _by_cost(axis: Axes, results: Results, vanilla: Measured) -> None:
+    for row in rows(results, results.tables):
+        _point(axis, row.flops, row, vanilla)
+    _lines(axis, vanilla)
+    axis.set(xlabel="prefill FLOPs, share of vanilla's", ylabel="accuracy, mean of eight tasks, %")
+
+
+def _lines(axis: Axes, vanilla: Measured) -> None:
+    axis.axhline(100 * vanilla.mean, color="black", linestyle=":", linewidth=1)
+    axis.grid(alpha=0.3)
+
+
+def _legend() -> list[Line2D]:
+    return [
+        Line2D([], [], linestyle="", marker=MARKERS[name], color=colour, label=name)
+        for name, colour in COLOURS.items()
+    ]
+
+
+def _point(axis: Axes, x: float, row: Measured, vanilla: Measured) -> None:
     name = family(row.cells[0])
     estimate, low, _ = row.minus(vanilla)
     is_filled = bool(row.cells[0]["training"]) or name == "vanilla"
@@ -87,5 +150,6 @@ def _point(axis: Any, x: float, row: Measured, vanilla: Measured) -> None:
         color=COLOURS[name],
         markerfacecolor=COLOURS[name] if is_filled else "white",
         markersize=11 if name == "vanilla" else 6,
+        zorder=4 if name == "vanilla" else 2 + is_filled,
         elinewidth=0.6,
     )

@@ -1,0 +1,37 @@
+"""Which block stands in which document, and where the figures go.
+
+results/ --> mini, latency, accuracy, front: {block: text} --> documents.fill
+         --> pareto, latency_figures: pictures
+"""
+
+from pathlib import Path
+
+from dpvr.reports import accuracy, latency, latency_figures, mini, pareto
+from dpvr.reports.front import render_front
+from dpvr.reports.grid_results import Results
+
+RESULTS, DOCS = Path("results"), Path("docs")
+
+
+def blocks(results: Path) -> dict[str, dict[str, str]]:
+    """{document: {block: text}} of the records in a folder."""
+    return {
+        "README.md": {"front": render_front(results)},
+        "docs/minibench.md": {
+            "accuracy": mini.render_accuracy(results),
+            "pretraining": mini.render_pretraining(results),
+        },
+        "docs/training.md": {"training": mini.render_training(results)},
+        "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
+        "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),
+    }
+
+
+def draw(results: Path, docs: Path) -> list[Path]:
+    """Draw every figure, and return the files."""
+    grid = Results(results / "minibench")
+    return [
+        *pareto.draw(grid, results / "minibench"),
+        *pareto.draw_by_cost(grid, docs),
+        *latency_figures.draw(results, docs),
+    ]
