@@ -1,4 +1,4 @@
-"""text_to_image.py against the attention weights that the eager kernels themselves return."""
+"""attention.py against the attention weights that the eager kernels themselves return."""
 
 import pytest
 import torch
@@ -75,8 +75,15 @@ def test_the_kernels_and_hooks_are_left_as_they_were():
     assert state() == before
 
 
-@pytest.mark.parametrize("fault", ["batch", "padding", "no picture"])
-def test_prompts_that_it_cannot_measure_are_refused(fault):
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("batch", r"shape \(2, 6\), 8 image tokens and 0 padding tokens"),
+        ("padding", r"shape \(1, 6\), 4 image tokens and 1 padding tokens"),
+        ("no picture", r"shape \(1, 3\), 0 image tokens and 0 padding tokens"),
+    ],
+)
+def test_prompts_that_it_cannot_measure_are_refused(fault, found):
     model = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
     inputs = make_inputs([1, *IMAGE, 3])
     if fault == "batch":
@@ -86,5 +93,5 @@ def test_prompts_that_it_cannot_measure_are_refused(fault):
     if fault == "no picture":
         inputs["input_ids"] = torch.tensor([[1, 3, 4]])
         inputs["attention_mask"] = torch.ones(1, 3)
-    with pytest.raises(ValueError, match="Expected one unpadded prompt with a picture"):
+    with pytest.raises(ValueError, match=f"{found}: attention is measured on one prompt at a time"):
         text_to_image_attention(model, inputs)

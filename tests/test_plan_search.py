@@ -9,8 +9,8 @@ from reference import Prompts, randomise_vectors, real_float64
 from test_saturation import kl, labels_of, one_row
 
 from dpvr.analysis.costs import PromptCosts
-from dpvr.analysis.plan_report import find_plans, readings_within, share, write_plans
-from dpvr.analysis.plan_search import Effect, Plan, alone, build_up, causal_split, effects, read_plan
+from dpvr.analysis.plan_report import find_plans, most_fusion_layers, share, write_plans
+from dpvr.analysis.plan_search import Effect, Plan, ablate, causal_split, effects, greedy_search, read_plan
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 DEPTH, LAYOUT, ANSWERS = 5, [[2, 5], [1, 2, 4], [6, 4]], [3, 1, 1]
@@ -62,18 +62,18 @@ def test_the_effects_of_plans_are_those_of_untrained_models_of_these_plans(side:
     assert len({round(effect.kl, 6) for effect in found.values()}) == len(plans)
 
 
-def test_each_reading_is_switched_on_alone_and_off_alone() -> None:
+def test_an_ablation_has_one_layer_reading_alone_and_all_but_it() -> None:
     batch = Prompts(LAYOUT)
-    found = alone(make_model(), lambda: [(batch.inputs, labels_of(batch))], [2])[2]
+    found = ablate(make_model(), lambda: [(batch.inputs, labels_of(batch))], [2])[2]
     assert list(found) == [2, 3, 4]
     assert found[3].on.kl == pytest.approx(naive_effect(batch, Plan(2, (3,))).kl)
     assert found[3].off.kl == pytest.approx(naive_effect(batch, Plan(2, (2, 4))).kl)
 
 
-def test_the_build_up_adds_the_reading_that_lowers_the_kl_most() -> None:
+def test_the_greedy_search_adds_the_layer_that_lowers_the_kl_most() -> None:
     batch = Prompts(LAYOUT)
     batches, most = lambda: [(batch.inputs, labels_of(batch))], {1: 3, 3: 1}
-    path = build_up(make_model(), batches, most, alone(make_model(), batches, most))
+    path = greedy_search(make_model(), batches, most, ablate(make_model(), batches, most))
     for split, count in most.items():
         steps = sorted((p.fusion_layers for p in path if p.split_layer == split), key=len)
         assert [len(step) for step in steps] == list(range(1, count + 1))
@@ -105,8 +105,10 @@ def test_a_budget_is_kept_and_its_plan_is_the_best_that_was_searched(monkeypatch
         assert 2 in plan["fusion_layers"]
     tight = share(costs, Plan(1, (4,)))  # what is read best does not fit, the last layer alone does
     assert find_plans(make_model(), list, list, [tight], costs)["plans"][str(tight)]["fusion_layers"] == (4,)
-    assert readings_within(costs, DEPTH, 1.0)[1] == 4 and not readings_within(costs, DEPTH, 0.1)
-    with pytest.raises(ValueError, match=r"got 0\.1\. Remedy: larger ones after --find_plan"):
+    assert most_fusion_layers(costs, DEPTH, 1.0)[1] == 4 and not most_fusion_layers(costs, DEPTH, 0.1)
+    with pytest.raises(
+        ValueError, match=r"budget is 0\.1 of vanilla's.* needs 0\.\d+: give --find_plan larger budgets"
+    ):
         find_plans(make_model(), list, list, [0.6, 0.1], costs)
 
 
@@ -125,16 +127,16 @@ def test_a_plan_file_holds_dpvr_fields_and_nothing_else(tmp_path) -> None:
     assert path.name == "plan_0.45.yaml"
     assert read_plan(path) == {"routing": "late_fusion", "split_layer": 2, "fusion_layers": [2, 3]}
     path.write_text("split_layer: 2\nfusion_layer: [2]\n")
-    with pytest.raises(ValueError, match=r"got \{'split_layer': 2, 'fusion_layer': \[2\]\}"):
+    with pytest.raises(ValueError, match=r"holds \{'split_layer': 2, 'fusion_layer': \[2\]\}, and a plan is YAML"):
         read_plan(path)
-    with pytest.raises(ValueError, match=r"no_such\.yaml"):
+    with pytest.raises(ValueError, match=r"no plan file 'no_such\.yaml': dpvr\.analysis\.probe --find_plan"):
         read_plan("no_such.yaml")
 
 
-def test_the_causal_split_is_the_first_that_spares_the_answers(monkeypatch) -> None:
+def test_the_causal_split_is_the_first_that_changes_few_answers(monkeypatch) -> None:
     shares = {1: 0.5, 2: 0.04, 3: 0.06, 4: 0.0}
     found = {Plan(split, ()): Effect(1.0, share) for split, share in shares.items()}
     monkeypatch.setattr("dpvr.analysis.plan_search.effects", lambda *args: found)
     assert causal_split(make_model(), [], 0.05) == 2
-    with pytest.raises(ValueError, match=r"changes at most -1% of the answers; got 0\.0% at the best"):
+    with pytest.raises(ValueError, match=r"more than -1% of the answers, 0\.0% at the best one: set --split_layer"):
         causal_split(make_model(), [], -0.01)

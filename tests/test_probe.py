@@ -1,4 +1,4 @@
-"""probe_saturation.py: from rows to curves, a recommendation and figures; stopped runs go on."""
+"""probe.py and its modules: from rows to curves, a recommendation and figures; a stopped run resumes."""
 
 import json
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dpvr.analysis import probe as probe_saturation
+from dpvr.analysis import probe_samples
 from dpvr.analysis.curves import summarise
 from dpvr.analysis.probe import main, parse_args
+from dpvr.training.arguments import parse
 from train_sft import main as train
-from train_sft import parse_args as parse_train_args
 from versions_dpvr import LINE_4
 
 pytestmark = pytest.mark.skipif(LINE_4, reason="what it measures is tested on both lines, the script with 5 alone")
@@ -20,9 +20,13 @@ def run(model: str, folder, *options: str) -> dict:
     return main(parse_args(["--model", model, "--output_dir", str(folder), "--batch_size", "3", *options]))
 
 
-def test_it_writes_curves_and_figures_and_goes_on_where_it_was_stopped(random_mini, tmp_path, capsys, monkeypatch):
-    whole = run(random_mini, tmp_path / "whole", "--num_samples", "5")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole
+def test_it_writes_curves_and_figures_and_resumes_where_it_was_stopped(random_mini, tmp_path, capsys, monkeypatch):
+    whole = run(random_mini, tmp_path / "whole", "--num_samples", "5", "--json")
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == whole and set(whole["advice"]) <= set(shown)
+    layers = [line.split() for line in shown if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]
+    assert [float(row[3]) for row in layers] == pytest.approx(whole["attention_mass"]["median"], abs=5e-4)
+    assert [row[-1] for row in layers[:-1]] == [f"{x:.1%}" for x in whole["withdrawal"]["text_only"]["changed"]]
     assert whole == json.loads((tmp_path / "whole" / "saturation.json").read_text())
     assert [Image.open(tmp_path / "whole" / "saturation.png").size] == [(1500, 1050)]
     assert (tmp_path / "whole" / "saturation.svg").read_text().startswith("<?xml")
@@ -39,7 +43,7 @@ def test_it_writes_curves_and_figures_and_goes_on_where_it_was_stopped(random_mi
     assert min(min(cosine) for cosine in routed["shared_cosine"].values()) > 0.9998
     assert routed["attention_mass"]["median"][2] == 0 < routed["attention_mass"]["median"][3]
 
-    measure, batches = probe_saturation.measure, []
+    measure, batches = probe_samples.measure, []
 
     def stopped(*args, **kwargs):
         if batches:
@@ -47,19 +51,19 @@ def test_it_writes_curves_and_figures_and_goes_on_where_it_was_stopped(random_mi
         batches.append(1)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(probe_saturation, "measure", stopped)
+    monkeypatch.setattr(probe_samples, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(random_mini, tmp_path / "stopped", "--num_samples", "5")
     with (tmp_path / "stopped" / "samples.jsonl").open("a") as file:
         file.write('{"image_tokens": 1')  # a line that was cut off
-    monkeypatch.setattr(probe_saturation, "measure", measure)
+    monkeypatch.setattr(probe_samples, "measure", measure)
     again = run(random_mini, tmp_path / "stopped", "--num_samples", "5")
     lines = [(tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
     assert len(lines[0]) == 6 and lines[0] == lines[1]
     assert {name: again[name] for name in again if name != "command"} == {
         name: whole[name] for name in whole if name != "command"
     }
-    with pytest.raises(ValueError, match="Remedy: another --output_dir"):
+    with pytest.raises(ValueError, match="other settings .seed was '0' and is '1'.: use another --output_dir"):
         run(random_mini, tmp_path / "whole", "--num_samples", "5", "--seed", "1")
 
 
@@ -80,25 +84,26 @@ def test_it_finds_a_plan_that_training_takes(random_mini, tmp_path, capsys):
         "--report_to",
         "none",
     ]
-    plan, record = plans["plans"]["0.8"], train(*parse_train_args(options))
+    plan, record = plans["plans"]["0.8"], train(options)
     assert {name: record["dpvr"][name] for name in ("split_layer", "fusion_layers")} == {
         name: plan[name] for name in ("split_layer", "fusion_layers")
     }
-    with pytest.raises(ValueError, match=r"got \['split_layer'\] in both"):
-        parse_train_args([*options, "--split_layer", "2"])
+    for again in (["--split_layer", "2"], ["--split-layer", "2"], ["--split_layer=2"]):
+        with pytest.raises(ValueError, match="--split_layer is given on the command line and in the plan"):
+            parse([*options, *again])
     config = tmp_path / "recipe.yaml"
     config.write_text("split_layer: 1\nnum_rows: 2\n")
-    args, _, _ = parse_train_args([*options, "--config", str(config)])
+    args, _, _ = parse([*options, f"--config={config}"])
     assert args.split_layer == plan["split_layer"]  # a recipe's own split gives way
-    with pytest.raises(ValueError, match="Expected --split_layer to be a number or auto; got 'two'"):
-        parse_train_args(["--split_layer", "two"])
+    with pytest.raises(ValueError, match="--split_layer takes a number of layers, such as 18, or auto, not 'two'"):
+        parse(["--split_layer", "two"])
 
 
 def test_training_finds_its_split_by_itself(random_mini, tmp_path, monkeypatch):
-    monkeypatch.setattr("train_sft.AUTO_TOLERANCE", 1.0)  # with random weights the answers change anyhow
+    monkeypatch.setattr("dpvr.training.models.AUTO_TOLERANCE", 1.0)  # with random weights the answers change anyhow
     options = ["--model_name_or_path", random_mini, "--max_steps", "1", "--num_rows", "2", "--eval_questions", "0"]
     options += ["--split_layer", "auto", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
-    assert train(*parse_train_args(options))["dpvr"]["split_layer"] == 1
+    assert train(options)["dpvr"]["split_layer"] == 1
 
 
 def test_rows_without_pictures_are_counted_and_never_measured(random_mini, tmp_path):
@@ -111,12 +116,12 @@ def test_rows_without_pictures_are_counted_and_never_measured(random_mini, tmp_p
     found = run(random_mini, tmp_path / "out", *data)
     assert (found["num_samples"], found["rows_without_pictures"]) == (1, 2)
     (tmp_path / "rows.json").write_text(json.dumps([{"conversations": said}]))
-    with pytest.raises(ValueError, match="Expected rows with pictures"):
+    with pytest.raises(ValueError, match="No row of .*rows.json.* has a picture"):
         run(random_mini, tmp_path / "none", *data)
 
 
 def sample(lens: list[float], changed: list[bool]) -> dict:
-    withdrawal = {graph: [0.0] * len(changed) for graph in ("text_only", "late_fusion")}
+    removal = {graph: [0.0] * len(changed) for graph in ("text_only", "late_fusion")}
     return {
         "image_tokens": 4,
         "text_tokens": 6,
@@ -124,8 +129,8 @@ def sample(lens: list[float], changed: list[bool]) -> dict:
         "attention_mass": [[0.5, 0.1]] * len(lens),
         "logit_lens_kl": {"image": lens, "text": lens},
         "tuned_lens_kl": {"image": [], "text": []},
-        "withdrawal_kl": withdrawal,
-        "withdrawal_changed": {graph: changed for graph in withdrawal},
+        "removal_kl": removal,
+        "removal_changed": {graph: changed for graph in removal},
     }
 
 

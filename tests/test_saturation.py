@@ -78,8 +78,8 @@ def naive(batch: Prompts, row: int) -> Sample:
             fields = {"split_layer": split, "side_branch_init": "identity", "routing": graph}
             dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_model(), **fields)
             logits = dpvr(**inputs).logits[0, answer]
-            found.withdrawal_kl[graph].append(kl(vanilla, logits).mean().item())
-            found.withdrawal_changed[graph].append(bool((vanilla.argmax(-1) != logits.argmax(-1)).any()))
+            found.removal_kl[graph].append(kl(vanilla, logits).mean().item())
+            found.removal_changed[graph].append(bool((vanilla.argmax(-1) != logits.argmax(-1)).any()))
     return found
 
 
@@ -91,13 +91,13 @@ def test_a_padded_batch_has_the_statistics_of_its_rows_computed_one_by_one(side:
         want = naive(batch, row)
         for name, value in vars(want).items():
             got = vars(sample)[name]
-            if name == "withdrawal_changed":
+            if name == "removal_changed":
                 assert got == value
             else:
                 for mine, theirs in zip(flat(got), flat(value), strict=True):
                     assert abs(mine - theirs) < TOLERANCE, name
         assert sample.logit_lens_kl["text"][-1] == 0
-    changed = [change for sample in found for graph in GRAPHS for change in sample.withdrawal_changed[graph]]
+    changed = [change for sample in found for graph in GRAPHS for change in sample.removal_changed[graph]]
     assert any(changed) and not all(changed)
 
 
@@ -115,10 +115,10 @@ def test_a_dpvr_model_has_the_statistics_of_its_base() -> None:
 
 def test_rows_without_a_picture_or_an_answer_are_refused() -> None:
     batch = Prompts([[2, 5], [9]])
-    with pytest.raises(ValueError, match=r"Expected a picture in every row; got none in rows \[1\]"):
+    with pytest.raises(ValueError, match=r"have no picture: \[1\]\. Leave them out"):
         measure(make_model(), batch.inputs, labels_of(batch))
     batch = Prompts([[2, 5]])
-    with pytest.raises(ValueError, match=r"Expected an answer in every row; got none in rows \[0\]"):
+    with pytest.raises(ValueError, match=r"have no answer: \[0\]\. Leave them out"):
         measure(make_model(), batch.inputs, torch.full_like(batch.inputs["input_ids"], -100))
 
 
@@ -195,7 +195,7 @@ def test_what_measuring_holds_grows_neither_with_depth_nor_with_samples() -> Non
     assert once < 40 * states
 
 
-def test_a_tuned_lens_starts_as_the_logit_lens_and_training_brings_it_nearer(tmp_path) -> None:
+def test_a_tuned_lens_starts_as_the_logit_lens_and_training_lowers_its_kl(tmp_path) -> None:
     batch, model = Prompts(LAYOUT), make_model()
     batches = [(batch.inputs, labels_of(batch))]
     untrained = measure(model, *batches[0], lens=TunedLens(DEPTH, 32))
@@ -207,7 +207,7 @@ def test_a_tuned_lens_starts_as_the_logit_lens_and_training_brings_it_nearer(tmp
     lens.save(tmp_path / "lens.safetensors", {"seed": "0"})
     loaded = TunedLens.load(tmp_path / "lens.safetensors", {"seed": "0"}, "cpu")
     assert TunedLens.load(tmp_path / "lens.safetensors", {"seed": "1"}, "cpu") is None
-    with pytest.raises(ValueError, match="Expected 3 batches to train a tuned lens on; got 1"):
+    with pytest.raises(ValueError, match="1 batches to train the tuned lens on, and 3 are needed: lower --tuned_lens"):
         TunedLens.fit(model, batches, 3)
     for before, after, again in zip(
         untrained, *(measure(model, *batches[0], lens=lens) for lens in (lens, loaded)), strict=True

@@ -1,14 +1,15 @@
-"""How much of its attention the text gives to the picture, layer by layer, and where in the picture it looks.
+"""How much attention text tokens give to the picture, layer by layer, and to which patches.
 
-    one prefill with the fast attention kernels      what each layer's attention is given, caught on the way
+    one prefill with the fast attention kernels      a hook records the input of each layer's attention
         |
-    per layer: softmax(q k^T) of the text tokens     its own projections, norms and rotary embedding on that, and the
-        |                                            cached keys; one layer's map at a time, no kernel is switched
+    per layer: softmax(q k^T) of the text tokens     q from the layer's own projections, norms and rotary embedding, k
+        |                                            from the cache; one layer's map is in memory at a time
     mass on image keys (paper section 3.1, Figure 2b); the last token's map over the picture
 
-Under a routing a text layer has no image keys, so its mass is 0, and a context layer has those that the side branch
-made. `attention_weights` is what all of the project's measurements of attention are made with. Axes: B batch, T tokens
-of the prompt, V image and X text tokens, H heads, N images, Q queries, K keys.
+A text layer has no image keys, so its mass is 0; a context layer has the keys of the side branch's image states. All
+of the project's measurements of attention use `attention_inputs` and `AttentionInputs.weights`.
+
+Axes: B batch, T tokens of the prompt, V image and X text tokens, H heads, N images, Q queries, K keys.
 """
 
 import copy
@@ -20,7 +21,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from configuration_dpvr import CONTEXT, TEXT
 from streams_dpvr import visible_keys
-from twins_dpvr import Nothing, twin
+from twins_dpvr import Zeros, twin
 from versions_dpvr import CACHE_NAMES, argument_names, cache_name
 
 TAP = "dpvr_attention_inputs"
@@ -41,14 +42,19 @@ class TextToImage(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What an attention kernel gets: query (B, H, Q, d), key (B, H / groups, K, d), their product's factor."""
+    """Inputs of an attention kernel: query (B, H, Q, d), key (B, H / groups, K, d), and the scale of their product."""
 
     query: torch.Tensor
     key: torch.Tensor
     scaling: float
 
     def weights(self, seen: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
-        """Attention weights float32 (B, H, Q of the part, K); `seen` bool (B or 1, 1, Q of the part, K)."""
+        """Attention weights float32 (B, H, Q, K) of some of the queries.
+
+        Args:
+            seen: bool (B or 1, 1, Q, K), which keys each of these queries attends to.
+            part: which queries.
+        """
         query, key = self.query[:, :, part], self.key
         grouped = query.unflatten(1, (key.shape[1], -1))  # (B, H / groups, groups, Q, d)
         scores = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * self.scaling
@@ -57,7 +63,7 @@ class AttentionInputs(NamedTuple):
 
 
 class AttentionTapped(Exception):
-    """An attention module has made its inputs; its output is not wanted."""
+    """Raised where the kernel would run; carries the kernel's inputs."""
 
 
 def _tap(
@@ -70,7 +76,7 @@ AttentionInterface.register(TAP, _tap)
 
 
 class HeldKeys:
-    """In a cache's place: gives keys (B, H, K, d) that were cached before, whatever is written."""
+    """A stand-in for a cache that returns keys (B, H, K, d) cached before, whatever is written."""
 
     def __init__(self, keys: torch.Tensor) -> None:
         self.keys = keys
@@ -82,15 +88,18 @@ class HeldKeys:
 def attention_inputs(
     layer: nn.Module, states: torch.Tensor, arguments: dict[str, Any], keys: torch.Tensor | None = None
 ) -> AttentionInputs:
-    """What the kernel of a stock decoder layer would get for states (B, Q, D).
+    """Inputs of a stock decoder layer's attention kernel for states (B, Q, D).
 
     Args:
-        layer: the decoder layer, or its attention module with states that are normed already.
-        arguments: the layer's own for these states, without a cache.
-        keys: (B, H, K, d) in place of those that it would make of the states.
+        layer: the decoder layer, or its attention module if the states are normed already.
+        arguments: the layer's other arguments for these states, without a cache.
+        keys: (B, H, K, d), to use in place of those computed from the states.
+
+    Raises:
+        ValueError: if the attention does not call its kernel through transformers.
     """
     attention = layer._modules.get("self_attn", layer)
-    parts = {} if keys is None else {"k_proj": Nothing(keys.shape[-1]), "v_proj": Nothing(keys.shape[-1])}
+    parts = {} if keys is None else {"k_proj": Zeros(keys.shape[-1]), "v_proj": Zeros(keys.shape[-1])}
     tapped = twin(attention, hooks=False, **parts)
     tapped.config = copy.copy(attention.config)
     tapped.config._attn_implementation = TAP
@@ -101,12 +110,15 @@ def attention_inputs(
         type(layer).forward(module, states, **arguments)
     except AttentionTapped as tap:
         return tap.args[0]
-    raise ValueError(f"Expected an attention that asks transformers for its kernel; got {type(attention).__name__}.")
+    raise ValueError(
+        f"{type(attention).__name__} does not take its kernel from transformers' AttentionInterface, so its attention "
+        "cannot be measured: use a decoder that does, such as Llama's."
+    )
 
 
 @torch.no_grad()
 def text_to_image_attention(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> TextToImage:
-    """Measure a DPVR-LLaVA's attention to the pictures of one prompt under its configured routing.
+    """Measure a DPVR-LLaVA's attention to the pictures of one prompt under its current routing.
 
     Args:
         model: a `DpvrLlavaForConditionalGeneration`.
@@ -118,9 +130,10 @@ def text_to_image_attention(model: PreTrainedModel, inputs: dict[str, torch.Tens
     ids = inputs["input_ids"]
     image_mask = ids == model.config.image_token_id
     if len(ids) != 1 or not image_mask.any() or not inputs["attention_mask"].all():
+        padding = int((inputs["attention_mask"] == 0).sum())
         raise ValueError(
-            f"Expected one unpadded prompt with a picture; got input_ids of shape {tuple(ids.shape)} with "
-            f"{int(image_mask.sum())} image tokens. Remedy: measure prompts one by one."
+            f"These input_ids have shape {tuple(ids.shape)}, {int(image_mask.sum())} image tokens and {padding} "
+            "padding tokens: attention is measured on one prompt at a time, with a picture and without padding."
         )
     layers, plan = model.model.language_model.layers, model.config.layer_plan()
     slots = torch.arange(ids.shape[1], device=ids.device)
@@ -147,16 +160,16 @@ def text_to_image_attention(model: PreTrainedModel, inputs: dict[str, torch.Tens
 def _prefill(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: DynamicCache
 ) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """Fill the cache, and return the states that each layer's attention was given, with its other arguments."""
+    """Fill the cache, and return the input states of each layer's attention, with its other arguments."""
     calls = []
 
-    def catch(module: nn.Module, args: tuple, arguments: dict[str, Any]) -> None:
+    def record(module: nn.Module, args: tuple, arguments: dict[str, Any]) -> None:
         arguments = dict(zip(argument_names(type(module).forward), args, strict=False)) | arguments
         states = arguments.pop("hidden_states")
         calls.append((states, {name: value for name, value in arguments.items() if name not in CACHE_NAMES}))
 
     layers = model.model.language_model.layers
-    hooks = [layer.self_attn.register_forward_pre_hook(catch, with_kwargs=True) for layer in layers]
+    hooks = [layer.self_attn.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         model(**inputs, **{cache_name(type(model).forward): cache}, use_cache=True)
     finally:

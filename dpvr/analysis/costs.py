@@ -1,4 +1,4 @@
-"""What plans cost for one prompt, as shares of the prefill of vanilla."""
+"""What a layer plan costs for one prompt, as a share of the vanilla model's prefill FLOPs."""
 
 from typing import Any
 
@@ -9,7 +9,13 @@ from costs_dpvr import DecoderShape, prefill_flops
 
 
 class PromptCosts:
-    """Prefill FLOPs of plans as shares of vanilla's: a text config's decoder, V image and X text tokens."""
+    """Prefill FLOPs of plans for one prompt size.
+
+    Attributes:
+        shape, depth: the decoder's.
+        tokens: image and text tokens of the prompt.
+        vanilla: FLOPs without a routing.
+    """
 
     def __init__(self, text_config: PretrainedConfig, num_image_tokens: int, num_text_tokens: int) -> None:
         self.shape, self.depth = DecoderShape.of(text_config), text_config.num_hidden_layers
@@ -20,6 +26,6 @@ class PromptCosts:
         return prefill_flops(self.shape, plan, *self.tokens, num_side_layers=num_side_layers)
 
     def share(self, **fields: Any) -> float:
-        """That of the plan which the fields of `make_plan` describe."""
+        """The FLOPs of a plan, given by the fields of `make_plan`, as a share of vanilla's."""
         plan = make_plan(self.depth, **fields)
         return self.flops(plan, fields.get("num_side_layers", 1)) / self.vanilla

@@ -2,7 +2,7 @@
 
     samples --> medians and quartiles --> transitions of the logit lens --> the paper's split and the causal one
                         |
-                  saturation.png, .svg      the three panels of the paper's Figure 2, and the withdrawal's
+                  saturation.png, .svg      the three panels of the paper's Figure 2, and image removal
 
 Axes: L layers, H heads.
 """
@@ -19,12 +19,8 @@ from dpvr.analysis.saturation import GRAPHS
 from minibench.scoring import wilson_interval
 
 PAPERS_MARGIN = 4  # layers from the split to the transition of image tokens: 18 and 22 of 32
-ORANGE, BLUE, GREEN, BLACK = (
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#000000",
-)  # Okabe and Ito's, told apart by the colour-blind
+TOLERANCE = 0.05  # share of answers that the recommended split may change
+ORANGE, BLUE, GREEN, BLACK = "#D55E00", "#0072B2", "#009E73", "#000000"  # Okabe and Ito's, for the colour-blind
 
 
 def band(rows: list[list[float]]) -> dict[str, list[float]]:
@@ -34,7 +30,12 @@ def band(rows: list[list[float]]) -> dict[str, list[float]]:
 
 
 def summarise(samples: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
-    """The curves, the transitions and the recommended splits."""
+    """The curves, the transitions and the recommended splits, as saturation.json has them.
+
+    Args:
+        samples: `saturation.Sample`s as dictionaries, each with its "image_tokens" and "text_tokens".
+        tolerance: share of answers that the recommended split may change.
+    """
     depth = len(samples[0]["attention_mass"])
     curves = {
         name: {kind: band([sample[name][kind] for sample in samples]) for kind in ("image", "text")}
@@ -43,9 +44,9 @@ def summarise(samples: list[dict[str, Any]], tolerance: float) -> dict[str, Any]
     }
     mass = torch.tensor([sample["attention_mass"] for sample in samples], dtype=torch.float64)  # (samples, L, H)
     curves["attention_mass"] = band(mass.mean(-1).tolist()) | {"median_by_head": mass.quantile(0.5, dim=0).tolist()}
-    curves["withdrawal"] = {
-        graph: band([sample["withdrawal_kl"][graph] for sample in samples])
-        | {"changed": _shares([sample["withdrawal_changed"][graph] for sample in samples])}
+    curves["withdrawal"] = {  # image removal, under the name that earlier records have
+        graph: band([sample["removal_kl"][graph] for sample in samples])
+        | {"changed": _shares([sample["removal_changed"][graph] for sample in samples])}
         for graph in GRAPHS
     }
     transition = {kind: _transition(curves["logit_lens_kl"][kind]["median"]) for kind in ("image", "text")}
@@ -62,7 +63,7 @@ def summarise(samples: list[dict[str, Any]], tolerance: float) -> dict[str, Any]
 
 
 def summarise_routed(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a trained model's own graph does beside its base's, over all samples (`saturation.RoutedSample`)."""
+    """A trained model's own graph compared with its base's, over all samples (`saturation.RoutedSample`)."""
     last = [sample["attention_mass"][-1] / sample["vanilla_mass"][-1] for sample in samples]
     return {
         "shared_cosine": {
@@ -81,15 +82,15 @@ def _shares(flags: list[list[bool]]) -> list[float]:
 
 
 def _transition(median: list[float]) -> int:
-    """The first layer after which the lens is less than half as far from the final distribution as at its farthest."""
+    """The first layer, from the maximum on, after which the lens's KL is less than half of the maximum."""
     farthest = median.index(max(median))
     return next(layer for layer in range(farthest, len(median)) if median[layer] < max(median) / 2)
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
-    """The paper's three panels and the withdrawal curve, as saturation.png and .svg."""
+    """The paper's three panels and the image removal curve, as saturation.png and .svg."""
     figure = Figure(figsize=(10, 7), facecolor="white", layout="constrained")
-    cosine, attention, lens, withdrawal = figure.subplots(2, 2).flatten()
+    cosine, attention, lens, removal = figure.subplots(2, 2).flatten()
     for kind, colour, style in (("image", ORANGE, "-"), ("text", BLUE, "--")):
         _curve(cosine, found["cosine"][kind], f"{kind} tokens", colour, style)
         _curve(lens, found["logit_lens_kl"][kind], f"{kind} tokens", colour, style)
@@ -98,22 +99,12 @@ def draw(found: dict[str, Any], folder: Path) -> None:
     _curve(attention, found["attention_mass"], "vanilla", ORANGE, "-")
     if "routed" in found:
         _curve(attention, found["routed"]["attention_mass"], found["routed"]["routing"], GREEN, "--")
-    names = {"text_only": "text alone above", "late_fusion": "read again in the last layer"}
-    for graph, colour, style in (("text_only", ORANGE, "-"), ("late_fusion", GREEN, "--")):
-        shares = found["withdrawal"][graph]["changed"]
-        withdrawal.plot(range(1, len(shares) + 1), shares, style, color=colour, label=names[graph], marker="o", ms=3)
-        edges = [wilson_interval(share * found["num_samples"], found["num_samples"]) for share in shares]
-        withdrawal.fill_between(range(1, len(shares) + 1), *zip(*edges, strict=True), color=colour, alpha=0.2)
-    withdrawal.axhline(found["tolerance"], color="0.5", linewidth=1, label="tolerance")
-    cosine.set(title="Cosine of a layer's input and output", ylabel="cosine")
-    attention.set(title="Text-to-image attention", ylabel="share of attention, mean over heads")
-    lens.set(title="Lens: distance to the final prediction", ylabel="KL to the final layer, nats")
-    withdrawal.set(
-        title="Withdrawal of the image", ylabel="share of answers that change", xlabel="layers with the image"
-    )
-    for axis in (cosine, attention, lens):
-        axis.set(xlabel="layer")
-    for axis in (cosine, attention, lens, withdrawal):
+    _removal_curves(removal, found)
+    cosine.set(title="Cosine of a layer's input and output", ylabel="cosine", xlabel="layer")
+    attention.set(title="Text-to-image attention", ylabel="share of attention, mean over heads", xlabel="layer")
+    lens.set(title="Lens: distance to the final prediction", ylabel="KL to the final layer, nats", xlabel="layer")
+    removal.set(title="Image removal", ylabel="share of answers that change", xlabel="layers that see the image")
+    for axis in (cosine, attention, lens, removal):
         axis.set(xlim=(-0.5, len(found["attention_mass"]["median"]) - 0.5))
         axis.grid(alpha=0.3)
         if found["recommended_split"] is not None:
@@ -122,8 +113,36 @@ def draw(found: dict[str, Any], folder: Path) -> None:
     save(figure, folder / "saturation")
 
 
+def _removal_curves(axis: Axes, found: dict[str, Any]) -> None:
+    """The share of answers that change at each split, with its 95% interval."""
+    names = {"text_only": "text only past the split", "late_fusion": "last layer reads the image"}
+    for graph, colour, style in (("text_only", ORANGE, "-"), ("late_fusion", GREEN, "--")):
+        shares = found["withdrawal"][graph]["changed"]
+        splits = range(1, len(shares) + 1)
+        axis.plot(splits, shares, style, color=colour, label=names[graph], marker="o", ms=3)
+        edges = [wilson_interval(share * found["num_samples"], found["num_samples"]) for share in shares]
+        axis.fill_between(splits, *zip(*edges, strict=True), color=colour, alpha=0.2)
+    axis.axhline(found["tolerance"], color="0.5", linewidth=1, label="tolerance")
+
+
+def layer_table(found: dict[str, Any]) -> str:
+    """The medians of each layer, and the share of answers that change when the image is removed after it."""
+    lines = [
+        f"{'':>5}{'cosine':>16}{'attention':>11}{'lens KL, nats':>16}{'answers changed':>18}",
+        f"{'layer':>5}{'image':>8}{'text':>8}{'to image':>11}{'image':>8}{'text':>8}{'by image removal':>18}",
+    ]
+    changed = [f"{share:.1%}" for share in found["withdrawal"]["text_only"]["changed"]]
+    for layer, after in enumerate([*changed, "-"]):
+        cosine, lens = (
+            "".join(f"{found[name][kind]['median'][layer]:>8.3f}" for kind in ("image", "text"))
+            for name in ("cosine", "logit_lens_kl")
+        )
+        lines.append(f"{layer:>5}{cosine}{found['attention_mass']['median'][layer]:>11.3f}{lens}{after:>18}")
+    return "\n".join(lines)
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as .png and .svg, on white whatever it is shown on."""
+    """Write a figure as .png and .svg."""
     for kind in ("png", "svg"):
         figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
 

@@ -1,8 +1,9 @@
 """What plan_search.py finds for budgets of prefill FLOPs: a table, the frontier as a figure, and plan files.
 
-budgets --> readings that fit each split --> search on half of the prompts --> frontier on the other half
-                                                                                    |
-plans.json, plan_frontier.png, .svg, plan_0.45.yaml for `train_sft.py --plan`    <--'
+budgets --> number of fusion layers that fit each split --> search on half of the prompts
+                                                                |
+plans.json, plan_frontier.png, .svg,                        frontier on the other half
+plan_0.45.yaml for `train_sft.py --plan`      <-----------------'
 """
 
 from collections.abc import Callable, Iterable
@@ -14,12 +15,12 @@ from transformers import LlavaForConditionalGeneration
 
 from dpvr.analysis.costs import PromptCosts
 from dpvr.analysis.curves import BLACK, BLUE, GREEN, ORANGE, save
-from dpvr.analysis.plan_search import Effect, Plan, alone, build_up, effects, write_plan
+from dpvr.analysis.plan_search import Effect, Plan, ablate, effects, greedy_search, write_plan
 from dpvr.data.prompts import Batch
 
 
 class Point(NamedTuple):
-    """A plan, what it costs, and what it does to prompts that were not searched."""
+    """A plan, its share of vanilla's prefill FLOPs, and its effect on held-out prompts."""
 
     plan: Plan
     flops: float
@@ -38,49 +39,53 @@ def find_plans(
 ) -> dict[str, Any]:
     """Search for the plan of each budget; the document of plans.json.
 
+    Args:
+        searched, held_out: give the batches to choose plans by, and those to measure the chosen ones on.
+        budgets: shares of vanilla's prefill FLOPs.
+
     Raises:
-        ValueError: if a budget is too small for any split with one layer that reads.
+        ValueError: if a budget is too small for any split with one fusion layer.
     """
     depth = model.config.text_config.num_hidden_layers
     cheapest = share(costs, Plan(1, (depth - 1,)))
     if min(budgets) < cheapest:
         raise ValueError(
-            f"Expected budgets of at least {cheapest:.3f} of vanilla's prefill FLOPs, a split after layer 1 and one "
-            f"reading; got {min(budgets)}. Remedy: larger ones after --find_plan."
+            f"A budget is {min(budgets)} of vanilla's prefill FLOPs, and the cheapest plan (split after layer 1, one "
+            f"fusion layer) needs {cheapest:.3f}: give --find_plan larger budgets."
         )
-    most = readings_within(costs, depth, max(budgets))
-    readings = alone(model, searched, most)
-    path = build_up(model, searched, most, readings)
-    path |= {Plan(split, (layer,)): found.on for split in readings for layer, found in readings[split].items()}
-    plain = [Plan(split, layers) for split in range(1, depth) for layers in ((), (depth - 1,))]
-    found = effects(model, held_out(), list(dict.fromkeys([*path, *plain])), "Frontier")
-    points = [Point(plan, share(costs, plan), effect) for plan, effect in found.items()]
-    chosen = {}
-    for budget in budgets:
-        affordable = [plan for plan in path if share(costs, plan) <= budget]
-        best = min(affordable, key=lambda plan: path[plan].kl)  # by the searched prompts, the numbers by the others
-        chosen[str(budget)] = next(point for point in points if point.plan == best).as_json()
+    most = most_fusion_layers(costs, depth, max(budgets))
+    ablations = ablate(model, searched, most)
+    path = greedy_search(model, searched, most, ablations)
+    path |= {Plan(split, (layer,)): found.on for split in ablations for layer, found in ablations[split].items()}
+    baselines = [Plan(split, layers) for split in range(1, depth) for layers in ((), (depth - 1,))]
+    found = effects(model, held_out(), list(dict.fromkeys([*path, *baselines])), "Frontier")
+    points = {plan: Point(plan, share(costs, plan), effect) for plan, effect in found.items()}
     return {
         "tokens": dict(zip(("image", "text"), costs.tokens, strict=True)),
-        "plans": chosen,
-        "frontier": [point.as_json() for point in sorted(points, key=lambda point: point.flops)],
+        "plans": {str(budget): points[best_within(budget, path, costs)].as_json() for budget in budgets},
+        "frontier": [point.as_json() for point in sorted(points.values(), key=lambda point: point.flops)],
         "readings_alone": {
             split: {layer: {"on": a.on._asdict(), "off": a.off._asdict()} for layer, a in by_layer.items()}
-            for split, by_layer in readings.items()
+            for split, by_layer in ablations.items()
         },
     }
 
 
+def best_within(budget: float, path: dict[Plan, Effect], costs: PromptCosts) -> Plan:
+    """The plan with the lowest KL on the searched prompts within a budget."""
+    return min((plan for plan in path if share(costs, plan) <= budget), key=lambda plan: path[plan].kl)
+
+
 def share(costs: PromptCosts, plan: Plan) -> float:
-    """A plan's FLOPs; one without fusion layers is the text alone."""
+    """A plan's share of vanilla's prefill FLOPs; a plan without fusion layers is the routing text_only."""
     routing = "late_fusion" if plan.fusion_layers else "text_only"
     return costs.share(routing=routing, split_layer=plan.split_layer, fusion_layers=plan.fusion_layers or None)
 
 
-def readings_within(costs: PromptCosts, depth: int, budget: float) -> dict[int, int]:
-    """Per split, how many deep layers may read the image within a budget; splits without any are left out.
+def most_fusion_layers(costs: PromptCosts, depth: int, budget: float) -> dict[int, int]:
+    """Per split, how many deep layers may read the image within a budget; splits where none may are left out.
 
-    The last layer reads at the least cost: there the last token alone asks.
+    The last layer reads at the lowest cost, since only the last token queries there.
     """
     most = {}
     for split in range(1, depth):
@@ -92,7 +97,7 @@ def readings_within(costs: PromptCosts, depth: int, budget: float) -> dict[int, 
 
 
 def table(document: dict[str, Any]) -> str:
-    """The plan of each budget, and what each deep layer's reading does at its split."""
+    """The plan of each budget, and the ablation of each deep layer at its split."""
     lines = [f"{'budget':>7}{'FLOPs':>8}{'split':>7}{'KL':>8}{'changed':>9}  fusion layers"]
     for budget, plan in document["plans"].items():
         lines.append(
@@ -100,7 +105,8 @@ def table(document: dict[str, Any]) -> str:
             f"{plan['changed']:>9.1%}  {' '.join(map(str, plan['fusion_layers']))}"
         )
     for split in dict.fromkeys(plan["split_layer"] for plan in document["plans"].values()):
-        lines.append(f"\nSplit {split}: answers changed when one layer reads alone, and when it alone does not")
+        lines.append(f"\nSplit {split}: answers that change when one deep layer alone reads the image, or all but it")
+        lines.append(f"{'layer':>7}{'alone':>9}{'all but':>9}")
         for layer, found in document["readings_alone"][split].items():
             lines.append(f"{layer:>7}{found['on']['changed']:>9.1%}{found['off']['changed']:>9.1%}")
     return "\n".join(lines)
@@ -118,23 +124,24 @@ def write_plans(document: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_frontier(document: dict[str, Any], folder: Path) -> None:
-    """What plans change against their FLOPs: every plan that was built up, the chosen ones, and the plain graphs."""
+    """Effects of plans against their FLOPs: every searched plan, the chosen ones, late fusion and text only."""
     figure = Figure(figsize=(10, 4.2), facecolor="white", layout="constrained")
     depth = max(max(point["fusion_layers"], default=0) for point in document["frontier"]) + 1
     text = [point for point in document["frontier"] if not point["fusion_layers"]]
     late = [point for point in document["frontier"] if list(point["fusion_layers"]) == [depth - 1]]
-    built = [point for point in document["frontier"] if point not in text]
+    searched = [point for point in document["frontier"] if point not in text]
     for axis, what, label in zip(
         figure.subplots(1, 2), ("changed", "kl"), ("share of answers that change", "KL to vanilla, nats"), strict=True
     ):
         for points, colour, style, name in (
-            (text, ORANGE, "o--", "text alone, every split"),
-            (late, GREEN, "s--", "last layer reads, every split"),
-            (_undominated(built, what), BLUE, "^-", "read where it matters"),
+            (text, ORANGE, "o--", "text only, every split"),
+            (late, GREEN, "s--", "late fusion, every split"),
+            (_pareto_front(searched, what), BLUE, "^-", "searched plans, Pareto front"),
         ):
             axis.plot(*_xy(points, what), style, color=colour, label=name, markersize=5)
-        axis.plot(*_xy(built, what), ".", color=BLUE, alpha=0.35, markersize=4)
-        axis.plot(*_xy(document["plans"].values(), what), "*", color=BLACK, markersize=11, label="plan of a budget")
+        axis.plot(*_xy(searched, what), ".", color=BLUE, alpha=0.35, markersize=4)
+        chosen = document["plans"].values()
+        axis.plot(*_xy(chosen, what), "*", color=BLACK, markersize=11, label="plan chosen for a budget")
         axis.set(xlabel="prefill FLOPs, share of vanilla's", ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
@@ -146,8 +153,8 @@ def _xy(points: Iterable[dict[str, Any]], what: str) -> tuple[list[float], list[
     return [point["prefill_flops_ratio"] for point in points], [point[what] for point in points]
 
 
-def _undominated(points: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """The points, by FLOPs, which no cheaper point is as good as."""
+def _pareto_front(points: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """The Pareto front: points, in the order of their FLOPs, that are better than every cheaper point."""
     kept: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda point: (point["prefill_flops_ratio"], point[what])):
         if not kept or point[what] < kept[-1][what]:

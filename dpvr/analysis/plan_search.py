@@ -1,17 +1,17 @@
-"""Which deep layers must read the image: a search over layer plans on the model as it is, nothing trained.
+"""Which deep layers must read the image: a search over layer plans on the model as it is, without training.
 
-    prompts with their answers          as saturation.py measures them; every pass reads them anew
+    prompts with their answers     measured as in saturation.py; every pass encodes them anew
         |
-    alone        each split, each deep layer: reading switched on alone, and off alone
+    ablation                       each split, each deep layer: it alone reads the image, and all but it do
         |
-    build-up     each split: the layer that lowers the KL most joins, until the budget of readings is full
+    greedy search                  each split: the layer that lowers the KL most joins, within the budget
         |
-    frontier     every step of every split, with late fusion and the text alone, on prompts that were not searched
+    frontier                       every step of every split, late fusion and text only, on held-out prompts
 
 A plan's effect is that of an untrained DPVR model, whose side branch is a copy of the layer at the split: the mean KL
-of the answers to vanilla's, and the share of answers that change. Paper section 3.1 asks where attention to the image
-fades; here the image leaves early and is read where reading matters, which need not be the last layer. The candidates
-of a pass share the layers below their splits.
+of the answers to vanilla's, and the share of answers that change. Paper section 3.1 asks at which depth attention to
+the image fades; here the image leaves early and is read by the layers that need it, which may not be the last one. The
+candidates of a pass share the computation of the layers below their splits.
 
 Axes: B batch, T tokens, D width, L layers.
 """
@@ -25,7 +25,7 @@ import yaml
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from adapter_dpvr import FIELDS
+from configuration_dpvr import METHOD_FIELDS
 from dpvr.analysis.saturation import ProbeBatch
 from dpvr.data.prompts import Batch
 
@@ -44,8 +44,8 @@ class Effect(NamedTuple):
     changed: float
 
 
-class Alone(NamedTuple):
-    """What one layer's reading does at a split: it alone, and all deep layers but it."""
+class Ablation(NamedTuple):
+    """Effects of one deep layer at a split: it alone reads the image, and all deep layers but it read the image."""
 
     on: Effect
     off: Effect
@@ -58,102 +58,103 @@ def effects(
     """The effect of each plan on the prompts of all batches, in one pass over them.
 
     Args:
-        model: a LLaVA, or a DPVR model, whose base is taken.
-        batches: what `saturation.measure` takes; at least one.
-        plans: in any order; none twice.
+        model: a LLaVA, or a DPVR model, of which the base is measured.
+        batches: as `saturation.measure` takes them; at least one.
+        plans: in any order, without duplicates.
+
+    Raises:
+        ValueError: if there is no batch.
     """
     totals, count = {plan: [0.0, 0] for plan in plans}, 0
     for inputs, labels in tqdm(batches, desc=description, unit="batch"):
-        this = ProbeBatch(model, inputs, labels)
-        expected, hidden = this.answers_in(this.vanilla()), this.embeds
+        batch = ProbeBatch(model, inputs, labels)
+        expected, hidden = batch.answers_in(batch.vanilla()), batch.embeds
         count += len(labels)
-        for split in range(len(this.decoder.layers)):
-            readings = [plan.fusion_layers for plan in plans if plan.split_layer == split]
-            for reading, states in this.withdraw(hidden, split, readings, with_side_layer=True):
-                distance, changed = this.compare(expected, this.answers_in(states))
-                totals[Plan(split, reading)][0] += sum(distance)
-                totals[Plan(split, reading)][1] += sum(changed)
-            hidden = this.joint(split, hidden)
+        for split in range(len(batch.decoder.layers)):
+            choices = [plan.fusion_layers for plan in plans if plan.split_layer == split]
+            for fusion_layers, states in batch.remove_image(hidden, split, choices, with_side_layer=True):
+                distance, changed = batch.compare(expected, batch.answers_in(states))
+                totals[Plan(split, fusion_layers)][0] += sum(distance)
+                totals[Plan(split, fusion_layers)][1] += sum(changed)
+            hidden = batch.joint(split, hidden)
     if count == 0:
-        raise ValueError("Expected prompts with a picture to measure plans on; got none. Remedy: other rows, or more.")
+        raise ValueError("No prompt has a picture, so no plan can be measured: give rows with pictures.")
     return {plan: Effect(kl / count, changed / count) for plan, (kl, changed) in totals.items()}
 
 
-def alone(
+def ablate(
     model: LlavaForConditionalGeneration, batches: Callable[[], Iterable[Batch]], splits: Iterable[int]
-) -> dict[int, dict[int, Alone]]:
-    """For each split and each deep layer, the effect of its reading alone and of its missing among all deep layers."""
+) -> dict[int, dict[int, Ablation]]:
+    """For each split and each deep layer, the effects of this layer alone reading the image, and of all but it."""
     depth = model.config.text_config.num_hidden_layers
     deep = {split: tuple(range(split, depth)) for split in splits}
     on = {(split, layer): Plan(split, (layer,)) for split in deep for layer in deep[split]}
     off = {(split, layer): Plan(split, tuple(x for x in deep[split] if x != layer)) for split, layer in on}
-    found = effects(model, batches(), list(dict.fromkeys([*on.values(), *off.values()])), "Each reading alone")
+    found = effects(model, batches(), list(dict.fromkeys([*on.values(), *off.values()])), "Ablation of single layers")
     return {
-        split: {layer: Alone(found[on[split, layer]], found[off[split, layer]]) for layer in deep[split]}
+        split: {layer: Ablation(found[on[split, layer]], found[off[split, layer]]) for layer in deep[split]}
         for split in deep
     }
 
 
-def build_up(
+def greedy_search(
     model: LlavaForConditionalGeneration,
     batches: Callable[[], Iterable[Batch]],
     most: dict[int, int],
-    readings: dict[int, dict[int, Alone]],
+    ablations: dict[int, dict[int, Ablation]],
 ) -> dict[Plan, Effect]:
-    """Greedily add to each split the layer whose reading lowers the KL most; all plans on the way.
+    """Add to each split, one by one, the fusion layer that lowers the KL most; all plans on the way.
 
     Args:
         batches: called once for every pass.
-        most: per split, how many layers may read.
-        readings: what `alone` found for these splits.
+        most: per split, how many layers may read the image.
+        ablations: what `ablate` found for these splits; the first step needs no pass.
     """
-    depth = model.config.text_config.num_hidden_layers
     path: dict[Plan, Effect] = {}
     newest = {split: Plan(split, ()) for split in most}
     for turn in range(max(most.values())):
         candidates = {
-            split: [
-                Plan(split, tuple(sorted((*plan.fusion_layers, layer))))
-                for layer in range(split, depth)
-                if layer not in plan.fusion_layers
-            ]
+            split: _extended(plan, model.config.text_config.num_hidden_layers)
             for split, plan in newest.items()
             if turn < most[split]
         }
+        plans = [plan for several in candidates.values() for plan in several]
         if turn == 0:
-            found = {
-                plan: readings[plan.split_layer][plan.fusion_layers[0]].on for c in candidates.values() for plan in c
-            }
+            found = {plan: ablations[plan.split_layer][plan.fusion_layers[0]].on for plan in plans}
         else:
-            found = effects(
-                model, batches(), [plan for c in candidates.values() for plan in c], f"{turn + 1} readings"
-            )
-        for split, plans in candidates.items():
-            newest[split] = min(plans, key=lambda plan: found[plan].kl)
+            found = effects(model, batches(), plans, f"Plans of {turn + 1} fusion layers")
+        for split, several in candidates.items():
+            newest[split] = min(several, key=lambda plan: found[plan].kl)
             path[newest[split]] = found[newest[split]]
     return path
 
 
+def _extended(plan: Plan, depth: int) -> list[Plan]:
+    """The plans with one more fusion layer."""
+    missing = [layer for layer in range(plan.split_layer, depth) if layer not in plan.fusion_layers]
+    return [plan._replace(fusion_layers=tuple(sorted((*plan.fusion_layers, layer)))) for layer in missing]
+
+
 def causal_split(model: LlavaForConditionalGeneration, batches: Iterable[Batch], tolerance: float) -> int:
-    """The shallowest split at which withdrawing the image changes at most `tolerance` of the answers.
+    """The shallowest split at which image removal changes at most `tolerance` of the answers.
 
     Raises:
-        ValueError: if no split is as good as that.
+        ValueError: if every split changes more.
     """
     depth = model.config.text_config.num_hidden_layers
-    found = effects(model, batches, [Plan(split, ()) for split in range(1, depth)], "Withdrawing the image")
+    found = effects(model, batches, [Plan(split, ()) for split in range(1, depth)], "Image removal")
     for plan, effect in found.items():
         if effect.changed <= tolerance:
             return plan.split_layer
     best = min(effect.changed for effect in found.values())
     raise ValueError(
-        f"Expected a split at which withdrawing the image changes at most {tolerance:.0%} of the answers; got "
-        f"{best:.1%} at the best. Remedy: --split_layer with a number; probe_saturation.py shows the curve."
+        f"At every split image removal changes more than {tolerance:.0%} of the answers, {best:.1%} at the best one: "
+        "set --split_layer to a number (dpvr.analysis.probe shows the curve)."
     )
 
 
 def write_plan(plan: Plan, path: Path, comment: str) -> None:
-    """Write a plan as `train_sft.py --plan` and `read_plan` take it."""
+    """Write a plan file, which `train_sft.py --plan` and `read_plan` take."""
     fields = {"routing": "late_fusion", "split_layer": plan.split_layer, "fusion_layers": list(plan.fusion_layers)}
     path.write_text(f"# {comment}\n{yaml.safe_dump(fields, sort_keys=False)}", encoding="utf-8")
 
@@ -164,10 +165,12 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such file, or it holds anything else.
     """
-    found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
-    if not isinstance(found, dict) or not set(found) <= set(FIELDS):
+    if not Path(path).is_file():
+        raise ValueError(f"There is no plan file {str(path)!r}: dpvr.analysis.probe --find_plan writes one.")
+    found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not set(found) <= set(METHOD_FIELDS):
         raise ValueError(
-            f"Expected a file of {FIELDS} as YAML; got {found!r} in {str(path)!r}. Remedy: one that "
-            "probe_saturation.py --find_plan has written."
+            f"The plan file {str(path)!r} holds {found!r}, and a plan is YAML with the fields "
+            f"{', '.join(METHOD_FIELDS)}: use a file that dpvr.analysis.probe --find_plan wrote."
         )
     return found

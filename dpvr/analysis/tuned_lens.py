@@ -1,10 +1,11 @@
-"""A tuned lens: what a layer's states say of the final prediction once an affine map has brought them to its space.
+"""A tuned lens: the prediction that a layer's states give after an affine map into the last layer's space.
 
     states after layer l (N, D)  -->  h + W_l h + b_l  -->  norm, lm_head  -->  KL to the final distribution
 
-The logit lens (saturation.py) reads a middle layer with the last layer's eyes; a basis that turns on the way looks to
-it like a prediction not yet made. A map per layer, trained to lower that KL, tells the two apart. Belrose et al.,
-Eliciting Latent Predictions from Transformers with the Tuned Lens, https://arxiv.org/abs/2303.08112.
+The logit lens (saturation.py) applies the last layer's norm and head to a middle layer. If the basis of the residual
+stream changes with depth, its KL is large even where the prediction is made already. A map per layer, trained to lower
+that KL, corrects for the basis. Belrose et al., Eliciting Latent Predictions from Transformers with the Tuned Lens,
+https://arxiv.org/abs/2303.08112.
 
 Axes: B batch, T tokens, N tokens of a chunk, D width, L layers.
 """
@@ -23,11 +24,11 @@ from dpvr.analysis.saturation import ProbeBatch, kl_divergence, log_probabilitie
 from dpvr.data.prompts import Batch
 
 LEARNING_RATE = 1e-3
-CHUNK = 128  # tokens whose logits are held at a time
+CHUNK = 128  # tokens whose logits are in memory at a time
 
 
 class TunedLens(nn.Module):
-    """The maps of all layers but the last, whose lens is the prediction itself; the identity before training."""
+    """A map for every layer but the last, whose prediction is the final one; each is the identity before training."""
 
     def __init__(self, depth: int, width: int) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class TunedLens(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, layer: int, states: torch.Tensor) -> torch.Tensor:
-        """States (..., D) after a layer, as they would be after the last one; in float32 within."""
+        """Map states (..., D) after a layer to the last layer's space; computed in float32."""
         if layer == len(self.maps):
             return states
         held = states.to(self.maps[layer].weight.dtype)
@@ -44,7 +45,7 @@ class TunedLens(nn.Module):
 
     @classmethod
     def fit(cls, model: LlavaForConditionalGeneration, batches: Iterable[Batch], num_batches: int) -> "TunedLens":
-        """Train the maps by Adam, a step per batch, on all tokens of its prompts; the model stays as it is.
+        """Train the maps by Adam, a step per batch, on all tokens of its prompts; the model is not changed.
 
         Args:
             batches: as `saturation.measure` takes them, `num_batches` of them.
@@ -58,29 +59,29 @@ class TunedLens(nn.Module):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_batches)
         for inputs, labels in tqdm(batches, total=num_batches, desc="Tuned lens", unit="batch"):
             with torch.no_grad():
-                this = ProbeBatch(model, inputs, labels)
-                final, hidden = this.vanilla()[this.valid], this.embeds
+                batch = ProbeBatch(model, inputs, labels)
+                final, hidden = batch.vanilla()[batch.valid], batch.embeds
             for index in range(len(lens.maps)):
                 with torch.no_grad():
-                    hidden = this.joint(index, hidden)
-                lens._learn(this, index, hidden[this.valid], final)
+                    hidden = batch.joint(index, hidden)
+                lens._add_gradient(batch, index, hidden[batch.valid], final)
             torch.nn.utils.clip_grad_norm_(lens.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
         if schedule.last_epoch < num_batches:
             raise ValueError(
-                f"Expected {num_batches} batches to train a tuned lens on; got {schedule.last_epoch}. Remedy: a "
-                "smaller --tuned_lens, or more rows."
+                f"There are {schedule.last_epoch} batches to train the tuned lens on, and {num_batches} are needed: "
+                "lower --tuned_lens, or give more rows."
             )
         return lens.requires_grad_(False)
 
-    def _learn(self, this: ProbeBatch, layer: int, states: torch.Tensor, final: torch.Tensor) -> None:
-        """Add to the gradient of a layer's map, chunk by chunk; the head's own weights get none."""
+    def _add_gradient(self, batch: ProbeBatch, layer: int, states: torch.Tensor, final: torch.Tensor) -> None:
+        """Add to the gradient of a layer's map, chunk by chunk; the model's weights get none."""
         for part, goal in zip(states.split(CHUNK), final.split(CHUNK), strict=True):
             with torch.no_grad():
-                expected = log_probabilities(this, goal)
-            loss = kl_divergence(expected, log_probabilities(this, self(layer, part))).sum() / len(states)
+                expected = log_probabilities(batch, goal)
+            loss = kl_divergence(expected, log_probabilities(batch, self(layer, part))).sum() / len(states)
             parameters = list(self.maps[layer].parameters())
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
