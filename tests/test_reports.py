@@ -91,6 +91,12 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, dict[str, str]]:
+    """All blocks of all documents, from the committed results."""
+    return blocks(RESULTS)
+
+
 def test_a_row_is_the_mean_over_its_seeds_and_its_interval_is_the_one_by_hand(folder):
     results = Results(folder)
     late, vanilla = results.row("table2", "late_fusion"), results.vanilla
@@ -249,9 +255,9 @@ def test_records_name_their_clock_or_are_of_wall_time(clock, named, tmp_path):
 @pytest.mark.parametrize(
     "document", ["README.md", "docs/accuracy.md", "docs/minibench.md", "docs/performance.md", "docs/training.md"]
 )
-def test_the_documents_are_made_from_the_results(document):
+def test_the_documents_are_made_from_the_results(document, made):
     text = (ROOT / document).read_text(encoding="utf-8")
-    for name, block in blocks(RESULTS)[document].items():
+    for name, block in made[document].items():
         assert between_marks(text, name) == block, name
 
 
@@ -260,15 +266,15 @@ def test_table_2_is_made_from_the_results():
     assert read(RESULTS / "minibench" / "table2.json")["rows"] == rows
 
 
-def test_one_command_fills_every_document_and_draws_every_figure(tmp_path, monkeypatch, capsys):
+def test_one_command_fills_every_document_and_draws_every_figure(made, tmp_path, monkeypatch, capsys):
     copytree(RESULTS, tmp_path / "results")
     (tmp_path / "docs").mkdir()
-    for document, texts in blocks(RESULTS).items():
+    for document, texts in made.items():
         marks = (f"<!-- {name} -->\n<!-- /{name} -->\n" for name in texts)
         (tmp_path / document).write_text("".join(marks), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     main(parse_args([]))
-    for document, texts in blocks(RESULTS).items():
+    for document, texts in made.items():
         filled = (tmp_path / document).read_text(encoding="utf-8")
         assert {name: between_marks(filled, name) for name in texts} == texts
     drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
