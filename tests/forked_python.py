@@ -37,7 +37,7 @@ class ForkedPython:
         )
 
     def run(self, *command: str, cwd: Path, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
-        """Run `python *command`, a script or -c, in a folder; stopped by SIGALRM after `timeout` seconds."""
+        """Run `python *command`, a script, -m or -c, in a folder; stopped by SIGALRM after `timeout` seconds."""
         streams = [str(self.output / name) for name in ("stdout", "stderr")]
         print(json.dumps([command, str(cwd), environment, timeout, *streams]), file=self.parent.stdin, flush=True)
         code = self.parent.stdout.readline()
@@ -62,6 +62,10 @@ def run_forked(command: list[str], cwd: str, environment: dict[str, str], timeou
         sys.argv = ["-c", *command[2:]]
         sys.path[0] = ""
         exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif command[0] == "-m":
+        sys.argv = list(command[1:])
+        sys.path[0] = cwd
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(command)
         sys.path[0] = str(Path(command[0]).parent)
