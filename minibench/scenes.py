@@ -68,7 +68,7 @@ class Shape(Object):
 
 @dataclass(frozen=True)
 class Digit(Object):
-    """A handwritten digit: `index` is its scan in `load_digits`, `warp` what `digit_mask` does to it besides."""
+    """A handwritten digit: `index` is its scan in `load_digits`, `warp` a change of handwriting, see `digit_mask`."""
 
     digit: int
     index: int

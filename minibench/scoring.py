@@ -1,6 +1,6 @@
 """Scores of MiniBench's tasks, each as in the benchmark that the task is a counterpart of, all between 0 and 1.
 
-    existence                accuracy, with POPE's precision, recall, F1 and yes-ratio beside it
+    existence                accuracy, and POPE's precision, recall, F1 and yes-ratio
     perception, cognition    MME: the mean of accuracy (questions) and accuracy+ (pictures with both answers right)
     choice_en, choice_cn     MMBench's circular evaluation: right only if right in all four rotations of the options
     the others               accuracy
@@ -40,7 +40,7 @@ def score_task(items: list[Item], replies: list[list[str]]) -> dict[str, Any]:
     Returns:
         "score" with its 95 % interval "low", "high"; "n", the number of items; "accuracy" of single questions, of
         which there are "questions", and its "chance" by guessing; "skills", the score by skill; and what the
-        counterpart reports besides.
+        counterpart also reports.
     """
     units = [unit_score(item, reply) for item, reply in zip(items, replies, strict=True)]
     pairs = [

@@ -50,7 +50,7 @@ def test_mass_and_heat_are_those_of_the_eager_kernels(plan, ids):
             assert weights.shape[1:] == (len(ids) - num_image,) * 2
             masses.append(0.0)
             continue
-        if mode == "context":  # keys lie images first, queries are text alone
+        if mode == "context":  # image keys come first, all queries are text
             to_image = weights[:, -len(after) :, :num_image]
         else:
             to_image = weights[:, after][:, :, is_image]

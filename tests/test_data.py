@@ -186,13 +186,6 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
-def test_the_options_are_read_before_any_library_is_loaded():
-    script = "import sys, minibench.export; print(*sys.modules)"
-    loaded = set(python("-c", script).stdout.split())
-    assert "minibench.export" in loaded
-    assert not loaded & {"datasets", "pandas", "pyarrow", "sklearn", "torch", "transformers"}
-
-
 def test_a_users_error_is_one_line_and_exit_status_2(tmp_path):
     command = ["-m", "minibench.export", "--output_dir", str(tmp_path / "out"), "--format", "llava", "--split", "test"]
     for options, message in ((["--size", "0"], "ask for at least 1"), (["--sise", "3"], "--size")):

@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -95,15 +93,7 @@ def test_the_labels_of_a_batch_are_the_replies_of_its_rows_and_their_end_tokens(
         assert torch.equal(ids[kept], labels[kept])
 
 
-# The commands
-
-
-@pytest.mark.parametrize("name", ["train", "assemble"])
-def test_the_options_are_read_before_any_library_is_loaded(name):
-    script = f"import sys, dpvr.pretraining.{name}; print(*sys.modules)"
-    loaded = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split())
-    assert f"dpvr.pretraining.{name}" in loaded
-    assert not loaded & {"torch", "transformers", "datasets", "numpy", "sklearn"}
+# The command
 
 
 def test_a_run_ends_with_where_the_model_is_and_a_table_of_its_last_validation(tiny_run, tmp_path, capsys):

@@ -208,8 +208,8 @@ def questions_of(items: list[Item]) -> list[tuple[str, str]]:
 
 
 class Majority:
-    """Replies by text alone: the majority reply to the same text, else the option that is most often right after the
-    same stem, else the majority word or letter of all questions of the task."""
+    """Replies without the pictures: the majority reply to the same text, else the option that is most often right
+    for the same stem, else the majority word or letter of all questions of the task."""
 
     def __init__(self, questions: list[tuple[str, str]]) -> None:
         self.texts, self.options, self.last_words = defaultdict(Counter), defaultdict(Counter), Counter()
@@ -253,7 +253,7 @@ def training_questions() -> dict[bool, list[tuple[str, str]]]:
     """The questions of training rows with their answers, by whether they are about two pictures."""
     found = defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scene, "draw", lambda scene: None)  # the text alone is looked at
+        patch.setattr(Scene, "draw", lambda scene: None)  # only the text is read
         for row in MiniBench("train", NUM_ROWS):
             texts = [message["content"][-1]["text"] for message in row["messages"]]
             found[len(row["images"]) == 2] += zip(texts[::2], texts[1::2], strict=True)
