@@ -1,15 +1,16 @@
-"""DPVR as a PEFT method: a side branch on a stock LLaVA, added, trained, saved, switched and taken off again.
+"""DPVR as a PEFT method: a side branch on a stock LLaVA that is added, trained, saved, switched and removed again.
 
     LlavaForConditionalGeneration                  get_peft_model(llava, DpvrConfig(split_layer=18))
         model: LlavaModel            ->            model: the same, frozen, its class routed (forward_dpvr.py)
         lm_head                                        side_branch: DpvrLayer
-                                                           <adapter>       trained and saved, nothing else
+                                                           <adapter>       only this is trained and saved
 
-No module is wrapped or renamed: LlavaModel and the model with the head take a class that routes, of the same name, and
-give it back when the adapter is unloaded. So both have the logits of `DpvrLlavaForConditionalGeneration`, an adapter
-fits either, and LoRA goes on before or after. Paper section 3.4.
+No module is wrapped or renamed. Instead the class of the LlavaModel, and that of the model with the head, is replaced
+by a subclass of the same name that runs the adapter's layer plan; unloading the adapter restores it. So the logits are
+those of `DpvrLlavaForConditionalGeneration`, an adapter fits a stock LLaVA and a DPVR model alike, and LoRA may be
+added before or after. Paper section 3.4.
 
-    import adapter_dpvr                                      # PEFT learns the method's name, "DPVR"
+    import adapter_dpvr                                      # registers the method "DPVR" with PEFT
     model = PeftModel.from_pretrained(llava, "me/branch")    # checked against the base before anything is changed
     with model.disable_adapter(): ...                        # the base, bit for bit
 
@@ -24,22 +25,21 @@ import torch
 from peft import PeftConfig, PeftModel, mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import cached_file
 
-from configuration_dpvr import DPVR_FIELDS, JOINT, DpvrLlavaConfig, LayerPlan
+from configuration_dpvr import JOINT, METHOD_FIELDS, DpvrLlavaConfig, LayerPlan
 from forward_dpvr import check_support, routed_model
 from generation_dpvr import routed
-from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
-from loading_dpvr import make_side_branch, reset_side_branch
+from hub_dpvr import ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
+from loading_dpvr import make_side_branch, open_weights, reset_side_branch
 from twins_dpvr import decoder_of
 
 
 class PeftTypeName(str):
-    """A method's name that behaves as the members of `peft.PeftType`, an enumeration that takes no more of them."""
+    """The name of a PEFT method, which behaves as a member of `peft.PeftType`: members cannot be added to an enum."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,6 @@ class PeftTypeName(str):
 PEFT_TYPE = PeftTypeName("DPVR")
 PICKLE_NAME = "adapter_model.bin"
 TARGET = "model"  # what LlavaForConditionalGeneration calls its LlavaModel
-FIELDS = tuple(name for name in DPVR_FIELDS if name != "base_model_name_or_path")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,7 +61,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass
 class DpvrConfig(PeftConfig):
-    """What a side branch is and how the decoder's layers use it; the fields of `DpvrLlavaConfig`."""
+    """The side branch and the layer plan of an adapter, in the fields of `DpvrLlavaConfig`."""
 
     routing: str = field(
         default="late_fusion", metadata={"help": "late_fusion, persistent_context, kv_substitution or text_only."}
@@ -81,17 +80,17 @@ class DpvrConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.saved_shapes: Shapes | None = None  # of the weights beside the config, once it was read from a file
-        self.loaded = False  # whether weights were loaded under this config
+        self.saved_shapes: Shapes | None = None  # of the saved weights, for a config that was read from a file
+        self.loaded = False  # whether saved weights were loaded for this config
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "DpvrConfig":
-        """Read a saved adapter's config, and look at the weights beside it: PEFT reads them when it is too late.
+        """Read the config of a saved adapter, and the shapes of its weights, to check them before the base is changed.
 
         Raises:
-            ValueError: if the weights are missing, pickled, damaged, or not those of the layers that the config names.
+            ValueError: if the weights are missing, pickled or damaged.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -99,27 +98,35 @@ class DpvrConfig(PeftConfig):
         config.saved_shapes = read_shapes(path)
         return config
 
+    def dpvr_fields(self) -> dict[str, Any]:
+        """The fields that this shares with `DpvrLlavaConfig`, by name."""
+        return {name: vars(self)[name] for name in METHOD_FIELDS}
+
     def for_base(self, base: LlavaConfig) -> DpvrLlavaConfig:
-        """Return the DPVR config of a base with this adapter, or raise ValueError if the two do not fit."""
+        """Return the DPVR config of a base with this adapter.
+
+        Raises:
+            ValueError: if the adapter does not fit the base, or has the routing "none".
+        """
         if self.saved_shapes is not None and self.num_hidden_layers != base.text_config.num_hidden_layers:
             raise ValueError(
-                f"Expected a base of {self.num_hidden_layers} decoder layers, as this adapter was made for; got one "
-                f"of {base.text_config.num_hidden_layers}. Remedy: load it on {self.base_model_name_or_path!r}."
+                f"This adapter was made for a base of {self.num_hidden_layers} decoder layers, and this one has "
+                f"{base.text_config.num_hidden_layers}: load it on {self.base_model_name_or_path!r}."
             )
         values = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "auto_map")}
-        config = DpvrLlavaConfig(**{**values, **{name: vars(self)[name] for name in FIELDS}})
+        config = DpvrLlavaConfig(**{**values, **self.dpvr_fields()})
         config.text_config, config.vision_config = base.text_config, base.vision_config
         check_support(config)
         if config.routing == "none":
             raise ValueError(
-                "Expected a routing that an adapter can change; got 'none', the base itself. Remedy: late_fusion, or "
-                "disable_adapter()."
+                "The routing of this adapter is 'none', which is the base without it: choose another, such as "
+                "late_fusion, and run the base with disable_adapter()."
             )
         return config
 
 
 class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
-    """The side branches of a model's adapters, by the adapters' names, and the plans that they are read in."""
+    """The side branches of a model's adapters and their layer plans, by the names of the adapters."""
 
     adapter_layer_names = ("branches",)
 
@@ -134,16 +141,16 @@ class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
 
     @property
     def active_branch(self) -> str | None:
-        """The name of the side branch that runs, or None where the base does."""
+        """The name of the adapter whose side branch runs, or None if the base runs without one."""
         active = [name for name in self.active_adapters if name in self.plans]
         return active[0] if active and not self.disable_adapters else None
 
     def update_layer(self, adapter_name: str, peft_config: DpvrConfig, owner: nn.Module) -> None:
-        """Add a side branch of the decoder of `owner`, started as the config says."""
+        """Add a side branch for the decoder of `owner`, initialised as the config says."""
         config, layers = peft_config.for_base(owner.config), decoder_of(owner)[1].layers
         like = next(weight for weight in layers[config.split_layer].parameters() if weight.is_floating_point())
         side_branch = make_side_branch(layers, config)
-        if all(weight.device.type != "meta" for weight in side_branch.parameters()):  # low_cpu_mem_usage
+        if all(weight.device.type != "meta" for weight in side_branch.parameters()):  # meta with low_cpu_mem_usage
             side_branch.to(like.device, like.dtype)
             reset_side_branch(side_branch, layers, config)
         self[adapter_name] = side_branch
@@ -154,7 +161,7 @@ class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(branches := [name for name in names if name in self]) > 1:
             raise ValueError(
-                f"Expected one side branch at a time; got {branches}. Remedy: set_adapter with one of the names."
+                f"The adapters {branches} are side branches, and one runs at a time: call set_adapter with one name."
             )
         super().set_adapter(names, inference_mode)
 
@@ -168,22 +175,22 @@ class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
 
     def merge(self, *_: Any, **__: Any) -> None:
         raise ValueError(
-            "Expected unload(); got a merge. A side branch is a path of its own and has no base weights to go into. "
-            "Remedy: keep the adapter, or take it off with unload()."
+            "A side branch cannot be merged, as it adds layers and does not change the base's weights: keep the "
+            "adapter, or remove it with unload()."
         )
 
     unmerge = merge
 
 
 class WithSideBranches:
-    """What a LlavaModel is while it has adapters, before its own class; made by `with_side_branches`.
+    """A mixin that `with_side_branches` puts before the class of a LlavaModel that has adapters.
 
-    A DPVR model's own side branch is at `own_branch` meanwhile, and runs where no adapter does.
+    The own side branch of a DPVR model is kept at `own_branch` meanwhile, and runs when no adapter is active.
     """
 
     @property
     def plan(self) -> LayerPlan:
-        """What every decoder layer does."""
+        """What every decoder layer does under the active adapter; without one, as before the adapters came."""
         name = self.side_branch.active_branch
         if name is not None:
             return self.side_branch.plans[name]
@@ -200,14 +207,14 @@ class WithSideBranches:
 
 @lru_cache
 def with_side_branches(own: type) -> type:
-    """The class of a LlavaModel with adapters; `own` is the one that it had."""
+    """The class for a LlavaModel with adapters, a subclass of its own class with the same name."""
     base = own if hasattr(own, "stock") else routed_model(own)
     named = {"own": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
     return type(own.__name__, (WithSideBranches, base), named)
 
 
 def attach(head: nn.Module, owner: nn.Module) -> DpvrLayer:
-    """Make a LlavaModel, and the model with the head around it, run the plans of adapters to come."""
+    """Replace the class of a LlavaModel `owner`, and of the model with the head, by ones that run adapters' plans."""
     if "side_branch" in owner._modules:
         owner.own_branch = owner._modules.pop("side_branch").requires_grad_(False)
     owner.side_branch = DpvrLayer()
@@ -218,7 +225,7 @@ def attach(head: nn.Module, owner: nn.Module) -> DpvrLayer:
 
 
 def detach(head: nn.Module, owner: nn.Module) -> None:
-    """Take what `attach` put on off again."""
+    """Undo `attach`."""
     del owner.side_branch
     vars(owner).pop("_text_twin", None)
     owner.__class__ = type(owner).own
@@ -229,7 +236,7 @@ def detach(head: nn.Module, owner: nn.Module) -> None:
 
 
 class DpvrModel(BaseTuner):
-    """Puts side branches on a LLaVA and takes them off."""
+    """The tuner, as PEFT calls it: adds side branches to a LLaVA and removes them."""
 
     prefix = "side_branch"
     tuner_layer_cls = DpvrLayer
@@ -240,28 +247,28 @@ class DpvrModel(BaseTuner):
         return peft_config
 
     def _check_new_adapter_config(self, config: DpvrConfig) -> None:
-        """Refuse a base that the adapter does not fit, before anything is changed."""
+        """Refuse a base that does not fit the adapter, before anything is changed."""
         BaseTuner._check_new_adapter_config(self, config)
         base = dict(self.model.named_children()).get(TARGET)
         if not isinstance(base, LlavaModel):
             raise ValueError(
-                f"Expected a LlavaForConditionalGeneration; got {type(self.model).__name__}. Remedy: load the LLaVA "
-                "with its class, or as AutoModelForImageTextToText, and add the side branch to that itself: with "
-                "inject_adapter_in_model(lora, llava) LoRA may be in it already."
+                f"A side branch needs a LlavaForConditionalGeneration, and this is a {type(self.model).__name__}: "
+                "load the LLaVA with its class or AutoModelForImageTextToText. To combine it with LoRA, first call "
+                "inject_adapter_in_model(lora, llava)."
             )
         self._check_name(next(name for name, known in self.peft_config.items() if known is config))
         _check_base(config, base)
 
     def _check_name(self, adapter_name: str) -> None:
-        """PEFT tells adapters apart by their names in the weights' names, so these must mean nothing else there."""
+        """Refuse a name that occurs in the weights' names already, where PEFT looks for the names of adapters."""
         parts = {part for key in self.model.state_dict() for part in key.split(".")} | {"base_model", "base_layer"}
         tuned = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
         adapters = {name for layer in tuned for name in layer._all_available_adapter_names()}  # LoRA's among them
         taken = (parts | {DpvrModel.prefix}) - adapters
         if not adapter_name.isidentifier() or adapter_name in taken | set(dir(nn.ModuleDict)):
             raise ValueError(
-                f"Expected a name for the adapter that is an identifier and no part of a weight's name; got "
-                f"{adapter_name!r}. Remedy: another name, such as 'my_branch'."
+                f"The adapter cannot have the name {adapter_name!r}, which must be an identifier that occurs in no "
+                "weight's name: choose another, such as 'my_branch'."
             )
 
     def _create_and_replace(
@@ -278,11 +285,11 @@ class DpvrModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def replace_adapter(self, adapter_name: str, peft_config: DpvrConfig) -> None:
-        """Give a name in use to another side branch with a plan of its own."""
+        """Put a new side branch, with its own plan, in place of the adapter of this name."""
         owner = getattr(self.model, TARGET)
         peft_config.inference_mode = self.peft_config[adapter_name].inference_mode
         _check_base(peft_config, owner)
-        dtype = next(owner.side_branch[adapter_name].parameters()).dtype  # PEFT's choice for training
+        dtype = next(owner.side_branch[adapter_name].parameters()).dtype  # chosen by PEFT for training
         owner.side_branch.update_layer(
             adapter_name, self._prepare_adapter_config(peft_config, self.get_model_config(self.model)), owner
         )
@@ -291,20 +298,19 @@ class DpvrModel(BaseTuner):
         self.peft_config[adapter_name] = peft_config
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's, which passes over modules whose name has the method's prefix."""
+        """As PEFT's, which skips modules whose name contains the method's prefix."""
         super().delete_adapter(adapter_name)
         layer = getattr(self.model, TARGET).side_branch
         layer.delete_adapter(adapter_name)
         self.active_adapter = layer.active_adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's call, where PEFT's own would go past it to its forward."""
+        """Call the model; PEFT would call its `forward`, past `RoutedGeneration.__call__`."""
         return self.model(*args, **kwargs)
 
     def _enable_adapter_layers(self, enabled: bool) -> None:
-        getattr(self.model, TARGET).side_branch.enable_adapters(
-            enabled
-        )  # and not LoRA, which belongs to the base here
+        """Enable or disable the side branches alone: LoRA belongs to the base here."""
+        getattr(self.model, TARGET).side_branch.enable_adapters(enabled)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **_: Any) -> nn.Module:
         owner = getattr(self.model, TARGET)
@@ -322,9 +328,9 @@ class DpvrModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DpvrConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Check weights on whatever way they come: PEFT itself would leave out what does not fit."""
+        """Check the weights here, where all ways to load them meet; PEFT would ignore those that do not fit."""
         (layer,) = (module for module in model.modules() if isinstance(module, DpvrLayer))
-        shapes = {  # transformers 4 has taken the prefix off
+        shapes = {  # transformers 4 has removed the prefix
             ADAPTER_KEY_PREFIX + name.removeprefix(ADAPTER_KEY_PREFIX): tuple(weight.shape)
             for name, weight in state_dict.items()
         }
@@ -334,7 +340,7 @@ class DpvrModel(BaseTuner):
 
 
 def _check_base(config: DpvrConfig, owner: LlavaModel) -> None:
-    """Raise ValueError unless a base fits the config, and the weights that lie beside it."""
+    """Raise ValueError unless a base fits the config and its saved weights."""
     full = config.for_base(owner.config)
     if config.saved_shapes is not None:
         with torch.device("meta"):
@@ -348,7 +354,7 @@ PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DpvrModel.prefix
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two of PEFT's doors that do not ask the method (PEFT 0.21)
+# Two functions of PEFT that do not consult the method (PEFT 0.21)
 
 
 _check_mixed, _load_adapter = mixed_model._check_config_compatible, PeftModel.load_adapter
@@ -358,19 +364,19 @@ _check_mixed, _load_adapter = mixed_model._check_config_compatible, PeftModel.lo
 def _check_config_compatible(peft_config: PeftConfig) -> None:
     if isinstance(peft_config, DpvrConfig):
         raise ValueError(
-            "Expected LoRA or one of its kin in a PeftMixedModel, whose list of methods is closed; got a side branch. "
-            "Remedy: inject_adapter_in_model(lora, llava), then get_peft_model(llava, DpvrConfig(...))."
+            "A PeftMixedModel cannot hold a side branch, as it takes LoRA and similar methods alone: call "
+            "inject_adapter_in_model(lora, llava), then get_peft_model(llava, DpvrConfig(...))."
         )
     _check_mixed(peft_config)
 
 
 @wraps(_load_adapter)
 def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
-    """As PEFT's, which leaves the config of a name in use as it is: here the plan comes with the weights."""
-    held = self.peft_config.get(adapter_name)
-    # `from_pretrained` has just made its adapter of the folder's config, or of one that it was given in its place
-    is_new = isinstance(held, DpvrConfig) and not held.loaded and held.inference_mode != is_trainable
-    if isinstance(held, DpvrConfig) and not is_new:
+    """As PEFT's, which keeps the config if the name is in use: a side branch needs the plan saved with its weights."""
+    present = self.peft_config.get(adapter_name)
+    # a new one was made by `from_pretrained` just before, with the saved config or with one that the caller passed
+    is_new = isinstance(present, DpvrConfig) and not present.loaded and present.inference_mode != is_trainable
+    if isinstance(present, DpvrConfig) and not is_new:
         hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
         self.base_model.replace_adapter(adapter_name, DpvrConfig.from_pretrained(model_id, **hub))
     return _load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -381,43 +387,42 @@ PeftModel.load_adapter = load_adapter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What lies beside a config
+# The saved weights of an adapter
 
 
 def find_weights(repository: str, **where: Any) -> str:
-    """The path of an adapter's safetensors file, local or from the Hub; a pickle is refused, not opened."""
+    """The path of an adapter's safetensors file, local or from the Hub.
+
+    Raises:
+        ValueError: if there is none. A pickle is not opened.
+    """
     found = {
         name: cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
         for name in (ADAPTER_WEIGHTS_NAME, PICKLE_NAME)
     }
     if found[ADAPTER_WEIGHTS_NAME] is None:
-        got = f"{PICKLE_NAME}, a pickle that could run code" if found[PICKLE_NAME] else "neither that nor a pickle"
+        pickle = f", only {PICKLE_NAME}, a pickle that could run code" if found[PICKLE_NAME] else ""
         raise ValueError(
-            f"Expected {ADAPTER_WEIGHTS_NAME} beside {ADAPTER_CONFIG_NAME} in {repository!r}; got {got}. Remedy: save "
-            "the adapter again with save_pretrained, which writes safetensors."
+            f"There is no {ADAPTER_WEIGHTS_NAME} in {repository!r}{pickle}: save the adapter again with "
+            "save_pretrained, which writes safetensors."
         )
     return found[ADAPTER_WEIGHTS_NAME]
 
 
 def read_shapes(path: str) -> Shapes:
     """The names and shapes in a safetensors file, without reading the weights."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"Expected a safetensors file at {path}; got a damaged one ({error}). Remedy: download or save it again."
-        ) from error
+    with open_weights(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def check_shapes(saved: Shapes, side_branch: nn.ModuleList, base_name: str | None) -> None:
-    """Raise ValueError unless the saved weights are those of this side branch, all of them and nothing else."""
+    """Raise ValueError unless the saved weights are exactly those of this side branch, in name and shape."""
     prefix = f"{ADAPTER_KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
     expected = {prefix + name: tuple(weight.shape) for name, weight in side_branch.state_dict().items()}
     if wrong := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
         name = wrong[0]
         raise ValueError(
-            f"Expected the {len(expected)} weights of {len(side_branch)} side layers that fit this base; {len(wrong)} "
-            f"differ, such as {name!r}: expected shape {expected.get(name)}, got {saved.get(name)}. Remedy: load the "
-            f"adapter on the base it was made for ({base_name!r}) and with the config it was saved with."
+            f"{len(wrong)} weights of the adapter do not fit the {len(expected)} of {len(side_branch)} side layers on "
+            f"this base, such as {name!r}: its shape is {saved.get(name)}, and {expected.get(name)} is needed. Load "
+            f"it on the base it was made for ({base_name!r}), with the config it was saved with."
         )

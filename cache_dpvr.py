@@ -1,12 +1,12 @@
-"""The method on a transformers cache: layers of different lengths, and a record of which token each key belongs to.
+"""The transformers cache under a layer plan: layers of different lengths, and a record of which token each key is of.
 
-    cache.layers    0 ... L-1     the decoder's: T tokens of a prompt in a joint or context layer, X in a text layer
-                    L ... L+S-1   SideBranchKeys, the side branch's: V image tokens
+    cache.layers    0 ... L-1     the decoder's: T keys of a prompt in a joint or context layer, X in a text layer
+                    L ... L+S-1   SideBranchKeys, the side branch's: V keys, of the image tokens
                     last          CacheRecord: the slots of all these keys
 
-A slot is a token's index in the whole sequence. The record is a layer, so whatever reorders, repeats, selects, copies
-or resets the rows of a cache does the same to it. A static cache is cut to size when a prompt brings an image
-(`fit_static_layers`): a text layer gets room for text alone.
+A slot is a token's index in the whole sequence. The record is a layer of the cache, so that it is reordered, repeated,
+selected, copied and reset with the cache. When a prompt with an image comes, a static cache gets layers of the sizes
+that the plan needs (`fit_static_layers`): a text layer has room for text tokens alone.
 
 Axes: B batch, T tokens, X text tokens, V image tokens, L decoder layers, S side layers, N keys, H heads.
 """
@@ -25,18 +25,18 @@ except ImportError:
     from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
     from versions_dpvr import LINE_4, cache_name
 
-KINDS = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}  # of a decoder layer, by its keys
+KINDS = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}  # mode of a layer -> whose keys it holds
 
 
 class ExtraLayer(DynamicLayer):
-    """A layer that decoding leaves alone: it neither hinders compilation nor is cropped with the last text tokens.
+    """A layer beyond the decoder's, which decoding does not change: it can be compiled, and is not cropped.
 
-    An offloaded cache fetches the layer after the one in use, and after the decoder's last its first.
+    An offloaded cache prefetches the layer after the one in use: past the decoder's last layer that is the first.
     """
 
     is_compileable = True
     supports_early_init = False
-    max_cache_len = 0  # transformers 4 compares the layers' rooms and batch sizes
+    max_cache_len = 0  # transformers 4 compares this and the batch size over all layers
 
     def __init__(self, layers: list):
         super().__init__()
@@ -55,9 +55,9 @@ class ChunkNotes:
     """What the layers of one chunk of text share while it runs.
 
     Attributes:
-        places: "text" and "context" -> int64 (B, K), the slots of the keys that such layers hold in this chunk.
-        masks: (stock mask, kind of layer, the same mask for that kind's keys).
-        states: the states before each layer, where they were asked for.
+        places: "text" and "context" -> int64 (B, K), the slots of the keys in layers of this kind.
+        masks: (stock mask, kind of layer, the mask for the keys of this kind), so that each is made once.
+        states: the hidden states before each layer, if they are wanted.
     """
 
     places: dict[str, torch.Tensor]
@@ -66,7 +66,10 @@ class ChunkNotes:
 
 
 class SideBranchKeys(ExtraLayer):
-    """The keys of a side layer: images only, read when another image comes; a growing layer in any cache."""
+    """Keys and values of a side layer: of image tokens alone, and used only when another image comes.
+
+    It grows, in a static cache too.
+    """
 
     @property
     def max_batch_size(self) -> int:
@@ -74,20 +77,20 @@ class SideBranchKeys(ExtraLayer):
 
 
 class CacheRecord(ExtraLayer):
-    """Which slots the keys of a cache hold, per kind of layer; the last layer of the cache.
+    """The slots of the keys in a cache, per kind of layer; the last layer of the cache.
 
-    Written when a chunk brings an image. Tokens that came later are plain text, one key each in joint, text and
-    context layers, so decoding writes nothing here. In a static cache the tables reach to the layers' ends, as if text
-    followed.
+    It is written after each chunk with an image. The tokens of later chunks are text and add one key each to joint,
+    text and context layers, so decoding does not update it. For a static cache the tables go on to the end of the
+    layers, as text tokens will fill them.
 
     Args:
         plan: the layer plan that filled the cache.
         batch_size: B.
-        length: slots seen when this is written.
-        last_image: slots up to the end of the last image token.
-        plain: nothing is padded and no row has padding slots.
-        tables: "text", "context" and "image" -> int64 (B, N or room), slots in the order of the keys; -1 at padding
-            slots. Joint layers hold every slot in order.
+        length: T of the sequence so far.
+        last_image: number of slots up to the last image token.
+        plain: whether no token is padding and no row has padding slots.
+        tables: "text", "context" and "image" -> int64 (B, N, or the size of a static layer), the slots in the order of
+            the keys; -1 at padding slots. Joint layers hold all slots in order.
         num_keys: kind of layer -> N.
     """
 
@@ -110,44 +113,48 @@ class CacheRecord(ExtraLayer):
 
     @staticmethod
     def find(cache: Cache | None) -> "CacheRecord | None":
-        """The record on `cache`, or None where no image was seen."""
+        """The record on `cache`, or None if it has seen no image."""
         record = cache.layers[-1] if cache is not None and cache.layers else None
         return record if isinstance(record, CacheRecord) and record.plan is not None else None
 
     def check(self, cache: Cache, past: int) -> None:
-        """Raise ValueError for a cache that was cropped into its last image, or layer by layer."""
+        """Raise ValueError for a cache that was cropped into its last image, or whose layers were cropped one by one.
+
+        Args:
+            past: the tokens that the cache holds now.
+        """
         if past < self.last_image:
             raise ValueError(
-                f"Expected at least the {self.last_image} cached tokens that end with the last image; got {past}. "
-                "Remedy: crop no further back than that, or prefill again."
+                f"The cache was cropped to {past} tokens, into its last image, which ends at {self.last_image}: crop "
+                "the text after it at most, or start with a new cache."
             )
         for index, mode in enumerate(self.plan.modes if self.tables else ()):
             expected, got = self.num_keys[KINDS[mode]] + past - self.length, cache.get_seq_length(index)
             if got != expected:
                 raise ValueError(
-                    f"Expected {expected} keys in layer {index} of a cache of {past} tokens; got {got}. Remedy: "
-                    "prefill again, and crop the cache as a whole."
+                    f"Layer {index} of a cache of {past} tokens holds {got} keys in place of {expected}: start with a "
+                    "new cache, and crop the whole cache, not single layers."
                 )
 
     def slots(self, kind: str, past: int) -> torch.Tensor:
-        """The slots (B, N) of the keys that text, context or side layers hold, `past` tokens into the sequence."""
+        """The slots (B, N) of the keys in layers of a kind ("text", "context" or "image") after `past` tokens."""
         table, held = self.tables[kind], self.num_keys[kind]
         if kind == "image":
             return table
-        held += past - self.length  # fewer than noted after a crop: what lies last in a layer is text
+        held += past - self.length  # after a crop fewer than recorded: the last keys of a layer are text
         if held <= table.shape[1]:
             return table[:, :held]
         later = torch.arange(self.length, past, device=table.device).expand(len(table), -1)
         return torch.cat([table, later], dim=1)
 
     def put_on(self, cache: Cache) -> None:
-        """Make this the record of `cache`, in the place of an older one."""
+        """Make this the record of `cache`, in place of an older one."""
         if isinstance(cache.layers[-1], CacheRecord):
             cache.layers.pop()
         self.layers = cache.layers
         cache.layers.append(self)
 
-    # -- what a cache does to its layers ------------------------------------------------------------------------------
+    # -- what a cache does to all its layers --------------------------------------------------------------------------
 
     def reset(self) -> None:
         self.plan, self.tables = None, {}
@@ -163,7 +170,7 @@ class CacheRecord(ExtraLayer):
 
 
 class StaticKeys(StaticLayer):
-    """A static layer that counts its own keys on the device, as transformers 5's does, on both lines."""
+    """A static layer that counts its keys in a tensor, as that of transformers 5 does, for version 4 too."""
 
     def __init__(self, max_cache_len: int):
         super().__init__(max_cache_len=max_cache_len)
@@ -171,7 +178,7 @@ class StaticKeys(StaticLayer):
 
     @classmethod
     def like(cls, old: StaticLayer, room: int, num_keys: int) -> "StaticKeys":
-        """A layer with room for `room` keys that holds the first `num_keys` of another."""
+        """A layer with room for `room` keys, and in it the first `num_keys` of the layer `old`."""
         new = cls(room)
         if num_keys:
             new.update(old.keys[:, :, :num_keys], old.values[:, :, :num_keys])
@@ -197,9 +204,9 @@ class StaticKeys(StaticLayer):
 
 
 class ShorterLayer(DynamicLayer):
-    """A growing layer that holds fewer keys than there are tokens, or more; transformers 4 crops it to tokens."""
+    """A growing layer with another number of keys than tokens; transformers 4 crops to a number of tokens."""
 
-    surplus = 0  # keys - tokens
+    surplus = 0  # keys - tokens, often negative
 
     def crop(self, max_length: int) -> None:
         held = self.get_seq_length() if max_length < 0 else self.surplus if max_length > 0 else 0
@@ -207,26 +214,26 @@ class ShorterLayer(DynamicLayer):
 
 
 def continue_cache(cache: Cache | None, plan: LayerPlan) -> CacheRecord | None:
-    """Make `cache` ready for a chunk under `plan`, and return its record, or None where it has seen no image.
+    """Make `cache` ready for a chunk under `plan`, and return its record, or None if it has seen no image.
 
     Raises:
-        ValueError: if another plan filled the cache, or its layers do not hold what is noted.
+        ValueError: if another plan filled the cache, or if its layers do not hold the recorded keys.
     """
     if cache is None or not cache.layers:
         return None
     record, static = CacheRecord.find(cache), is_static(cache)
     if record is None:
         if isinstance(cache.layers[-1], CacheRecord) or isinstance(cache.layers[0], StaticKeys):
-            restore_empty(cache, len(plan.modes))  # it was reset, or its prefill was broken off
+            restore_empty(cache, len(plan.modes))  # it was reset, or its prefill failed half-way
         return None
-    past = None if static else cache.get_seq_length()  # a static cache would have to ask the device
+    past = None if static else cache.get_seq_length()  # a static cache's length is on the device: no synchronisation
     if past == 0:
         restore_empty(cache, len(plan.modes))
         return None
     if record.plan != plan:
         raise ValueError(
-            f"Expected a cache filled under the layer plan in use, {plan}; got one filled under {record.plan}. "
-            "Remedy: prefill again after changing the routing or its layers."
+            f"This cache was filled under the layer plan {record.plan}, and the model now runs {plan}: start with a "
+            "new cache after changing the routing."
         )
     if not static:
         record.check(cache, past)
@@ -234,7 +241,7 @@ def continue_cache(cache: Cache | None, plan: LayerPlan) -> CacheRecord | None:
 
 
 def restore_empty(cache: Cache, depth: int) -> None:
-    """Take off an empty cache what was put on it for an earlier prompt."""
+    """Give an empty cache the layers that it had before an earlier prompt."""
     room = cache.layers[0].max_cache_len if is_static(cache) else 0
     cache.layers[depth:] = []
     for index, layer in enumerate(cache.layers):
@@ -245,27 +252,27 @@ def restore_empty(cache: Cache, depth: int) -> None:
 
 
 def is_static(cache: Cache | None) -> bool:
-    """Whether the cache's layers have a fixed room, so that they may be compiled."""
+    """Whether the layers of the cache have a fixed size, so that a step on it can be compiled."""
     return cache is not None and cache.is_compileable
 
 
 def fit_static_layers(
     cache: Cache, plan: LayerPlan, record: CacheRecord | None, past: int, new_keys: dict[str, int], length: int
 ) -> None:
-    """Give every layer of a static cache the room it can need, once it is known how many tokens are images.
+    """Resize the layers of a static cache to what they can need, once the numbers of image and text tokens are known.
 
     Args:
-        past, length: T before this chunk, and of it.
-        new_keys: kind of layer -> keys that this chunk adds to it.
+        past, length: tokens before this chunk and in it.
+        new_keys: kind of layer -> number of keys that this chunk adds.
 
     Raises:
-        ValueError: if the chunk does not fit in.
+        ValueError: if the chunk is too long for the cache.
     """
     room = cache.layers[0].max_cache_len
     if past + length > room:
         raise ValueError(
-            f"Expected room for {past + length} tokens in the static cache; got max_cache_len={room}. Remedy: a "
-            "larger max_cache_len."
+            f"The static cache has max_cache_len={room}, but the sequence has {past + length} tokens already: make a "
+            "cache with a larger max_cache_len."
         )
     for index, mode in enumerate(plan.modes):
         kind, layer = KINDS[mode], cache.layers[index]
@@ -276,7 +283,7 @@ def fit_static_layers(
 
 
 def let_line_4_crop(cache: Cache, plan: LayerPlan, num_keys: dict[str, int], length: int) -> None:
-    """Tell the growing layers of a cache how many keys more than tokens they hold; only transformers 4 has to know."""
+    """Let transformers 4 crop a growing cache: its layers have to know how many more keys than tokens they hold."""
     for index, mode in enumerate(plan.modes if LINE_4 else ()):
         layer = cache.layers[index]
         if type(layer) is DynamicLayer:
@@ -287,13 +294,16 @@ def let_line_4_crop(cache: Cache, plan: LayerPlan, num_keys: dict[str, int], len
 
 
 class DecodeStep(nn.Module):
-    """The next token's step as a module for `torch.export.export(..., strict=True)`, with the cache as its state.
+    """Decoding of one token as a module for `torch.export.export(..., strict=True)`; the cache is its state.
 
-    Without strict=True export does not see what is written to the cache, and gives wrong logits.
+    Without strict=True the export misses the writes to the cache, and its logits are wrong.
 
     Args:
         model: a DPVR model under a routing.
-        cache: a static cache after the prefill of a prompt with an image; it is written to.
+        cache: a static cache that holds a prompt with an image; each call adds a token to it.
+
+    Raises:
+        ValueError: for any other cache.
     """
 
     def __init__(self, model: nn.Module, cache: Cache):
@@ -303,8 +313,8 @@ class DecodeStep(nn.Module):
         static = [layer for layer in cache.layers if isinstance(layer, StaticKeys)] if record is not None else []
         if not static:
             raise ValueError(
-                f"Expected a static cache that a routing filled with a prompt and its image; got {cache}. Remedy: run "
-                "the prompt with past_key_values=StaticCache(config=model.config, max_cache_len=...)."
+                f"This {type(cache).__name__} is not a static cache that holds a prompt with an image: run the prompt "
+                "with past_key_values=StaticCache(config=model.config, max_cache_len=...) first."
             )
         for index, layer in enumerate(static):
             self.register_buffer(f"keys_{index}", layer.keys, persistent=False)
@@ -312,6 +322,6 @@ class DecodeStep(nn.Module):
             self.register_buffer(f"length_{index}", layer.cumulative_length, persistent=False)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 1, vocabulary) after one token of each row, int64 (B, 1), at its rotary position, (B, 1)."""
+        """Logits (B, 1, vocabulary) after one token per row, int64 (B, 1), at `position_ids`, int64 (B, 1)."""
         cache = {self.cache_name: self.cache}
         return self.model(input_ids=input_ids, position_ids=position_ids, **cache).logits

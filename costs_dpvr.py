@@ -1,10 +1,10 @@
-"""What a prompt costs under a layer plan: FLOPs of the prefill and bytes of keys and values, by formula.
+"""The cost of a prompt under a layer plan, by formula: FLOPs of the prefill, and bytes of keys and values.
 
     shape of a decoder, layer plan, V image and X text tokens
         |
-    per layer: tokens that query, tokens that make keys
+    per layer: the number of queries and the number of keys
         |
-    FLOPs, bytes            checked in the tests against torch.utils.flop_counter and the tensors of a real cache
+    FLOPs, bytes            tests compare them with torch.utils.flop_counter and with the tensors of a real cache
 
 The paper estimates its costs (Table 1, section 3.2) and measures latency (Table 6); these are exact counts.
 """
@@ -31,7 +31,7 @@ class DecoderShape(NamedTuple):
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "DecoderShape":
-        """That of the decoder that a text config describes."""
+        """The shape of the decoder that a text config describes."""
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             config.hidden_size,
@@ -42,16 +42,16 @@ class DecoderShape(NamedTuple):
         )
 
     def layer_flops(self, queries: int, keys: int) -> int:
-        """A layer: `queries` tokens through q, o and the MLP, `keys` through k and v, attention between them."""
+        """FLOPs of a layer: q, o and the MLP for `queries` tokens, k and v for `keys` tokens, and attention."""
         per_query = 2 * self.width * (2 * self.query_width + 3 * self.mlp_width)
         return queries * (per_query + 4 * keys * self.query_width) + keys * 4 * self.width * self.key_width
 
     def head_flops(self, tokens: int) -> int:
-        """The logits of `tokens` tokens."""
+        """FLOPs of the logits of `tokens` tokens."""
         return 2 * tokens * self.width * self.vocabulary
 
     def key_bytes(self, entries: int, dtype: torch.dtype) -> int:
-        """Keys and values of `entries` tokens of a layer."""
+        """Bytes of the keys and values of `entries` tokens in one layer."""
         return 2 * entries * self.key_width * dtype.itemsize
 
 
@@ -64,14 +64,14 @@ def prefill_flops(
     num_side_layers: int = 1,
     logits_to_keep: int = 1,
 ) -> int:
-    """FLOPs of the language model's matrix products in one unpadded prefill of one row (a multiply-add is 2).
+    """FLOPs of the language model's matrix products in the prefill of one row without padding (a multiply-add is 2).
 
-    Counted as `torch.utils.flop_counter` counts them: attention without credit for causality, no norms, rotary,
-    embedding look-up or vision tower.
+    Counted as `torch.utils.flop_counter` does: attention over all pairs of query and key, although half are masked;
+    no norms, rotary embedding or embedding look-up, and not the vision tower.
 
     Args:
         num_image_tokens, num_text_tokens: V and X.
-        logits_to_keep: how many last tokens get logits, 0 for all.
+        logits_to_keep: the number of last tokens that get logits; 0 for all.
     """
     text, image, total = num_text_tokens, num_image_tokens, num_text_tokens + num_image_tokens
     two_stream = not plan.is_vanilla and image > 0
@@ -91,10 +91,10 @@ def prefill_flops(
 
 
 def kv_entries(plan: LayerPlan, num_image_tokens: int, num_text_tokens: int, *, num_side_layers: int = 1) -> int:
-    """Tokens whose keys and values a cache holds after a prompt, summed over layers.
+    """Number of tokens whose keys and values a cache holds after a prompt, summed over layers.
 
-    A joint or context layer holds V + X, a text layer X, a side layer V. A static cache has room for its
-    `max_cache_len` tokens: that is X + V.
+    A joint or context layer holds V + X, a text layer X, a side layer V. For a static cache V + X is its
+    `max_cache_len`.
     """
     total = num_image_tokens + num_text_tokens
     entries = sum(num_text_tokens if mode == TEXT else total for mode in plan.modes)
@@ -102,7 +102,7 @@ def kv_entries(plan: LayerPlan, num_image_tokens: int, num_text_tokens: int, *, 
 
 
 class CostFormulas:
-    """The same as methods of a model with a `config` and a `side_branch`; mixed in before the stock model."""
+    """The formulas as methods of a model with a `config` and a `side_branch`; a mixin before the stock class."""
 
     def prefill_flops(
         self,
@@ -113,7 +113,11 @@ class CostFormulas:
         logits_to_keep: int = 1,
         routing: str | None = None,
     ) -> int:
-        """As the function of that name. `routing`: another than the configured one ("none" is vanilla)."""
+        """FLOPs of a prefill, as the function of this name.
+
+        Args:
+            routing: used in place of the configured one ("none" is vanilla LLaVA).
+        """
         return batch_size * prefill_flops(
             DecoderShape.of(self.config.text_config),
             self.config.layer_plan(routing),
@@ -132,9 +136,11 @@ class CostFormulas:
         routing: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> int:
-        """Bytes of keys and values cached for prompts of V image and X text tokens (answers count as text).
+        """Bytes of keys and values cached for prompts of V image and X text tokens; answers count as text.
 
-        `dtype`: default the model's.
+        Args:
+            routing: used in place of the configured one ("none" is vanilla LLaVA).
+            dtype: None: the model's.
         """
         plan, side = self.config.layer_plan(routing), len(self.side_branch)
         entries = batch_size * kv_entries(plan, num_image_tokens, num_text_tokens, num_side_layers=side)

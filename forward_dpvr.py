@@ -1,12 +1,13 @@
-"""A vision-language model's forward under a layer plan: which way a chunk of tokens takes.
+"""The forward of a vision-language model under a layer plan: how a chunk of tokens is run.
 
     all layers joint, or no image so far          the stock model's forward
-    a chunk with images                           the same on a twin of its own, layer by layer (two_stream_dpvr.py)
-    text after images                             on a twin that picks the columns of each layer's keys from the mask
+    a chunk with images                           the stock forward on a twin that runs the plan (two_stream_dpvr.py)
+    text after images                             on a twin that gives each layer the mask columns of its own keys
     one token after a prompt without padding      the stock model's forward, on the cache as it is
 
-One function for a LLaVA with a side branch of its own (modeling_dpvr.py) and for a stock one with a side branch in a
-PEFT adapter (adapter_dpvr.py). Paper section 3.2. Axes: B batch, T tokens of the chunk, K keys, D width, L layers.
+A twin is a copy of a model with the same weights, in which the layers are replaced (twins_dpvr.py). `routed_forward`
+serves a LLaVA with its own side branch (modeling_dpvr.py) and a stock one with a side branch in a PEFT adapter
+(adapter_dpvr.py). Paper section 3.2. Axes: B batch, T tokens of the chunk, K keys, D width, L layers.
 """
 
 from collections.abc import Callable
@@ -41,12 +42,12 @@ SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
 class RoutedModel:
-    """Mixed in before a stock model without its head by `routed_model`.
+    """A mixin that `routed_model` puts before the class of a stock model without its head.
 
     Attributes:
-        stock: the library's class.
-        plan: what every decoder layer does; to be given by the class that inherits.
-        branch: the side branch that the plan reads; likewise.
+        stock: that class of the library.
+        plan: what every decoder layer does; the inheriting class provides it.
+        branch: the side branch that the plan uses; likewise.
     """
 
     stock: type
@@ -56,7 +57,7 @@ class RoutedModel:
 
 @lru_cache
 def routed_model(stock: type) -> type:
-    """A class with the name of a stock model without its head, whose forward runs a plan; see `routed_forward`."""
+    """A subclass of a stock model without its head, with the same name, whose forward is `routed_forward`."""
     names = argument_names(stock.forward)
 
     @can_return_tuple
@@ -70,7 +71,7 @@ def routed_model(stock: type) -> type:
 
 
 def stock_class(owner: nn.Module) -> type:
-    """The library's class of an outer model, whose forward routes nothing."""
+    """The library's class of a vision-language model without its head, whose forward does not route."""
     return owner.stock if hasattr(type(owner), "stock") else type(owner)
 
 
@@ -86,21 +87,21 @@ def routed_forward(
     """Run the forward of a vision-language model without its head under a layer plan.
 
     Args:
-        owner: tower, projector and decoder; nothing in it is changed.
-        stock_forward: its forward as the library has it, called on the model or on a twin.
-        side_branch: decoder layers of its shapes, whose `layer_idx` follow the decoder's.
+        owner: the model: tower, projector and decoder.
+        stock_forward: its forward in the library, which is called on the model or on a twin.
+        side_branch: decoder layers of the same shapes, whose `layer_idx` follow the decoder's.
         plan: what every decoder layer does.
-        arguments: of the stock forward, by name, and `kept_logits`: the tokens whose states are wanted, as
-            `logits_to_keep`. With n > 0, only the last n query in the last layer; what stands at others is not theirs.
-        make_pass: what takes a chunk with images through the layers.
+        arguments: of the stock forward, by name; and `kept_logits`, the value of `logits_to_keep`. With n > 0 only the
+            last n tokens are queries in the last layer, and last_hidden_state at the other tokens has no meaning.
+        make_pass: makes the object that runs the layers for a chunk with images.
 
     Returns:
-        What the stock forward returns. Past the split image tokens are context, not queries: their last_hidden_state
-        is the side branch's output, and predicts nothing, as do hidden_states there until a joint layer moves it on.
+        What the stock forward returns. Past the split image tokens are context, not queries: last_hidden_state at them
+        is the side branch's output, as are hidden_states until a joint layer updates them.
 
     Raises:
-        ValueError: for image tokens and pixels that do not match, masks of a wrong shape, what a routing does not
-            support, and a cache that was filled under another plan; the message names expected, got and remedy.
+        ValueError: for image tokens and pixels that do not match, masks of a wrong shape, options that a routing does
+            not support, and a cache that was filled under another plan.
     """
     arguments = dict(arguments)
     kept, cache = arguments.pop("kept_logits", 0), cache_in(arguments)
@@ -109,7 +110,7 @@ def routed_forward(
     if plan.is_vanilla or (image_mask is None and record is None):
         output = stock_forward(owner, **arguments)
         if image_mask is not None and cache_in(output) is not None:
-            CacheRecord(plan, len(image_mask)).put_on(cache_in(output))  # no other plan goes on with it
+            CacheRecord(plan, len(image_mask)).put_on(cache_in(output))  # so that another plan refuses this cache
         output.last_hidden_state = _with_gradient(output.last_hidden_state, side_branch)
         return output
     _check(owner, plan, arguments, cache)
@@ -130,11 +131,11 @@ def _image_chunk(
     kept: int | torch.Tensor,
     make_pass: Callable[..., TwoStreamPass],
 ) -> ModelOutput:
-    """A chunk with images, on a twin of its own; what it calls may be compiled, it may not."""
+    """Run a chunk with images, on a twin made for it. This function is not compiled, the stock layers may be."""
     if arguments.get("use_cache") is None and owner.training:
         arguments["use_cache"] = False
     mask, wanted = arguments.get(MASK), _states_wanted(owner, arguments)
-    this = make_pass(
+    two_stream_pass = make_pass(
         side_branch,
         plan,
         image_mask,
@@ -143,13 +144,13 @@ def _image_chunk(
         tail=None if wanted else _text_tail(kept, image_mask),
         keep_states=bool(wanted),
     )
-    _text_twin(owner)  # of the text to come, whose step may be compiled: it would not be traced
-    made = routed_twin(owner, this)
-    output = stock_forward(made, **arguments)
-    for name, value in vars(made).items():  # what the stock forward notes on its model, as rope_deltas
+    _text_twin(owner)  # made now because decoding may be compiled, and making it cannot be traced
+    image_twin = routed_twin(owner, two_stream_pass)
+    output = stock_forward(image_twin, **arguments)
+    for name, value in vars(image_twin).items():  # attributes that a stock forward sets on its model, as rope_deltas
         if not name.startswith("_") and name in vars(owner) and vars(owner)[name] is not value and not callable(value):
             vars(owner)[name] = value
-    return _with_states(output, this.states, wanted)
+    return _with_states(output, two_stream_pass.states, wanted)
 
 
 def _text_chunk(
@@ -159,7 +160,7 @@ def _text_chunk(
     arguments: dict[str, Any],
     cache: Cache,
 ) -> ModelOutput:
-    """A chunk of text on a cache that has seen images; a single token asks nothing of the device."""
+    """Run a chunk of text on a cache that has seen images; a single token needs no synchronisation with the device."""
     ids, mask, static = arguments.get("input_ids"), arguments.get(MASK), is_static(cache)
     length = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
     flat = mask is None or _is_flat(mask)
@@ -170,11 +171,11 @@ def _text_chunk(
         if record.plain:
             return stock_forward(owner, **{**arguments, MASK: None})
         if mask is not None and not set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-            # as the stock decoder makes it, which would first ask the device whether there is padding
+            # the mask of the stock decoder, which would check for padding first and so synchronise with the device
             arguments[MASK] = mask.bool()[:, None, None, :]
     places = record.tables
     if static:
-        if LINE_4 and arguments.get("cache_position") is None:  # else the stock decoder asks for it
+        if LINE_4 and arguments.get("cache_position") is None:  # the stock decoder would synchronise to make it
             arguments["cache_position"] = cache.get_seq_length() + torch.arange(length, device=places["text"].device)
     else:
         past = cache.get_seq_length()
@@ -192,7 +193,7 @@ def _is_flat(mask: Any) -> bool:
 
 
 def _states_wanted(owner: nn.Module, arguments: dict[str, Any]) -> bool | int | list[int]:
-    """Take the wish for hidden states from the arguments: the stock recorder would see one stream, not all tokens."""
+    """Return which hidden states are wanted, and turn off stock's recording of them, which would see one stream."""
     wanted = arguments.get("output_hidden_states")
     wanted = owner.config.output_hidden_states if wanted is None else wanted
     arguments |= {"output_hidden_states": False, "return_dict": True}
@@ -204,7 +205,7 @@ def _with_states(
 ) -> ModelOutput:
     if states is not None:
         states = [*states, output.last_hidden_state]
-        if not isinstance(wanted, bool):  # from transformers 5.24 on some may be chosen
+        if not isinstance(wanted, bool):  # indices of states, from transformers 5.24 on
             chosen = [wanted] if isinstance(wanted, int) else wanted
             states = [state if at in chosen or at - len(states) in chosen else None for at, state in enumerate(states)]
         output.hidden_states = tuple(states)
@@ -212,16 +213,16 @@ def _with_states(
 
 
 def _text_tail(kept: int | torch.Tensor, image_mask: torch.Tensor) -> int | None:
-    """How many of the last tokens hold all that are kept, if none of these is an image token; else None."""
+    """The number of last tokens among which all kept ones are, or None if an image token is among them."""
     length = image_mask.shape[1]
     tail = length - int((kept % length).min()) if isinstance(kept, torch.Tensor) else min(kept, length)
     return None if tail == 0 or bool(image_mask[:, -tail:].any()) else tail
 
 
 def _with_gradient(states: torch.Tensor, side_branch: nn.ModuleList) -> torch.Tensor:
-    """States of a batch without pictures, tied to the side branch that they did not use: its gradient is zero.
+    """States of a batch without images, to which zero times the side branch is added.
 
-    A trainer that meets such a batch would otherwise find nothing to differentiate.
+    The side branch was not used, and a trainer's backward would fail on a loss that depends on no trained weight.
     """
     trained = [weight for weight in side_branch.parameters() if weight.requires_grad]
     if not trained or not torch.is_grad_enabled() or states.requires_grad:
@@ -232,7 +233,7 @@ def _with_gradient(states: torch.Tensor, side_branch: nn.ModuleList) -> torch.Te
 def text_after_images(
     layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """A layer of a chunk of text on a cache that has seen images: all tokens, and the columns of its kind's keys."""
+    """Run a layer for text on a cache that has seen images, with the mask columns of the keys that the layer holds."""
     record = CacheRecord.find(cache)
     kind, full = KINDS[record.plan.modes[layer.index]], arguments.get(MASK)
     if record.step.states is not None:
@@ -249,35 +250,35 @@ def _columns(record: CacheRecord, kind: str, full: Any, length: int) -> Any:
     places = record.step.places[kind]
     if full is not None:
         mask = mask_of_keys(full, None, places)
-    else:  # one token, which sees all there is but padding slots
+    else:  # a single token, which attends to all keys but those of padding slots
         mask = None if record.plain else (places >= 0)[:, None, None, :].expand(-1, -1, length, -1)
     record.step.masks.append((full, kind, mask))
     return mask
 
 
 def _text_twin(owner: nn.Module) -> nn.Module:
-    """The twin that runs text after images; it stays on the outer model, so that a compiled step finds it again."""
-    made = vars(owner).get("_text_twin")
-    if made is None or not _is_current(made, owner):
-        made = vars(owner)["_text_twin"] = routed_twin(owner, text_after_images)
-    return made
+    """The twin that runs text after images; kept on the model, so that a compiled step finds it again."""
+    text_twin = vars(owner).get("_text_twin")
+    if text_twin is None or not _is_current(text_twin, owner):
+        text_twin = vars(owner)["_text_twin"] = routed_twin(owner, text_after_images)
+    return text_twin
 
 
-def _is_current(made: nn.Module, owner: nn.Module) -> bool:
-    """Whether no part of the outer model was replaced since its twin was made."""
+def _is_current(text_twin: nn.Module, owner: nn.Module) -> bool:
+    """Whether no submodule of the model was replaced since its twin was made."""
     name, decoder = decoder_of(owner)
-    twins = made._modules[name]
-    pairs = [(made._modules, owner._modules, name), (twins._modules, decoder._modules, "layers")]
+    decoder_twin = text_twin._modules[name]
+    pairs = [(text_twin._modules, owner._modules, name), (decoder_twin._modules, decoder._modules, "layers")]
     if any(mine.keys() != its.keys() or mine[k] is not its[k] for mine, its, but in pairs for k in mine if k != but):
         return False
-    layers = twins.layers
+    layers = decoder_twin.layers
     return len(layers) == len(decoder.layers) and all(
         routed.stock is layer for routed, layer in zip(layers, decoder.layers, strict=True)
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the method does not run on
+# What is not supported
 
 
 def check_support(config: DpvrLlavaConfig) -> None:
@@ -285,8 +286,7 @@ def check_support(config: DpvrLlavaConfig) -> None:
     text = config.text_config
     if text.model_type not in SUPPORTED_DECODERS:
         raise ValueError(
-            f"Expected a decoder of type {SUPPORTED_DECODERS}; got {text.model_type!r}. Remedy: use a LLaVA on one of "
-            "these."
+            f"The decoder is of type {text.model_type!r}: use a LLaVA with one of {', '.join(SUPPORTED_DECODERS)}."
         )
     if (
         text.model_type != "llama"
@@ -294,13 +294,13 @@ def check_support(config: DpvrLlavaConfig) -> None:
         and (text.model_type != "qwen2" or text.use_sliding_window)
     ):
         raise ValueError(
-            f"Expected a decoder with full attention; got sliding_window={text.sliding_window}. Remedy: set it to "
-            "None."
+            f"The decoder has sliding_window={text.sliding_window}, and a layer plan needs full attention: set it to "
+            "None in the text config."
         )
     if not 0 <= config.image_token_id < text.vocab_size:
         raise ValueError(
-            f"Expected image_token_id, the id of '<image>', below the vocabulary size {text.vocab_size}; got "
-            f"{config.image_token_id}. Remedy: set image_token_id in the config to the tokenizer's id of '<image>'."
+            f"image_token_id is {config.image_token_id}, but the vocabulary has {text.vocab_size} tokens: set it to "
+            "the tokenizer's id of '<image>'."
         )
     for part in (config, text):
         if "flash" in (implementation := str(part._attn_implementation)):
@@ -309,14 +309,14 @@ def check_support(config: DpvrLlavaConfig) -> None:
 
 def _unsupported_attention(implementation: str) -> str:
     return (
-        f"Expected attn_implementation to be one of {SUPPORTED_ATTENTION}; got {implementation!r}. Remedy: use "
-        "'sdpa', which runs the flash kernel wherever no mask is needed; a context layer needs one, which "
-        "flash_attention_2 does not take."
+        f"attn_implementation is {implementation!r}, but a layer plan runs with {', '.join(SUPPORTED_ATTENTION)}: use "
+        "'sdpa', which runs the flash kernel where no mask is needed. A context layer needs a mask, and "
+        "flash_attention_2 takes none."
     )
 
 
 def _check(owner: nn.Module, plan: LayerPlan, arguments: dict[str, Any], cache: Cache | None) -> None:
-    """Refuse what would be wrong under a plan, before any work."""
+    """Refuse what a plan does not support, before any computation."""
     decoder = decoder_of(owner)[1]
     implementation = decoder.config._attn_implementation
     if implementation not in SUPPORTED_ATTENTION:
@@ -326,23 +326,23 @@ def _check(owner: nn.Module, plan: LayerPlan, arguments: dict[str, Any], cache: 
     on_cpu = tokens.device.type == "cpu"
     if implementation == "flex_attention" and on_cpu and torch.backends.cpu.get_cpu_capability() != "AVX512":
         raise ValueError(
-            "Expected a GPU or a CPU with AVX-512 for flex_attention, whose compiled kernel gives wrong and changing "
-            f"results on others; got {torch.backends.cpu.get_cpu_capability()}. Remedy: attn_implementation='sdpa'."
+            f"flex_attention gives wrong results on this CPU ({torch.backends.cpu.get_cpu_capability()}), as its "
+            "compiled kernel needs AVX-512: use a GPU, or attn_implementation='sdpa'."
         )
     if arguments.get("output_attentions") or owner.config.output_attentions:
         raise ValueError(
-            f"Expected output_attentions=False under the plan {plan}, whose layers differ in their keys; got True. "
-            "Remedy: set_routing('none'), or disable_adapter()."
+            f"output_attentions is not supported under the plan {plan}, whose layers have different keys: leave it "
+            "out, or run vanilla LLaVA with set_routing('none') or disable_adapter()."
         )
     if decoder.training and any(layer.gradient_checkpointing for layer in decoder.layers):
         raise ValueError(
-            "Expected gradient checkpointing to be off; got it on. Remedy: gradient_checkpointing=False. It saves "
-            "nothing here: no activation is kept below the first layer that reads the trainable side branch."
+            "Gradient checkpointing is on and not supported: set gradient_checkpointing=False. It would save nothing "
+            "here, as no activation is stored below the first layer that attends to the side branch."
         )
     if mask is not None and _is_flat(mask) and not is_static(cache):
         expected = (tokens.shape[0], (0 if cache is None else cache.get_seq_length()) + tokens.shape[1])
         if tuple(mask.shape) != expected:
             raise ValueError(
-                f"Expected an attention_mask of shape (batch, cached + new tokens) = {expected}; got "
-                f"{tuple(mask.shape)}. Remedy: pass the processor's mask, extended by ones for cached answers."
+                f"attention_mask has the shape {tuple(mask.shape)}, but (batch, cached + new tokens) is {expected}: "
+                "pass the processor's mask, extended by ones for cached answers."
             )

@@ -1,12 +1,12 @@
-"""What a model with its head has to know of images under a routing: its loss, its last layer, and `generate`.
+"""The model with its head under a routing: loss, logits and `generate` with images.
 
-    routed(LlavaForConditionalGeneration)        a class that is a stock one, and
-        loss            leaves out labels that image tokens would predict, and image tokens as labels
-        logits_to_keep  goes on to the decoder, whose last layer then queries with those tokens alone
-        generate        repeats a row's pixels with the row; hands on the pixels of the chunk that runs
+    routed(LlavaForConditionalGeneration)        a subclass of the stock class, in which
+        loss            leaves out labels at image tokens and those that image tokens would predict
+        logits_to_keep  is passed to the decoder, whose last layer then has only these tokens as queries
+        generate        repeats a row's pixels with the row, and passes on the pixels of the chunk that runs
 
-One implementation for `DpvrLlavaForConditionalGeneration` (modeling_dpvr.py) and for a stock model whose `model` is
-under a PEFT adapter (adapter_dpvr.py). What stands at `model` has a `plan`, the layer plan that it runs.
+`DpvrLlavaForConditionalGeneration` (modeling_dpvr.py) and a stock model with a PEFT adapter (adapter_dpvr.py) both are
+such a class. The model without its head, at `self.model`, has a `plan`: the layer plan that it runs.
 
 Axes: B batch, T tokens, N images.
 """
@@ -26,12 +26,12 @@ except ImportError:
     from images_dpvr import image_marks, images_per_row, tokens_per_image
     from versions_dpvr import argument_names, cache_in
 
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # the value of labels that PyTorch and transformers leave out of a loss
 
 
 @lru_cache
 def routed(stock: type) -> type:
-    """A class with the name and the forward of a stock vision-language model with its head, and `RoutedGeneration`."""
+    """A subclass of a stock vision-language model with its head, with the same name, and with `RoutedGeneration`."""
     names = argument_names(stock.forward)
 
     @wraps(stock.forward)
@@ -46,9 +46,9 @@ def routed(stock: type) -> type:
 
 
 def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with the labels (B, T) of image tokens, and right after them, left out where a plan runs.
+    """The arguments of a call with labels (B, T) ignored at image tokens and at the token after each, under a plan.
 
-    Past the split image tokens are context and predict nothing.
+    Past the split image tokens are context, so their logits cannot predict these labels.
     """
     if arguments.get("labels") is None or model.plan.is_vanilla:
         return arguments
@@ -58,10 +58,10 @@ def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[st
 
 
 class RoutedGeneration:
-    """Mixed in before a stock model with its head by `routed`."""
+    """A mixin that `routed` puts before the class of a stock model with its head."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's; here for trainers that put a forward of their own on the model, as TRL's do."""
+        """Called as any module. Labels are ignored here too, for trainers that replace `forward`, as TRL's do."""
         if kwargs.get("labels") is not None:
             names = argument_names(type(self).forward)
             args, kwargs = (), without_image_labels(self.model, dict(zip(names, args, strict=False)) | kwargs)
@@ -75,7 +75,7 @@ class RoutedGeneration:
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict:
-        """Stock inputs, with the pixels of the images whose tokens are in this chunk: a later turn may bring more."""
+        """The stock inputs, with the pixels of the images in this chunk: any turn of a dialogue may bring more."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -91,23 +91,21 @@ class RoutedGeneration:
         return inputs
 
     def _images_per_row(self, input_ids: torch.Tensor, kwargs: dict) -> list[int] | None:
-        """None where images differ in their number of tokens."""
+        """The number of images in each row; None if images differ in their numbers of tokens."""
         tokens = tokens_per_image(self.config, kwargs)
         return None if tokens is None else images_per_row(input_ids == self.config.image_token_id, tokens)
 
     def _pixels_of_chunk(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, chunk: torch.Tensor, kwargs: dict
     ) -> torch.Tensor | None:
-        """Of the images of whole rows (N, ...), each row's last ones, whose tokens are in the chunk."""
+        """The pixels of the images in the chunk: the last ones of each row, of all pixels (N, ...) of the rows."""
         if chunk.shape[1] == input_ids.shape[1]:
             return pixel_values
         images, new = self._images_per_row(input_ids, kwargs), self._images_per_row(chunk, kwargs)
         if new is not None and sum(new) == 0:
             return None
-        if new is None or len(pixel_values) != sum(
-            images
-        ):  # the new images alone, or a mistake that forward will name
-            return pixel_values
+        if new is None or len(pixel_values) != sum(images):
+            return pixel_values  # those of the new images alone, or a wrong number, which forward refuses
         rows = pixel_values.split(images)
         return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
 
@@ -118,25 +116,21 @@ class RoutedGeneration:
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict]:
-        """Repeat rows for beams and samples; the images of a row stay together, which stock LLaVA may get wrong.
+        """Repeat rows for beams and samples, and the images of each row with it, which stock LLaVA may get wrong.
 
-        Called once by `generate`, with the prompt, before any work.
+        `generate` calls this once, with the prompt, before any computation.
         """
         ends_in_image = input_ids is not None and bool(image_marks(self.model, input_ids[:, -1:], None).any())
         if ends_in_image and not self.model.plan.is_vanilla:
             raise ValueError(
-                "Expected a prompt that ends in text: past the split image tokens predict nothing; got one that ends "
-                "in an image. Remedy: put the question after the picture, or use the chat template."
+                "The prompt ends in an image, and past the split image tokens predict nothing: put text after the "
+                "image, such as the question, or use the chat template."
             )
-        kept = vars(self).get("_cache")  # transformers 4 keeps a static cache, which a failed call left empty
-        if kept is not None and not all(
-            layer.is_initialized for layer in kept.layers[: self.config.get_text_config().num_hidden_layers]
-        ):
-            del self._cache
+        self._drop_half_filled_cache()
         pixel_values = model_kwargs.pop("pixel_values", None)
         images = None if input_ids is None or pixel_values is None else self._images_per_row(input_ids, model_kwargs)
         repeated = pixel_values
-        if expand_size > 1 and images is not None and sum(images) == len(pixel_values):  # if not, forward will name it
+        if expand_size > 1 and images is not None and sum(images) == len(pixel_values):  # else forward refuses it
             repeated = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(images)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -145,21 +139,27 @@ class RoutedGeneration:
 
     # -- static caches ------------------------------------------------------------------------------------------------
 
+    def _drop_half_filled_cache(self) -> None:
+        """Transformers 4 keeps a static cache for the next call, also one that a failed call did not fill."""
+        kept, depth = vars(self).get("_cache"), self.config.get_text_config().num_hidden_layers
+        if kept is not None and not all(layer.is_initialized for layer in kept.layers[:depth]):
+            del self._cache
+
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
-        """Of transformers 5."""
+        """Called by `generate` of transformers 5."""
         self._refuse_flex_attention()
         return super()._prepare_static_cache(*args, **kwargs)
 
     def _get_cache(self, *args: Any, **kwargs: Any) -> Cache:
-        """Of transformers 4, the same."""
+        """Called by `generate` of transformers 4."""
         self._refuse_flex_attention()
         return super()._get_cache(*args, **kwargs)
 
     def _refuse_flex_attention(self) -> None:
         if self.config.get_text_config()._attn_implementation == "flex_attention" and not self.model.plan.is_vanilla:
             raise ValueError(
-                "Expected sdpa or eager attention for a static cache, whose masks generate makes as tensors; got "
-                "flex_attention. Remedy: set_attn_implementation('sdpa'), or a growing cache."
+                "flex_attention does not run with a static cache, for which generate makes masks as tensors: call "
+                "set_attn_implementation('sdpa'), or leave cache_implementation out."
             )
 
     # -- a prefill in chunks ------------------------------------------------------------------------------------------
@@ -171,15 +171,15 @@ class RoutedGeneration:
         model_input_name: str | None,
         generation_config: GenerationConfig,
     ) -> dict:
-        """Of transformers 5: encode the new images before a prefill in chunks, which may cut through them.
+        """Encode the new images before a prefill in chunks, as a chunk may end in an image (transformers 5).
 
-        In one piece the forward encodes those of its chunk.
+        In a prefill in one piece `forward` encodes them.
         """
         size, pixel_values = generation_config.prefill_chunk_size, model_kwargs.get("pixel_values")
         if size == 1 and model_kwargs.get("attention_mask") is not None and not self.model.plan.is_vanilla:
             raise ValueError(
-                "Expected prefill_chunk_size of at least 2 for a padded batch, as a single token is taken for a "
-                "decoded one; got 1. Remedy: 2 or more."
+                "prefill_chunk_size is 1, and a single token is taken for a decoded one, so that the attention mask "
+                "would be ignored: choose 2 or more."
             )
         if size is None or pixel_values is None or model_input_name != "input_ids":
             return model_kwargs
@@ -195,10 +195,10 @@ class RoutedGeneration:
     def _prefill_chunking(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, **model_kwargs: Any
     ) -> dict:
-        """Of transformers 4: it would give every chunk all pixels."""
+        """Refuse images in a prefill in chunks on transformers 4, which passes all pixels to every chunk."""
         if model_kwargs.get("pixel_values") is not None:
             raise ValueError(
-                "Expected prefill_chunk_size=None for a prompt with images on transformers 4; got "
-                f"{generation_config.prefill_chunk_size}. Remedy: transformers 5, or prefill in one piece."
+                f"prefill_chunk_size is {generation_config.prefill_chunk_size}, but transformers 4 cannot split a "
+                "prompt with images: leave it out, or use transformers 5."
             )
         return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)

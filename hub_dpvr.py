@@ -1,23 +1,21 @@
-"""Sharing a side branch on the Hub: a card made from the run's own records, and all files in one commit.
+"""Sharing a side branch on the Hub: all files in one commit, with a model card made from the record of the run.
 
     save_pretrained(side_branch_only=True)    side branch, config, code
     the base's processor                      tokenizer, image processor, chat template
     save_adapter                              adapter/: the same side branch for PEFT
     training.json, if a run wrote one         recipe, data, versions, loss curve, scores
         |
-      upload         a card from config.json and training.json; one commit, so that nothing is ever half there
+      upload         adds a card, and makes one commit: a push that fails leaves the repository as it was
         |
-    me/x             from_pretrained("me/x", trust_remote_code=True); the base comes from its own repository
+    me/x             from_pretrained("me/x", trust_remote_code=True); the base is loaded from its own repository
 
-A push that failed is made good by the same again, or by hand:
-
-    python -m dpvr.push outputs/my-branch me/x
+The command `python -m dpvr.push` does the same for the folder of a saved model (dpvr/push.py).
 """
 
-import argparse
 import inspect
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,26 +24,23 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 
 try:
-    from .configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
-    from .loading_dpvr import is_side_branch
+    from .configuration_dpvr import DpvrLlavaConfig
+    from .loading_dpvr import is_side_branch, load_processor
 except ImportError:
-    from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig
-    from loading_dpvr import is_side_branch
+    from configuration_dpvr import DpvrLlavaConfig
+    from loading_dpvr import is_side_branch, load_processor
 
 try:
     from httpx import TransportError
-except ImportError:  # huggingface_hub 0.36 has no need of it: its errors are OSErrors
+except ImportError:  # huggingface_hub 0.36 does without httpx, and its network errors are OSErrors
     TransportError = OSError
 
 CONFIG_NAME, RECORD_NAME, CARD_NAME = "config.json", "training.json", "README.md"
-ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, ADAPTER_KEY_PREFIX = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base_model.model.",
-)
+ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_KEY_PREFIX = "base_model.model."  # PEFT's, before the names of a model's weights
 SUFFIXES = (".py", ".json", ".jinja", ".model", ".txt", ".safetensors")
 WEIGHTS_SUFFIXES = (".safetensors", ".index.json")
 ADAPTER_FOLDER = "adapter"
@@ -74,8 +69,8 @@ processor = AutoProcessor.from_pretrained("{name}")
 
 ## Limits
 
-The base's limits are this model's, and so are the limits of the data it was trained on. {limits}What is not listed
-under Scores was not measured.
+This model has the limits of its base and of the data it was trained on. {limits}What is not listed under Scores was
+not measured.
 
 {mark}
 """
@@ -84,15 +79,16 @@ A side branch for [{base}](https://huggingface.co/{base}), which is loaded from 
 the same side branch for PEFT."""
 ALL_WEIGHTS = "A LLaVA with all its weights."
 ROUTED = """\
-Image tokens leave the decoder after {split} of its {depth} layers for a side branch of {side}, and the text meets
-them again as the plan `{plan}` says (`o` image and text together, `.` text alone, `c` and `r` text reads the side
-branch)."""
-NOT_ROUTED = "Its routing is `{routing}`: the side branch is not read."
-MARK = "<!-- made by hub_dpvr.py; leave this line out of a card of your own, and it is kept -->"
+Image tokens leave the decoder after {split} of its {depth} layers for a side branch of {side}, and text attends to
+its output as the layer plan `{plan}` says (`o` image and text together, `.` text alone, `c` and `r` text attends to
+the side branch)."""
+NOT_ROUTED = "Its routing is `{routing}`: the side branch is not used."
+MARK = "<!-- made by hub_dpvr.py; remove this line from a card that you edit, and the next push keeps the card -->"
+OWN_CARD = re.compile(r"<!-- made by (hub|sharing)_dpvr\.py;")  # cards on the Hub may bear the file's former name
 
 
 class Sharing:
-    """Adds `push_to_hub`; mixed in before the stock model."""
+    """Adds `push_to_hub` to a model; a mixin that stands before the stock class."""
 
     def push_to_hub(
         self,
@@ -105,23 +101,23 @@ class Sharing:
         token: str | bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Put the model on the Hub, in one commit, so that `from_pretrained(..., trust_remote_code=True)` loads it.
+        """Push the model to the Hub in one commit, for `from_pretrained(..., trust_remote_code=True)`.
 
         Args:
-            repo_id: "me/x"; made if it is not there.
-            side_branch_only: the side branch, and the name of its base in the config; False: all weights.
-            processor: what comes along; None: the base's.
-            record: what `training.json` of a run holds, for the card; None: the card says that there is none.
-            private: whether a new repository is; None: as the account's settings say.
-            token: None: the one of `hf auth login`.
-            commit_message: None: one of ours.
+            repo_id: such as "me/x"; created if it does not exist.
+            side_branch_only: push the side branch without the base's weights; the config then names the base.
+            processor: pushed with the model; None: the base's.
+            record: the content of a run's `training.json`, for the card; None: the card says that there is none.
+            private: whether a new repository is private; None: the default of the account.
+            token: None: the token of `hf auth login`.
+            commit_message: None: a default message.
 
         Returns:
-            the address of the commit.
+            The URL of the commit.
 
         Raises:
-            ValueError: if the base lies in a local folder, where others cannot load it from, or is not known.
-            OSError: if the push failed; the Hub is as it was before.
+            ValueError: if the base is a local folder, which others cannot load, or not known.
+            OSError: if the push failed; the repository is then as it was before.
         """
         with tempfile.TemporaryDirectory() as folder:
             if side_branch_only:
@@ -134,19 +130,16 @@ class Sharing:
             return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
     def _base_processor(self, token: str | bool | None) -> ProcessorMixin:
-        """The base's, without being asked whether the code beside it may run: a processor needs none."""
         base = self.config.base_model_name_or_path or self.config._name_or_path
         if not base:
             raise ValueError(
-                "Expected processor=..., as this model does not know where its base came from; got None. Remedy: pass "
-                "the processor that it is used with."
+                "This model does not know its base, whose processor would be pushed with it: pass processor=..."
             )
-        AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
-        return AutoProcessor.from_pretrained(base, token=token)
+        return load_processor(base, token=token)
 
 
 def save_adapter(model: Any, folder: str | os.PathLike) -> None:
-    """Write the side branch of a DPVR model as a PEFT adapter, which also fits the stock LLaVA that it stands on.
+    """Save the side branch of a DPVR model as a PEFT adapter, for the DPVR model or its base, a stock LLaVA.
 
     Raises:
         ValueError: as `SideBranchLoading.side_branch_base`.
@@ -162,7 +155,7 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
         "inference_mode": True,
         "base_model_name_or_path": base,
         "num_hidden_layers": model.config.text_config.num_hidden_layers,
-        **{name: vars(model.config)[name] for name in DPVR_FIELDS if name != "base_model_name_or_path"},
+        **model.config.dpvr_fields(),
     }
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items() if is_side_branch(name)}
     os.makedirs(folder, exist_ok=True)
@@ -175,7 +168,7 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
 
 
 def require_hub_base(base: str) -> None:
-    """Raise ValueError unless a base has a name on the Hub; shared with a path, a side branch is of no use."""
+    """Raise ValueError unless `base` is a Hub id: others cannot load a base from a local path."""
     try:
         validate_repo_id(base)
         local = os.path.isdir(base)
@@ -183,18 +176,17 @@ def require_hub_base(base: str) -> None:
         local = True
     if local:
         raise ValueError(
-            f"Expected a base with a name on the Hub, from where others load it beside the side branch; got the local "
-            f"folder {base!r}. Remedy: put the base on the Hub and load it by its id, or share all weights: "
-            "model.push_to_hub(..., side_branch_only=False)."
+            f"The base of this side branch is the local folder {base!r}, which others cannot load: push the base to "
+            "the Hub and load it by its id, or share all weights with model.push_to_hub(..., side_branch_only=False)."
         )
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Return the full id of a repository on the Hub, made if it is not there yet.
+    """Create a repository on the Hub unless it exists, and return its full id.
 
     Raises:
-        OSError: if the Hub cannot be reached or does not let us write there. That of a repository that is there
-            already huggingface_hub finds out from version 2 on.
+        OSError: if the Hub cannot be reached or the token may not write there. For a repository that exists the right
+            to write is checked with huggingface_hub 2 or newer.
     """
     api = HfApi(token=token)
     try:
@@ -203,8 +195,8 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
             api.auth_check(repo_id, write=True)
     except HUB_ERRORS as error:
         raise OSError(
-            f"Expected a repository {repo_id!r} on the Hub that we may write to; got: {error}. Remedy: hf auth login "
-            "with a token that may write, and a name of the form me/x."
+            f"The Hub does not let you write to {repo_id!r} ({error}): run hf auth login with a token that may write, "
+            "and give a name of the form me/x."
         ) from error
     return repo_id
 
@@ -219,20 +211,20 @@ def upload(
 ) -> str:
     """Commit a saved model to the Hub: the files at the top of its folder and those in `adapter/`.
 
-    With them goes a card, unless the folder or the repository has one that is not of our making. Weights that the
-    folder no longer has go from the repository in the same commit.
+    A card is added, unless the folder has one or somebody wrote the repository's by hand. Weights that are in the
+    repository and no longer in the folder are deleted in the same commit.
 
     Returns:
-        the address of the commit.
+        The URL of the commit.
 
     Raises:
         ValueError: if the folder holds no model, or one whose base is a local folder.
-        OSError: if the push failed; the repository is as it was before.
+        OSError: if the push failed; the repository is then as it was before.
     """
     if not Path(folder, CONFIG_NAME).is_file():
         raise ValueError(
-            f"Expected a folder with {CONFIG_NAME}, as save_pretrained and train_sft.py write it; got "
-            f"{str(folder)!r}. Remedy: name the output_dir of a run."
+            f"There is no {CONFIG_NAME} in {str(folder)!r}: give the output_dir of train_sft.py, or a folder that "
+            "save_pretrained wrote."
         )
     config = DpvrLlavaConfig.from_pretrained(folder)
     if config.base_model_name_or_path is not None:
@@ -241,9 +233,8 @@ def upload(
     api, files = HfApi(token=token), files_to_share(Path(folder))
     try:
         present = set(api.list_repo_files(repo_id))
-        card = present & {CARD_NAME} and Path(api.hf_hub_download(repo_id, CARD_NAME)).read_text(encoding="utf-8")
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-        if CARD_NAME not in files and (not card or MARK in card):
+        if CARD_NAME not in files and (CARD_NAME not in present or _may_replace_card(api, repo_id)):
             record = Path(folder, RECORD_NAME)
             record = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
             operations.append(CommitOperationAdd(CARD_NAME, str(model_card(repo_id, config, record)).encode()))
@@ -252,16 +243,21 @@ def upload(
         return api.create_commit(repo_id, operations, commit_message=message).commit_url
     except HUB_ERRORS as error:
         raise OSError(
-            f"Expected to push {str(folder)!r} to {repo_id!r}; got: {error}. Nothing was changed there. Remedy: push "
-            f"again; the output_dir of a run with: python -m dpvr.push <output_dir> {repo_id}"
+            f"The push of {str(folder)!r} to {repo_id!r} failed ({error}). The repository was not changed. Push "
+            f"again; for the output_dir of a run: python -m dpvr.push <output_dir> {repo_id}"
         ) from error
 
 
 def files_to_share(folder: Path) -> dict[str, Path]:
-    """Return the files of a saved model by their names in the repository; checkpoints and logs stay behind."""
+    """Return the files to push by their names in the repository: the model's, without checkpoints and logs."""
     top = [path for path in folder.iterdir() if path.suffix in SUFFIXES or path.name == CARD_NAME]
     inside = (folder / ADAPTER_FOLDER).glob("*")
     return {path.relative_to(folder).as_posix(): path for path in sorted([*top, *inside]) if path.is_file()}
+
+
+def _may_replace_card(api: HfApi, repo_id: str) -> bool:
+    card = Path(api.hf_hub_download(repo_id, CARD_NAME)).read_text(encoding="utf-8")
+    return not card or OWN_CARD.search(card) is not None
 
 
 def _is_replaced(name: str) -> bool:
@@ -269,7 +265,7 @@ def _is_replaced(name: str) -> bool:
 
 
 def model_card(repo_id: str, config: DpvrLlavaConfig, record: dict[str, Any] | None) -> ModelCard:
-    """Return the card of a model: what it is, how it was made as far as that was recorded, and how well it does."""
+    """Return the card of a model: what it is, how it was trained and its scores, as far as the record says."""
     base, plan = config.base_model_name_or_path, config.layer_plan()
     metadata = ModelCardData(
         base_model=base,
@@ -285,9 +281,9 @@ def model_card(repo_id: str, config: DpvrLlavaConfig, record: dict[str, Any] | N
         name=repo_id,
         holds=SIDE_BRANCH_ONLY.format(base=base) if base else ALL_WEIGHTS,
         plan=routed if plan.reads_side_branch else NOT_ROUTED.format(routing=config.routing),
-        training=_training(record) if record else "No record of the training lies here.",
+        training=_training(record) if record else "There is no record of the training.",
         scores=_scores(record["accuracy"]) if record and record["accuracy"] else "Not measured.",
-        limits="Image tokens predict nothing past the split: they are context. " if plan.reads_side_branch else "",
+        limits="Logits at image tokens mean nothing under its routing. " if plan.reads_side_branch else "",
         mark=MARK,
     )
     return ModelCard(f"---\n{metadata}\n---\n\n{text}")
@@ -316,19 +312,3 @@ def _scores(accuracy: list[dict[str, Any]]) -> str:
         scores = " | ".join(f"{row['tasks'][task]:.1%}" for task in tasks)
         lines.append(f"| {row['name']} | {scores} | {row['mean']:.1%} | {row['n']} |")
     return "\n".join(lines)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Put the folder of a saved model on the Hub.")
-    parser.add_argument("folder", help="the output_dir of train_sft.py, or what save_pretrained wrote")
-    parser.add_argument("repo_id", help="me/x")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    return parser.parse_args()
-
-
-def main(args: argparse.Namespace) -> None:
-    print(upload(args.folder, args.repo_id, private=args.private))
-
-
-if __name__ == "__main__":
-    main(parse_args())

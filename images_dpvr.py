@@ -1,4 +1,6 @@
-"""Which tokens of a prompt are images, and whether the pixels that come with them are theirs.
+"""Find the image tokens of a prompt, and check that the pixels fit them.
+
+    input_ids or inputs_embeds, pixel_values --find_images--> bool (B, T), True at image tokens; None without images
 
 Axes: B batch, T tokens of a chunk, N images, V image tokens, D width.
 """
@@ -15,11 +17,11 @@ except ImportError:
     from versions_dpvr import cache_in
 
 MARKS = ("image_token_id", "video_token_id")
-FIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")  # they give every image the same number of tokens
+FIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")  # every image has the same number of tokens
 
 
 def image_marks(owner: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """bool (B, T), True where an image's or a video's token stands, or its embedding."""
+    """bool (B, T), True at the tokens of images and videos, given as ids or as embeddings."""
     marks = [getattr(owner.config, name, None) for name in MARKS]
     marks = [mark for mark in marks if mark is not None]
     if input_ids is not None:
@@ -30,17 +32,21 @@ def image_marks(owner: nn.Module, input_ids: torch.Tensor | None, inputs_embeds:
 
 
 def find_images(owner: nn.Module, arguments: dict[str, Any]) -> torch.Tensor | None:
-    """The image tokens of a chunk, bool (B, T), or None without any; a decoded token is taken for text, unread.
+    """The image tokens of a chunk, bool (B, T), or None if there are none.
+
+    A single id with a cache and no pixels is taken for a decoded text token and not looked at: that would synchronise
+    with the device in every step.
 
     Args:
-        owner: the model whose forward gets `arguments`.
+        owner: the vision-language model whose forward gets `arguments`.
 
     Raises:
         ValueError: for image tokens and pixels that do not match, and pixels that are not finite.
     """
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
-        raise ValueError("Expected exactly one of input_ids and inputs_embeds; got both or neither. Remedy: drop one.")
+        given = "Neither" if ids is None else "Both"
+        raise ValueError(f"{given} of input_ids and inputs_embeds came: pass exactly one of them.")
     tokens = ids if ids is not None else embeds
     pixels = [value for name, value in arguments.items() if name.startswith("pixel_values") and value is not None]
     encoded = [value for value in (arguments.get("mm_encoder_outputs") or {}).values() if value is not None]
@@ -54,8 +60,8 @@ def find_images(owner: nn.Module, arguments: dict[str, Any]) -> torch.Tensor | N
         given = sum(map(len, pixels)) + sum(len(output.pooler_output) for output in encoded)
         marks = " or ".join(str(getattr(owner.config, name)) for name in MARKS if hasattr(owner.config, name))
         raise ValueError(
-            f"Expected image tokens and pixels together; got {num_tokens} image tokens (id {marks}) and {given} "
-            "images. Remedy: make both with the processor, one <image> mark per image."
+            f"The prompt has {num_tokens} image tokens (id {marks}), and {given} images came with it: make both with "
+            "the processor, with one <image> mark per image."
         )
     _check_pixels(pixels)
     if (per_image := _tokens_of_images(owner.config, arguments)) is not None:
@@ -64,9 +70,9 @@ def find_images(owner: nn.Module, arguments: dict[str, Any]) -> torch.Tensor | N
 
 
 def tokens_per_image(config: PretrainedConfig, arguments: dict[str, Any]) -> int | None:
-    """How many tokens every image of a LLaVA takes, from its tower's shape; None where images differ in that.
+    """The number of tokens of each image in a LLaVA, from the shape of its tower; None if images differ in it.
 
-    Not from `image_seq_length`, which configs often leave at its default.
+    `image_seq_length` is not used, as many configs leave it at its default.
     """
     vision = config.vision_config
     if vision.model_type not in FIXED_TOWERS or hasattr(config, "image_grid_pinpoints"):
@@ -77,14 +83,14 @@ def tokens_per_image(config: PretrainedConfig, arguments: dict[str, Any]) -> int
 
 
 def images_per_row(image_mask: torch.Tensor, tokens: int) -> list[int]:
-    """How many images each row of bool (B, T) holds, of `tokens` tokens each."""
+    """The number of images in each row of bool (B, T), with `tokens` tokens per image."""
     return (image_mask.sum(1) // tokens).tolist()
 
 
 def _tokens_of_images(config: PretrainedConfig, arguments: dict[str, Any]) -> list[int] | None:
-    """How many tokens each image takes, where that is known: from its features, or from a tower of fixed shape.
+    """The number of tokens of each image, from its features or from a tower of fixed shape; None if it is not known.
 
-    None for one piece of features, of a prefill in chunks, which may cut through images.
+    It is not known for a single piece of features: a prefill in chunks passes these, and a chunk may end in an image.
     """
     encoded, pixels = (arguments.get("mm_encoder_outputs") or {}).get("image"), arguments.get("pixel_values")
     if encoded is not None:
@@ -95,21 +101,21 @@ def _tokens_of_images(config: PretrainedConfig, arguments: dict[str, Any]) -> li
         return None
     if pixels.ndim != 4:
         raise ValueError(
-            f"Expected pixel_values of shape (images, channels, height, width); got {tuple(pixels.shape)}. Remedy: "
-            "use the processor of this model."
+            f"pixel_values have the shape {tuple(pixels.shape)}, but (images, channels, height, width) is needed: "
+            "make them with the processor of this model."
         )
     return [tokens] * len(pixels)
 
 
 def _check_counts(counts: list[int], per_image: list[int]) -> None:
-    """Raise ValueError unless the rows' image tokens, `counts`, are those of whole images."""
-    ends = set(torch.tensor([0, *per_image]).cumsum(0).tolist())
-    rows = torch.tensor(counts).cumsum(0).tolist()
-    if rows[-1] != sum(per_image) or not ends.issuperset(rows):
+    """Raise ValueError unless the image tokens of every row, `counts`, are those of whole images."""
+    image_ends = set(torch.tensor([0, *per_image]).cumsum(0).tolist())
+    row_ends = torch.tensor(counts).cumsum(0).tolist()
+    if row_ends[-1] != sum(per_image) or not image_ends.issuperset(row_ends):
         raise ValueError(
-            f"Expected as many image tokens as image features; got tokens per row: {counts}, features: "
-            f"{sum(per_image)} ({len(per_image)} images of {sorted(set(per_image))}). Remedy: use the processor of "
-            "this model, one image per <image> mark, and do not truncate inside an image."
+            f"The rows have {counts} image tokens, but {len(per_image)} images of {sorted(set(per_image))} tokens "
+            f"have {sum(per_image)}: use the processor of this model, with one image per <image> mark, and do not "
+            "truncate inside an image."
         )
 
 
@@ -118,6 +124,6 @@ def _check_pixels(pixels: list[torch.Tensor]) -> None:
         finite = int(torch.isfinite(values).sum())
         if finite != values.numel():
             raise ValueError(
-                f"Expected finite pixel_values; got {values.numel() - finite} of {values.numel()} that are NaN or "
-                "infinite. Remedy: check the picture and its preprocessing."
+                f"{values.numel() - finite} of {values.numel()} pixel_values are NaN or infinite: check the picture "
+                "and its preprocessing."
             )

@@ -10,6 +10,8 @@ the paper trains (section 3.4).
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -342,16 +344,22 @@ def load_processor(name_or_path: str, revision: str = "main", token: str | bool 
     return AutoProcessor.from_pretrained(name_or_path, revision=revision, token=token, trust_remote_code=False)
 
 
-def _read_side_branch(repository: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
-    """The weights of a repository that holds the side branch alone."""
-    path = cached_file(repository, WEIGHTS_NAME, **hub_kwargs)
+@contextmanager
+def open_weights(path: str) -> Iterator[Any]:
+    """Open a safetensors file, or raise ValueError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"The safetensors file at {path} is damaged ({error}): download it or save it again."
         ) from error
+
+
+def _read_side_branch(repository: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """The weights of a repository that holds the side branch alone."""
+    with open_weights(cached_file(repository, WEIGHTS_NAME, **hub_kwargs)) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
     if others := sorted(name for name in weights if not is_side_branch(name)):
         raise ValueError(
             f"The config in {repository!r} names a base, so its weights should be the side branch alone, but there "

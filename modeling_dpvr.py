@@ -3,12 +3,15 @@
 Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/abs/2606.09131, section 3.
 
     input_ids, pixel_values
-        routing "none", or no image in the prompt   -> stock LLaVA
-        any other routing                           -> stock LLaVA on twins, whose decoder layers are routed
+        routing "none", or no image in the prompt   -> the forward of stock LLaVA
+        any other routing                           -> the same forward, on decoder layers that are routed
     text states -> lm_head -> logits                   (forward_dpvr.py)
 
 Everything but `side_branch` is a stock `LlavaForConditionalGeneration`, so vanilla checkpoints load as they are, and a
 repository may hold the side branch alone and name its base.
+
+Each *_dpvr.py imports its neighbours in a try and again in its except: the Hub's loader imports the files as a
+package and fetches only those that this file imports directly; everything else imports them as plain modules.
 """
 
 from torch import nn
@@ -16,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaModel
 
-try:  # all files of the project's: the Hub's loader fetches what this one imports, and no further
+try:
     from .cache_dpvr import DecodeStep
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from .costs_dpvr import CostFormulas
@@ -47,8 +50,8 @@ except ImportError:
 class DpvrLlavaModel(routed_model(LlavaModel)):
     """LLaVA without its head: vision tower, projector and decoder are stock, `side_branch` is new.
 
-    The routing lives here, not in the class with the head, because trainers call the model without its head and
-    project only the positions they want. `forward` is stock's, under the configured plan.
+    `forward` is stock LLaVA's under the layer plan of the config. It is routed here, not in the class with the head,
+    because trainers call the model without its head and project only the positions they want.
     """
 
     config_class = DpvrLlavaConfig
@@ -58,39 +61,41 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
     def __init__(self, config: DpvrLlavaConfig):
         super().__init__(config)
         self.side_branch = make_side_branch(self.language_model.layers, config)
-        self._planned: tuple[tuple, LayerPlan] | None = None
+        self._cached_plan: tuple[tuple, LayerPlan] | None = None  # with the config's fields that it was made of
         self.post_init()
 
     @property
     def plan(self) -> LayerPlan:
-        """What every decoder layer does; made anew when a field of the config has changed."""
+        """What every decoder layer does; made and checked again when a field of the config has changed."""
         fields = self.config.plan_fields
-        if self._planned is None or self._planned[0] != fields:
-            self._planned = fields, self.config.layer_plan()
-        return self._planned[1]
+        if self._cached_plan is None or self._cached_plan[0] != fields:
+            self._cached_plan = fields, self.config.layer_plan()
+        return self._cached_plan[1]
 
     @property
     def branch(self) -> nn.ModuleList:
+        """The side branch that runs; a PEFT adapter puts its own here (adapter_dpvr.py)."""
         return self.side_branch
 
 
 class DpvrLlavaForConditionalGeneration(
     Sharing, SideBranchLoading, CostFormulas, routed(LlavaForConditionalGeneration)
 ):
-    """LLaVA whose image tokens leave the decoder at the split; `set_routing` and `from_llava` say more.
+    """LLaVA whose image tokens leave the decoder after `split_layer` layers; see `from_llava` and `set_routing`.
 
-    Call and generate are stock LLaVA's, for every routing. Under one:
+    It is called and generates as stock LLaVA does. What differs under a routing other than "none":
 
-    - Logits at image tokens predict nothing: past the split images are context. A label of an image token, or right
-      after one, is left out of the loss, and a prompt to generate from has to end in text.
-    - Of n tokens in `logits_to_keep` only these query in the last layer.
-    - A 2-D attention_mask is not read for a single new token after a prompt without padding.
-    - `output_hidden_states` gives the L + 1 states (B, T, D) of stock; past the split an image token shows the side
-      branch's output until a joint layer moves it on. `output_attentions` is refused, as layers differ in their keys.
+    - Logits at image tokens mean nothing, because past the split image tokens are context. The loss leaves out labels
+      at image tokens and at the token after them, and a prompt to generate from has to end in text.
+    - With `logits_to_keep=n` only the last n tokens are queries in the last layer.
+    - A 2-D attention_mask is ignored for a single new token after a prompt without padding.
+    - `output_hidden_states` gives the L + 1 states (B, T, D) of stock. At image tokens past the split these are the
+      side branch's output, until a joint layer updates it. `output_attentions` is refused, as the layers have
+      different numbers of keys.
 
-    Raises (all ways in):
+    Raises (forward and generate):
         ValueError: for image tokens and pixels that do not match, pixels that are not finite, masks of a wrong shape,
-            and modes that are not supported; the message names expected, got and remedy.
+            and options that are not supported.
     """
 
     config_class = DpvrLlavaConfig
@@ -103,28 +108,32 @@ class DpvrLlavaForConditionalGeneration(
         self.model = DpvrLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        if config.base_model_name_or_path is not None:  # the base has no side branch; it comes from its own repository
+        if config.base_model_name_or_path is not None:  # the side branch is loaded from another repository
             self._keys_to_ignore_on_load_missing = {r"side_branch\."}
 
     @property
     def side_branch(self) -> nn.ModuleList:
-        """The `config.num_side_layers` decoder layers that image tokens take past the split; all that DPVR trains."""
+        """The `config.num_side_layers` decoder layers for image tokens past the split; only these are trained."""
         return self.model.side_branch
 
     # -- routing ------------------------------------------------------------------------------------------------------
 
     def set_routing(self, routing: str) -> None:
-        """Switch the routing on the same weights ("none" is vanilla LLaVA), or raise ValueError if it cannot run."""
+        """Switch the routing on the same weights ("none" is vanilla LLaVA).
+
+        Raises:
+            ValueError: if the other fields do not allow it; the routing then stays as it was.
+        """
         self.config.layer_plan(routing)
         self.config.routing = routing
 
     def freeze_base(self) -> None:
-        """Leave nothing but the side branch to train (paper section 3.4)."""
+        """Freeze all weights but the side branch's (paper section 3.4)."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_side_branch(name))
 
     def decode_step(self, cache: Cache) -> DecodeStep:
-        """The next token's step as a module to export, for a static cache that holds a prompt; see `DecodeStep`."""
+        """A module to export that decodes one token, for a static cache that holds a prompt; see `DecodeStep`."""
         return DecodeStep(self, cache)
 
 

@@ -1,9 +1,9 @@
-"""Which token lies where: the two streams of a chunk, and the part of a stock mask that is theirs.
+"""The text and image stream of a chunk, and their parts of the attention mask that the stock decoder makes.
 
-Every token has a slot, its index in the whole sequence. A stream's queries are rows of the mask that the stock decoder
-made for all tokens, its keys are columns of it:
+Every token has a slot, its index in the whole sequence. In the mask for all tokens, the queries of a stream are some
+of the rows and its keys some of the columns:
 
-    the stock mask of "u u I I t t"        of text that reads keys in the order I I u u t t
+    the stock mask of "u u I I t t"        of its text, with the keys in the order I I u u t t
         query u    x . . . . .                          query u      . . x . . .
               u    x x . . . .                                u      . . x x . .
               I    x x x . . .
@@ -23,10 +23,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 @dataclass
 class Streams:
-    """One chunk of T tokens sorted into a text and an image stream.
+    """One chunk of T tokens, sorted into a text and an image stream.
 
-    A slot is a token's index in the whole sequence; -1 marks padding slots, put in front of the rows of a ragged batch
-    that have fewer tokens in a stream than the longest row.
+    Rows with fewer tokens in a stream than the longest row start with padding slots, which are -1.
     """
 
     text: torch.Tensor  # int64 (B, X), slots
@@ -36,7 +35,13 @@ class Streams:
 
     @classmethod
     def sort(cls, image_mask: torch.Tensor, first: int, num_text: int, num_image: int) -> "Streams":
-        """Sort the tokens of `image_mask`, bool (B, T): True at image tokens, the counts are the largest of a row."""
+        """Sort the tokens of a chunk.
+
+        Args:
+            image_mask: bool (B, T), True at image tokens.
+            first: slot of the chunk's first token.
+            num_text, num_image: X and V, the largest number of text and image tokens in a row.
+        """
         text_count, image_count = (~image_mask).cumsum(1), image_mask.cumsum(1)  # (B, T)
         text_entry = num_text - text_count[:, -1:] + text_count - 1
         image_entry = num_text + num_image - image_count[:, -1:] + image_count - 1
@@ -46,9 +51,11 @@ class Streams:
         return cls(entries[:, :num_text], entries[:, num_text:], merge_index, first)
 
     def pick(self, states: torch.Tensor, slots: torch.Tensor, axis: int = 1) -> torch.Tensor:
-        """The entries at `slots` (B, N) along a tensor's token axis, before which comes the batch's, of B or 1.
+        """The entries of a tensor at `slots` (B, N) along its token axis; at padding slots the first token's.
 
-        A padding slot repeats the first token's.
+        Args:
+            states: (..., B or 1, T, ...), the batch axis right before the token axis.
+            axis: the token axis.
         """
         index, batch_axis = (slots - self.first).clamp(min=0).to(states.device), axis % states.ndim - 1
         shape = list(states.shape)
@@ -59,13 +66,15 @@ class Streams:
         return states.gather(batch_axis + 1, index.view(view).expand(shape))
 
     def merge(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Text (B, X, D) and image (B, V, D) states back in the order of the tokens, (B, T, D)."""
+        """Text (B, X, D) and image (B, V, D) states in the order of the tokens again, (B, T, D)."""
         both = torch.cat([text, image.to(text.device)], dim=1)
         return both.gather(1, self.merge_index[..., None].to(both.device).expand(-1, -1, both.shape[-1]))
 
 
 def visible_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Causality by slots, where the stock decoder leaves it to the kernel; padding slots see themselves, never NaN.
+    """The causal mask of slots, for when the stock decoder makes no mask and leaves causality to the kernel.
+
+    A padding slot attends to padding slots, as a row without any key would give NaN.
 
     Args:
         queries, keys: int64 (B, Q) and (B, K) slots.
@@ -78,12 +87,12 @@ def visible_keys(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def mask_of_keys(full: torch.Tensor | BlockMask, rows: torch.Tensor | None, columns: torch.Tensor) -> Any:
-    """Rows and columns of a stock mask, in its own form; nobody but themselves sees padding slots, which are negative.
+    """Some rows and columns of a stock mask, in its form. Padding slots are seen by themselves alone.
 
     Args:
-        full: bool or additive (B or 1, H or 1, T, K of all tokens), or a `BlockMask`.
-        rows: int64 (B, Q), where the queries lie in the chunk; None stands for all of them, in order.
-        columns: int64 (B, N), where the keys lie in `full`.
+        full: the mask of all tokens: bool or additive (B or 1, H or 1, T, K), or a `BlockMask`.
+        rows: int64 (B, Q), the places of the queries in the chunk, negative at padding slots; None: all, in order.
+        columns: int64 (B, N), the places of the keys in `full`, negative at padding slots.
     """
     if isinstance(full, BlockMask):
         return _block_mask_of_keys(full, rows, columns)
@@ -117,5 +126,5 @@ def _block_mask_of_keys(full: BlockMask, rows: torch.Tensor | None, columns: tor
 
 
 def shifted(first: int, slots: torch.Tensor) -> torch.Tensor:
-    """Slots counted from `first`; padding slots, and those before it, stay negative."""
+    """Slots counted from `first`; padding slots stay negative, and slots before `first` become so."""
     return torch.where(slots < 0, slots, slots - first) if first else slots

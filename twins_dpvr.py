@@ -1,10 +1,11 @@
-"""Twins of stock modules: the same class, weights and attributes with other parts, so that their own code runs.
+"""Twins of stock modules: copies with the same class, weights and attributes, in which some submodules are replaced.
 
     outer model's own forward      tower, projector, merging               on a twin whose decoder is
-        decoder's own forward      cache, masks, rotary tables             a twin whose layers are
-            RoutedLayer            run(layer, states, arguments, cache)    the stock layer, for some of the tokens
+        decoder's own forward      cache, masks, rotary embeddings         a twin whose layers are
+            RoutedLayer            run(layer, states, arguments, cache)    calls of the stock layer, for some tokens
 
-A layer's keys and values are made by itself: a stand-in for its cache takes what it writes and stops it there.
+So the library's code runs under a layer plan without being changed or written again. Keys and values for other tokens
+than the queries are made by the stock layer too: it gets a `KeyTap` for its cache, which takes them and ends the call.
 
 Axes: B batch, N tokens, D width, H heads.
 """
@@ -30,15 +31,16 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "
 
 
 def twin(module: nn.Module, *, hooks: bool = True, **parts: nn.Module) -> nn.Module:
-    """A module of the same class, weights and attributes with other parts; the module itself does not change.
+    """A shallow copy of a module in which some submodules are replaced by `parts`; the module does not change.
 
-    Without `hooks` it has none of those on the module: for a call that stops on the way.
+    Args:
+        hooks: False: without the module's hooks, for a call that ends before its outputs are made.
     """
     new = copy.copy(module)
     if not hooks:
         vars(new).update({name: type(value)() for name, value in vars(module).items() if name in HOOKS})
     vars(new)["_modules"] = {**module._modules, **parts}
-    for name, value in vars(module).items():  # a forward that accelerate has wrapped is bound to the module
+    for name, value in vars(module).items():  # accelerate binds a wrapped forward to the module: bind it to the twin
         if isinstance(value, MethodType) and value.__self__ is module:
             vars(new)[name] = MethodType(value.__func__, new)
         elif isinstance(value, partial) and value.args[:1] == (module,):
@@ -47,24 +49,24 @@ def twin(module: nn.Module, *, hooks: bool = True, **parts: nn.Module) -> nn.Mod
 
 
 class RoutedLayer(nn.Module):
-    """In a decoder layer's place among its decoder's: `run` decides what the stock layer gets to see.
+    """Stands for a decoder layer in its decoder, and leaves to `run` for which tokens the stock layer is called.
 
     Args:
-        layer: the stock layer, not registered as a part: its weights have one owner.
+        layer: the stock layer; not registered as a submodule, as its weights already belong to the model.
         index: its place in the decoder.
-        run: called with this, the states that the layer before gave, the layer's other arguments, and the cache.
+        run: called with this, the states from the layer before, the layer's other arguments, and the cache.
     """
 
     def __init__(self, layer: nn.Module, index: int, run: Callable) -> None:
         super().__init__()
-        for name, value in vars(layer).items():  # the decoder may ask it for its attention's type
+        for name, value in vars(layer).items():  # the decoder reads attributes of its layers, as attention_type
             if not name.startswith("_") and not callable(value):
                 vars(self)[name] = value
         vars(self).update(stock=layer, index=index, run=run, names=argument_names(type(layer).forward))
         self.cache_name = cache_name(type(layer).forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """As the stock layer's."""
+        """Called as the stock layer is."""
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         hidden, cache = arguments.pop(self.names[0]), arguments.pop(self.cache_name, None)
         return self.run(self, hidden, arguments, cache)
@@ -72,7 +74,7 @@ class RoutedLayer(nn.Module):
     def call(
         self, states: torch.Tensor, arguments: dict[str, Any], cache: Any
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """The stock layer itself."""
+        """Call the stock layer."""
         return self.stock(states, **arguments, **{self.cache_name: cache})
 
     def keys_and_values(
@@ -80,11 +82,12 @@ class RoutedLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values (B, H, N, head width) that the stock layer would cache for states (B, N, D).
 
-        To be called within the layer's own call where something gathers its weights for that. No query is projected.
+        No query is projected. If the layer's weights are sharded or offloaded, call it within the layer's own call,
+        when they are there.
         """
         attention = self.stock.self_attn
         width = attention.q_proj.out_features // attention.config.num_attention_heads
-        layer = twin(self.stock, self_attn=twin(attention, hooks=False, q_proj=Nothing(width)))
+        layer = twin(self.stock, self_attn=twin(attention, hooks=False, q_proj=Zeros(width)))
         arguments = {**{name: on(value, device) for name, value in arguments.items()}, MASK: None}
         tap = KeyTap()
         try:
@@ -94,8 +97,8 @@ class RoutedLayer(nn.Module):
         return tap.taken
 
 
-class Nothing(nn.Module):
-    """In a projection's place: one head of zeros, for a layer whose queries nobody reads."""
+class Zeros(nn.Module):
+    """Replaces a projection whose output is not needed: zeros (B, N, width), without computing or storing them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,11 +109,11 @@ class Nothing(nn.Module):
 
 
 class KeysTaken(Exception):
-    """A layer has made its keys; nothing more is wanted of it."""
+    """Ends a layer's call once its keys and values are made."""
 
 
 class KeyTap:
-    """In a cache's place: takes the keys and values that a layer writes, and stops it there."""
+    """Passed to a layer as its cache: takes the keys and values that the layer writes, and ends its call."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> None:
         self.taken = keys, values
@@ -118,11 +121,11 @@ class KeyTap:
 
 
 class WriteFirst:
-    """In a cache's place: before what a layer writes, writes the keys that it makes of other states.
+    """Passed to a layer as its cache: writes the keys and values of other states before those of the layer's call.
 
     Args:
-        cache: the cache itself, or None.
-        layer: the layer that is given this for its cache.
+        cache: the real cache, or None.
+        layer: the layer that gets this.
         others: the other states (B, N, D), each with the layer's arguments for them.
     """
 
@@ -132,18 +135,18 @@ class WriteFirst:
         self.cache, self.layer, self.others = cache, layer, others
 
     def write(self, device: torch.device, layer_idx: int, *args: Any, **kwargs: Any) -> list:
-        """Write the keys of the other states, and return them, each with its values."""
+        """Write the keys and values of the other states, and return them in pairs."""
         made = [self.layer.keys_and_values(states, arguments, device) for states, arguments in self.others]
         for keys, values in made if self.cache is not None else ():
             self.cache.update(keys, values, layer_idx, *args, **kwargs)
-            if self.cache.offloading:  # more keys of this layer follow
+            if self.cache.offloading:  # update sends the layer off, and more keys of it follow
                 self.cache.layers[layer_idx].prefetch()
         return made
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Cache.update`."""
+        """Called as `Cache.update` is."""
         made = self.write(keys.device, layer_idx, *args, **kwargs)
         if self.cache is not None:
             return self.cache.update(keys, values, layer_idx, *args, **kwargs)
@@ -152,31 +155,31 @@ class WriteFirst:
 
 
 def on(value: Any, device: torch.device) -> Any:
-    """A tensor, or a tuple of them, on a device."""
+    """A tensor, or a tuple of tensors, on a device; anything else as it is."""
     if isinstance(value, tuple):
         return tuple(on(part, device) for part in value)
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def decoder_of(owner: nn.Module) -> tuple[str, nn.Module]:
-    """The decoder in an outer model, and its name there.
+    """The name and the decoder of a vision-language model without its head.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if it has none.
     """
     for name in DECODER_NAMES:
         decoder = owner._modules.get(name)
         if decoder is not None and isinstance(decoder._modules.get("layers"), nn.ModuleList):
             return name, decoder
     raise ValueError(
-        f"Expected a model with a decoder called {' or '.join(DECODER_NAMES)}; got {type(owner).__name__}. Remedy: a "
-        "vision-language model of transformers, such as LLaVA."
+        f"{type(owner).__name__} has no decoder under the name {' or '.join(DECODER_NAMES)}: use a vision-language "
+        "model of transformers, such as LLaVA."
     )
 
 
 @torch.compiler.disable
 def routed_twin(owner: nn.Module, run: Callable) -> nn.Module:
-    """A twin of an outer model, whose decoder's layers are routed."""
+    """A twin of a vision-language model without its head, in which `run` runs the layers of the decoder."""
     name, decoder = decoder_of(owner)
     layers = nn.ModuleList(RoutedLayer(layer, index, run) for index, layer in enumerate(decoder.layers))
     return twin(owner, **{name: twin(decoder, layers=layers)})

@@ -1,4 +1,6 @@
-"""The method: past the split image tokens take a short side branch, text goes on alone, and both meet again late.
+"""The method: past the split image tokens run through a short side branch and text alone through the decoder layers.
+
+The text attends to the side branch's output in the last layer, or in the layers that the plan says.
 
 Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/abs/2606.09131, section 3.2, Algorithm
 1.
@@ -9,22 +11,23 @@ Late-Layer Fusion is Enough: Dual-Path Vision Token Routing, https://arxiv.org/a
         |--------------------.
     text (B, X, D)       image (B, V, D)
         |                    |
-    layers s ... L-2     side branch          text runs alone; the side branch is the only trainable part
+    layers s ... L-2     side branch          text runs alone; only the side branch is trained
         |                    |
     layer L-1 <--- keys -----'                context: text attends to the side branch's image states
         |
     norm, lm_head
 
-Nothing of the base model is written again. Its own forward runs on twins (twins_dpvr.py) whose decoder layers are
-`RoutedLayer`s; each picks its stream's tokens out of what the stock decoder made for all T:
+The base model's own forward runs all this, on twins: copies with the same weights whose decoder layers are
+`RoutedLayer`s (twins_dpvr.py). The stock decoder makes states, masks and rotary embeddings for all T tokens; a routed
+layer selects those of its stream and calls the stock layer with them:
 
     outer model's own forward      tower, projector, merging               on a twin whose decoder is
-        decoder's own forward      cache, masks, rotary tables             a twin whose layers are routed
-            RoutedLayer            states, tables, ids: its tokens; mask: the rows of its queries, the columns of its
-                                   keys; then the stock layer runs
+        decoder's own forward      cache, masks, rotary embeddings         a twin whose layers are routed
+            RoutedLayer            selects tokens; in the mask, rows for its queries and columns for its keys
+                stock layer
 
-A context layer writes the image's keys before the text's own: attention does not care in which order keys lie as long
-as the mask knows where each belongs (streams_dpvr.py). Who calls this is forward_dpvr.py.
+A context layer writes the image's keys before those of the text. The order of keys does not matter to attention, as
+long as the columns of the mask have the same order (streams_dpvr.py). forward_dpvr.py calls all this.
 
 Axes: B batch, T all tokens of a chunk, X its text tokens, V its image tokens, D width, H heads, L layers.
 """
@@ -47,23 +50,24 @@ except ImportError:
     from twins_dpvr import MASK, RoutedLayer, WriteFirst, on
 
 TOKEN_AXES = {"position_ids": -1, "token_type_ids": -1, "mm_token_type_ids": -1, "position_embeddings": -2}
-KEYS_OF = ("text", "image", "context")  # kinds of layers whose keys are not simply all tokens' in order
-eagerly = torch.compiler.disable(recursive=False)  # sorting tokens is not compiled; the stock layers may be
+TABLES_OF = ("text", "image", "context")  # kinds of layers whose keys are recorded; a joint layer has all, in order
+eagerly = torch.compiler.disable(recursive=False)  # sorting tokens is not compiled, the stock layers may be
 
 
 class TwoStreamPass:
-    """One chunk with image tokens on its way through a decoder under a layer plan (paper Algorithm 1).
+    """Runs the decoder layers for one chunk with image tokens, under a layer plan (paper Algorithm 1).
 
-    A layer's kind says which tokens query and which keys it holds: "joint" T of T, "text" X of X, "image" V of V (the
-    side branch), "context" X of V + X.
+    The kind of a layer says how many queries and keys it has in the chunk: "joint" T and T, "text" X and X, "image" (a
+    side layer) V and V, "context" X and V + X.
 
     Args:
         side_branch: the trainable layers; their `layer_idx` follow the decoder's.
-        plan: where the image leaves the stack, and the mode of every layer.
+        plan: the layer at which image tokens leave the decoder, and the mode of every layer.
         image_mask: bool (B, T), True at image tokens.
-        record: of the cache that is continued, if it has seen images.
-        padded: bool (), whether the attention mask leaves tokens out; None without one.
-        tail: if the states of these last tokens alone are wanted, all of them text, only they query in the last layer.
+        record: that of the cache, if it has seen images before.
+        padded: bool (), whether the attention mask masks tokens; None without a mask.
+        tail: the number of last tokens, all of them text, whose states alone are wanted: the last layer has only these
+            as queries. None: all states are wanted.
         keep_states: whether to keep the states (B, T, D) before each layer, in `states`.
     """
 
@@ -88,12 +92,17 @@ class TwoStreamPass:
 
     @torch.compiler.disable
     def start(self, cache: Cache | None) -> None:
-        """Sort the chunk into streams, and give the cache room for them."""
+        """Sort the chunk into streams, and prepare the cache for them."""
         self.cache, self.past = cache, 0 if cache is None else int(cache.get_seq_length())
         self.sort(self.image_mask)
 
     def sort(self, second: torch.Tensor) -> None:
-        """Sort the chunk into text and a second stream, marked in bool (B, T): the image, or what a baseline drops."""
+        """Sort the chunk into two streams.
+
+        Args:
+            second: bool (B, T), True at the tokens of the second stream: the image tokens, or those among them that a
+                pruning baseline drops.
+        """
         batch_size, self.length = second.shape
         counts, at_end = second.sum(1), (second.flip(1).cumsum(1) == 0).sum(1).min()
         padded = torch.zeros_like(at_end) if self.padded is None else self.padded.to(at_end)
@@ -108,7 +117,7 @@ class TwoStreamPass:
             self._make_room(self.cache)
 
     def _make_room(self, cache: Cache) -> None:
-        """Give the cache its decoder layers, and those of a static one their sizes."""
+        """Add the layers of the decoder to the cache, and resize those of a static one."""
         while len(cache.layers) < len(self.plan.modes):
             cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         if is_static(cache):
@@ -122,7 +131,7 @@ class TwoStreamPass:
     def __call__(
         self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """One layer of the plan; between deep layers goes what the layer has computed, not always all T tokens."""
+        """Run one layer. Past the split a layer returns the states it has computed, which may be of text alone."""
         index, split = layer.index, self.plan.split_layer
         if index == 0:
             self.start(cache)
@@ -152,7 +161,7 @@ class TwoStreamPass:
 
     @eagerly
     def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """The streams part with states (B, T, D) before the first deep layer; Algorithm 1, phase 2."""
+        """Split the states (B, T, D) into streams at the split, and run the side branch; Algorithm 1, phase 2."""
         self.text, self.image = (self.streams.pick(hidden, at) for at in (self.streams.text, self.streams.image))
         if self.plan.reads_side_branch:
             self.image = self._run_side_branch(self.image, self.arguments(arguments, "image"), layer.cache_name)
@@ -175,7 +184,7 @@ class TwoStreamPass:
     def joint(
         self, layer: RoutedLayer, states: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """A layer with all tokens (B, T, D), on the stock decoder's own arguments."""
+        """A layer past the split with all tokens (B, T, D)."""
         return layer.call(states, arguments, cache)
 
     @eagerly
@@ -189,9 +198,9 @@ class TwoStreamPass:
         image: torch.Tensor | None = None,
         tail: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """A layer with text (B, X, D) alone, or reading keys made of image states (B, V, D).
+        """A layer with text (B, X, D) as queries, and with keys of image states (B, V, D) too if these are given.
 
-        With `tail` only the last `tail` tokens query and come back.
+        With `tail` only the last `tail` text tokens are queries, and their states are returned.
         """
         kind, others = "text", []
         if image is not None:
@@ -209,7 +218,7 @@ class TwoStreamPass:
         return layer.call(text, self.arguments(arguments, kind, part), writer)
 
     def _receive(self, states: torch.Tensor, mode: str) -> None:
-        """Sort what the layer before gave into the streams."""
+        """Take the states that a layer of this mode has returned into the streams."""
         if mode in (JOINT, RESET):
             self.text = self.streams.pick(states, self.streams.text)
             if mode == JOINT:
@@ -222,18 +231,18 @@ class TwoStreamPass:
             self.states.append(self.streams.merge(self.text, self.image) if states is None else states)
 
     def _run_side_branch(self, image: torch.Tensor, arguments: dict[str, Any], cache_name: str) -> torch.Tensor:
-        """Algorithm 1, phase 2: the image tokens of a row among themselves, at their own positions, (B, V, D)."""
+        """The side branch on image states (B, V, D), at their own positions (Algorithm 1, phase 2)."""
         if self.cache is not None:
             layers, depth = self.cache.layers, len(self.plan.modes)
             if self.record is None:
                 layers[depth:] = [SideBranchKeys(layers) for _ in self.side_branch]
             elif len(layers) - depth - 1 != len(self.side_branch):
                 raise ValueError(
-                    f"Expected a cache filled with a side branch of {len(self.side_branch)} layers; got one of "
-                    f"{len(layers) - depth - 1}. Remedy: prefill again after changing the side branch."
+                    f"This cache was filled with a side branch of {len(layers) - depth - 1} layers, and the model now "
+                    f"has one of {len(self.side_branch)}: start with a new cache after changing the side branch."
                 )
         like = next(self.side_branch.parameters())  # PEFT trains in float32 on a base of half precision
-        device = image.device if like.device.type == "meta" else like.device  # offloaded layers fetch their inputs
+        device = image.device if like.device.type == "meta" else like.device  # offloaded layers move their inputs
         branch, arguments = (
             image.to(device, like.dtype),
             {name: on(value, device) for name, value in arguments.items()},
@@ -247,20 +256,22 @@ class TwoStreamPass:
 
     @torch.compiler.disable
     def arguments(self, full: dict[str, Any], kind: str, part: slice = slice(None)) -> dict[str, Any]:
-        """The arguments that the stock decoder made for all T tokens, for those that query in a layer of this kind.
+        """A layer's arguments for the queries of this kind of layer, from the stock decoder's for all T tokens.
 
         Args:
-            part: of these, the ones that query in this call.
+            full: the stock decoder's.
+            kind: "joint", "text", "context" or "image".
+            part: which of the queries, if a call does not have all.
 
         Raises:
-            ValueError: for an argument over all tokens that is not known.
+            ValueError: for an unknown argument with one entry per token.
         """
         return {name: self._argument(name, value, kind, part) for name, value in full.items()}
 
     def _argument(self, name: str, value: Any, kind: str, part: slice) -> Any:
         if value is None and name != MASK:
             return value
-        key = (name, id(value), kind, part.start, part.stop)  # `value` is kept, so that its id stays its own
+        key = (name, id(value), kind, part.start, part.stop)  # `value` is kept, so that its id is not used again
         if key not in self.picked:
             self.picked[key] = value, self._pick(name, value, kind, part)
         return self.picked[key][1]
@@ -275,34 +286,34 @@ class TwoStreamPass:
             return parts if isinstance(value, tuple) else parts[0]
         if isinstance(value, torch.Tensor) and value.ndim > 1 and self.length in value.shape:
             raise ValueError(
-                f"Expected arguments of a decoder layer that are known to go by tokens, {(*TOKEN_AXES, MASK)}; got "
-                f"{name!r} of shape {tuple(value.shape)} for {self.length} tokens. Remedy: leave it out, or use the "
-                "model without a routing."
+                f"The argument {name!r} of shape {tuple(value.shape)} seems to have an entry for each of the "
+                f"{self.length} tokens, and a routing can split only {', '.join((*TOKEN_AXES, MASK))}: leave it out, "
+                "or run vanilla LLaVA with set_routing('none')."
             )
         return value
 
     def query_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, Q) of the tokens that query in a layer of this kind."""
+        """Slots (B, Q) of the queries in a layer of this kind."""
         return {"joint": self.all_slots, "image": self.streams.image}.get(kind, self.streams.text)
 
     def key_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, K) of the keys a text, context or side layer sees, in the order in which they lie in its cache."""
+        """Slots (B, K) of the keys in a text, context or side layer, in the order of the cache."""
         image, text = self.streams.image, self.streams.text
         new = [image, text] if kind == "context" else [self.query_slots(kind)]
         if self.record is not None:
             new = [self.record.slots(kind, self.past), *new]
-        elif kind != "image":  # a cache that has seen no image holds one key per token
+        elif kind != "image":  # a cache without images holds one key per token
             new = [torch.arange(self.past, device=text.device).expand(len(text), -1), *new]
         return torch.cat(new, dim=1)
 
     def _mask(self, full: Any, kind: str, part: slice) -> Any:
-        """The mask of these queries and the keys of the layer; None stands for what the sdpa kernel does by itself."""
+        """The mask of these queries and the keys of the layer; None if the sdpa kernel's causal mask will do."""
         queries, keys = self.query_slots(kind)[:, part], self.key_slots(kind)
         static = is_static(self.cache) and kind != "image"
-        if static:  # some places are empty yet
+        if static:  # its layers have free places, which are masked
             keys = nn.functional.pad(keys, (0, max(0, self._num_places(kind) - keys.shape[1])), value=-1)
         if full is not None:
-            # a sliding window's mask may start later than the sequence
+            # the mask of a sliding window may start later than the sequence
             first = 0 if static else max(0, self.past + self.length - full.shape[-1])
             return mask_of_keys(full, shifted(self.past, queries), shifted(first, keys))
         if self.even and not static and self._is_causal(kind, queries.shape[1], whole=part == slice(None)):
@@ -310,29 +321,37 @@ class TwoStreamPass:
         return visible_keys(queries, keys)
 
     def _is_causal(self, kind: str, num_queries: int, whole: bool) -> bool:
-        """Whether the n-th query sees the first n keys and nothing else, or the one query all."""
-        if num_queries == 1:  # but if it is all the text there is, images may follow it
+        """Whether the n-th query attends to the first n keys, or a single query to all keys."""
+        if num_queries == 1:  # in a context layer image tokens may follow the only text token
             return not (whole and kind == "context")
         return self.past == 0 and kind != "context" and whole
 
     def _num_places(self, kind: str) -> int:
-        """Keys that a layer of this kind has room for, in a static cache."""
+        """The number of keys for which a layer of this kind has room in a static cache."""
         rooms = zip(self.plan.modes, self.cache.layers, strict=False)
         return next((layer.max_cache_len for mode, layer in rooms if KINDS[mode] == kind), 0)
 
     # -- after the last layer -----------------------------------------------------------------------------------------
 
     def _write_record(self) -> None:
-        """Note on the cache where the keys of this chunk lie."""
+        """Record on the cache which keys its layers hold now."""
         if self.cache is None:
             return
-        tables, end = {kind: self.key_slots(kind) for kind in KEYS_OF}, self.past + self.length
+        tables, end = {kind: self.key_slots(kind) for kind in TABLES_OF}, self.past + self.length
         num_keys = {"joint": end, **{kind: table.shape[1] for kind, table in tables.items()}}
-        if is_static(self.cache):  # as if text followed, to the layers' ends
+        if is_static(self.cache):  # the free places will hold text
             for kind in ("text", "context"):
                 missing = max(0, self._num_places(kind) - num_keys[kind])
                 later = torch.arange(end, end + missing, device=tables[kind].device)
                 tables[kind] = torch.cat([tables[kind], later.expand(len(tables[kind]), -1)], dim=1)
-        notes = {"length": end, "last_image": self.last_image, "plain": self.plain}
-        CacheRecord(self.plan, len(self.image_mask), **notes, tables=tables, num_keys=num_keys).put_on(self.cache)
+        record = CacheRecord(
+            self.plan,
+            len(self.image_mask),
+            length=end,
+            last_image=self.last_image,
+            plain=self.plain,
+            tables=tables,
+            num_keys=num_keys,
+        )
+        record.put_on(self.cache)
         let_line_4_crop(self.cache, self.plan, num_keys, end)

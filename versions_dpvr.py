@@ -1,12 +1,9 @@
-"""The transformers releases that this code is for, and what differs between them.
+"""The transformers releases that this code supports, and what differs between them.
 
-    4.57 (loading and generation) … 5.24, the newest that the tests have run on
-
-A newer release is tried, with one warning; an older one is refused. What the project needs to know of a release beyond
-its public classes stands here and nowhere else.
-
-Every file of the project that goes to the Hub imports its neighbours twice: `from .x import y` is how the Hub's loader
-finds them, `from x import y` how a script in this folder does.
+older than 4.57.1    refused
+4.57                 loading and generation
+5.18 to 5.24         training too; 5.24 is the newest release that the tests have run on
+newer                used, with one warning
 """
 
 import inspect
@@ -19,15 +16,15 @@ from packaging.version import Version
 from transformers.utils import logging
 
 OLDEST, NEWEST_TESTED = "4.57.1", "5.24"
-CACHE_NAMES = ("cache", "past_key_values")  # from 5.24 on one class after the other takes the first
-LINE_4 = Version(transformers.__version__) < Version("5")  # crops a cache to a length; its layers may return tuples
+CACHE_NAMES = ("cache", "past_key_values")  # from 5.24 on more and more classes use the first
+LINE_4 = Version(transformers.__version__) < Version("5")
 
 
 def check_transformers(version: str = transformers.__version__) -> None:
-    """Warn of a release newer than the newest tested one, once.
+    """Warn once if `version` is newer than the newest release tested.
 
     Raises:
-        ImportError: for a release older than the oldest supported one.
+        ImportError: if it is older than the oldest release supported.
     """
     release = Version(version)
     if release < Version(OLDEST):
@@ -48,11 +45,11 @@ def argument_names(function: Callable) -> tuple[str, ...]:
 
 
 def cache_name(function: Callable) -> str:
-    """What a forward method calls its key-value cache."""
+    """The name of the argument by which a forward method takes its key-value cache."""
     names = argument_names(function)
     return next(name for name in CACHE_NAMES if name in names)
 
 
 def cache_in(arguments: dict[str, Any]) -> Any:
-    """The key-value cache among the arguments of a call, under either name, or None."""
+    """The key-value cache among the arguments of a call, under any of its names, or None."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)

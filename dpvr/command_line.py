@@ -42,7 +42,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in shown:
+        if action.default in (None, argparse.SUPPRESS) or action.default is False or "default" in shown:
             return shown
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
         return f"{shown} (default: {default})".strip()

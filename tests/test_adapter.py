@@ -126,10 +126,10 @@ def test_a_cache_does_not_go_on_when_the_adapter_is_disabled_or_enabled(saved, p
     model, token = PeftModel.from_pretrained(make_llava(), saved), torch.full((3, 1), 9)
     cache = model(**prompts, use_cache=True).past_key_values
     with model.disable_adapter():
-        with pytest.raises(ValueError, match="Expected a cache filled under the layer plan in use"):
+        with pytest.raises(ValueError, match="This cache was filled under the layer plan .* new cache"):
             model(input_ids=token, past_key_values=cache)
         cache = model(**prompts, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="Expected a cache filled under the layer plan in use"):
+    with pytest.raises(ValueError, match="This cache was filled under the layer plan .* new cache"):
         model(input_ids=token, past_key_values=cache)
 
 
@@ -155,7 +155,7 @@ def test_the_side_branch_of_a_dpvr_model_is_saved_as_an_adapter_for_stock_llava(
     dpvr = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2, num_side_layers=2)
     dpvr.freeze_base()
     shaken(dpvr)
-    with pytest.raises(ValueError, match="Remedy"):  # it does not know where its base came from
+    with pytest.raises(ValueError, match="does not know it: set config.base_model_name_or_path"):
         save_adapter(dpvr, tmp_path / "adapter")
     dpvr.config.base_model_name_or_path = "me/llava"
     save_adapter(dpvr, tmp_path / "adapter")
@@ -225,7 +225,7 @@ def test_a_second_side_branch_may_be_loaded_switched_to_and_deleted(saved, tmp_p
     assert torch.equal(logits(model, prompts), expected[0])
     model.set_adapter("second")
     assert torch.equal(logits(model, prompts), expected[1])
-    with pytest.raises(ValueError, match="one side branch at a time"):
+    with pytest.raises(ValueError, match="are side branches, and one runs at a time"):
         model.base_model.set_adapter(["first", "second"])
     model.delete_adapter("first")
     assert torch.equal(logits(model, prompts), expected[1])
@@ -309,10 +309,10 @@ def change_config(**fields: object) -> Callable[[Path], None]:
 FIRST_KEY = min(SAVED_KEYS)
 DAMAGES = {
     "truncated": (truncate, "damaged"),
-    "pickle": (pickled, "pickle"),
-    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "neither that nor a pickle"),
-    "missing key": (change_keys(lambda weights: weights.pop(FIRST_KEY)), "got None"),
-    "unknown key": (change_keys(lambda weights: weights.update(lora=torch.ones(1))), "'lora': expected shape None"),
+    "pickle": (pickled, "only adapter_model.bin, a pickle"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    "missing key": (change_keys(lambda weights: weights.pop(FIRST_KEY)), "its shape is None"),
+    "unknown key": (change_keys(lambda weights: weights.update(lora=torch.ones(1))), "'lora': .* None is needed"),
     "other number of layers": (change_config(num_side_layers=2), "2 side layers"),
     "split beyond depth": (change_config(split_layer=4), "split_layer"),
     "no routing": (change_config(routing="none"), "late_fusion"),
@@ -321,9 +321,8 @@ DAMAGES = {
 
 def assert_refused(llava: LlavaForConditionalGeneration, folder: Path, match: str) -> None:
     before = {name: weight.clone() for name, weight in llava.state_dict().items()}
-    with pytest.raises(ValueError, match=match) as error:
+    with pytest.raises(ValueError, match=match):
         PeftModel.from_pretrained(llava, folder)
-    assert "Expected" in str(error.value) and "got" in str(error.value) and "Remedy" in str(error.value)
     assert type(llava.model) is LlavaModel
     after = llava.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -339,9 +338,9 @@ def test_a_damaged_adapter_is_refused_before_the_base_is_touched(llava, saved, d
 @pytest.mark.parametrize(
     ("other", "match"),
     [
-        ({"hidden_size": 64}, "expected shape"),
-        ({"intermediate_size": 56}, "expected shape"),
-        ({"depth": 6}, "4 decoder layers"),
+        ({"hidden_size": 64}, r"its shape is \(.*32.*\), and \(.*64.*\) is needed. Load it on the base"),
+        ({"intermediate_size": 56}, r"its shape is \(.*48.*\), and \(.*56.*\) is needed. Load it on the base"),
+        ({"depth": 6}, "made for a base of 4 decoder layers, and this one has 6: load it on"),
     ],
 )
 def test_another_base_is_refused_before_it_is_touched(saved, other, match):
@@ -361,23 +360,23 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tmp_path, pr
 
 
 def test_a_model_that_is_no_llava_is_refused():
-    with pytest.raises(ValueError, match="Expected a LlavaForConditionalGeneration; got LlamaModel"):
+    with pytest.raises(ValueError, match="needs a LlavaForConditionalGeneration, and this is a LlamaModel: load"):
         get_peft_model(make_llava().model.language_model, DpvrConfig(split_layer=2))
 
 
 @pytest.mark.parametrize("name", ["a.b", "keys", "model", "self_attn", "0"])
 def test_a_name_that_would_be_mistaken_for_a_part_of_the_model_is_refused(llava, name):
-    with pytest.raises(ValueError, match="Expected a name for the adapter"):
+    with pytest.raises(ValueError, match="cannot have the name .*: choose another"):
         get_peft_model(llava, DpvrConfig(split_layer=2), adapter_name=name)
     assert type(llava.model) is LlavaModel
 
 
 def test_weights_that_do_not_fit_are_refused_on_every_way_they_come(saved, llava):
     change_keys(lambda weights: weights.pop(FIRST_KEY))(saved)
-    with pytest.raises(ValueError, match="1 differ"):
+    with pytest.raises(ValueError, match="1 weights of the adapter do not fit"):
         PeftModel.from_pretrained(llava, saved, config=DpvrConfig(split_layer=2))
     model = get_peft_model(make_llava(), DpvrConfig(split_layer=2))
-    with pytest.raises(ValueError, match="1 differ"):
+    with pytest.raises(ValueError, match="1 weights of the adapter do not fit"):
         model.load_adapter(saved, adapter_name="default")
 
 
@@ -456,7 +455,7 @@ def test_its_type_behaves_as_a_member_of_pefts_enumeration():
 
 def test_a_mixed_model_refuses_it_by_name(llava):
     mixed = get_peft_model(llava, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(ValueError, match="Expected LoRA or one of its kin .* Remedy"):
+    with pytest.raises(ValueError, match="cannot hold a side branch.*call inject_adapter_in_model"):
         mixed.add_adapter("branch", DpvrConfig(split_layer=2))
 
 
@@ -554,7 +553,7 @@ def test_a_second_picture_may_come_with_the_cache_of_the_first(saved, new_pixels
 
 def test_a_prompt_that_ends_in_a_picture_is_refused_unless_the_adapter_is_off(saved):
     model, inputs = PeftModel.from_pretrained(make_llava(), saved), Prompts([[2, 0]]).inputs
-    with pytest.raises(ValueError, match="Expected a prompt that ends in text"):
+    with pytest.raises(ValueError, match="The prompt ends in an image.* put text after"):
         generate(model, inputs)
     with model.disable_adapter():
         generate(model, inputs)

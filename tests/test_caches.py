@@ -95,13 +95,13 @@ def test_a_static_cache_holds_as_many_bytes_as_promised(variant: dict) -> None:
 def test_a_static_cache_that_is_too_short_is_refused_before_anything_is_written() -> None:
     model, batch = make_dpvr(), Prompts([[3, 2]])
     cache = StaticCache(config=model.config, max_cache_len=8)
-    with pytest.raises(ValueError, match="Expected room for 9 tokens in the static cache; got max_cache_len=8"):
+    with pytest.raises(ValueError, match="has max_cache_len=8, but the sequence has 9 tokens already: make"):
         forward_in_pieces(model, [batch], cache)
     assert not any(layer.is_initialized for layer in cache.layers)
 
 
 def test_flex_attention_with_a_static_cache_is_refused_before_any_work() -> None:
-    with pytest.raises(ValueError, match="Expected sdpa or eager attention for a static cache"):
+    with pytest.raises(ValueError, match="flex_attention does not run with a static cache.* set_attn_implementation"):
         answer(make_dpvr(attention="flex_attention"), Prompts([[1, 2]]).inputs, cache_implementation="static")
 
 
@@ -177,7 +177,7 @@ def test_the_decode_step_may_be_exported(variant: dict) -> None:
     if variant.get("routing") == "none":
         options = {"cache_position": torch.arange(length)} if LINE_4 else {}
         model(**inputs, past_key_values=cache, **options)
-        with pytest.raises(ValueError, match="Expected a static cache that a routing filled"):
+        with pytest.raises(ValueError, match="is not a static cache that holds a prompt with an image: run"):
             model.decode_step(cache)
         return
     model(**inputs, past_key_values=cache)
@@ -290,7 +290,7 @@ def test_the_rows_of_a_cache_may_be_picked_and_repeated(variant: dict) -> None:
 def test_a_cache_does_not_go_on_with_another_number_of_side_layers(kind: str) -> None:
     batch = Prompts([[1, 2]])
     cache = cached(make_dpvr(num_side_layers=2), batch, kind)
-    with pytest.raises(ValueError, match="Expected a cache filled with a side branch of 1 layers; got one of 2"):
+    with pytest.raises(ValueError, match="with a side branch of 2 layers, and the model now has one of 1: start"):
         forward_after(make_dpvr(), batch, batch, cache)
 
 
@@ -325,7 +325,7 @@ def test_a_static_cache_serves_on_after_a_prefill_that_was_broken_off() -> None:
         assert_same_answers(answer(model, inputs, cache_implementation="static"), want)
         text = Prompts([[7]]).inputs  # as long a prompt as the cache has room for
         assert_same_answers(answer(model, text, cache_implementation="static"), answer(model, text))
-    with pytest.raises(ValueError, match="Expected as many image tokens"):
+    with pytest.raises(ValueError, match=r"rows have \[.*\] image tokens, but"):
         answer(
             model, {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}, cache_implementation="static"
         )
@@ -383,14 +383,14 @@ def test_a_second_turn_may_be_prefilled_in_chunks(new_pixels_only: bool) -> None
 @needs_5
 def test_chunks_of_one_token_are_refused_for_a_padded_batch() -> None:
     inputs = Prompts([[0, 8], [2]], "left").inputs
-    with pytest.raises(ValueError, match="Expected prefill_chunk_size of at least 2 for a padded batch"):
+    with pytest.raises(ValueError, match="prefill_chunk_size is 1, .*: choose 2 or more"):
         answer(make_dpvr(), inputs, prefill_chunk_size=1)
 
 
 @pytest.mark.skipif(not LINE_4, reason="transformers 5 prefills in chunks: the tests above")
 def test_transformers_4_refuses_a_prefill_in_chunks_and_goes_on() -> None:
     model, inputs = make_dpvr(), Prompts([[1, 2]]).inputs
-    with pytest.raises(ValueError, match="Expected prefill_chunk_size=None .* Remedy: transformers 5"):
+    with pytest.raises(ValueError, match="prefill_chunk_size is 3, .* leave it out, or use transformers 5"):
         answer(model, inputs, prefill_chunk_size=3, cache_implementation="static")
     assert_same_answers(answer(model, inputs, cache_implementation="static"), answer(model, inputs))
 

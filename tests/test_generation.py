@@ -109,8 +109,8 @@ def test_a_rejected_answer_may_be_cropped_and_another_picture_sent(variant: dict
 def test_a_cache_cropped_into_its_picture_or_layer_by_layer_is_refused() -> None:
     model, batch = make_dpvr(), Prompts([[2, 3]])
     for damage, message in (
-        (lambda cache: cache.crop(-4), "cached tokens that end with the last image"),
-        (lambda cache: cache.layers[1].crop(-1), "keys in layer"),
+        (lambda cache: cache.crop(-4), "cropped to 5 tokens, into its last image, which ends at 6"),
+        (lambda cache: cache.layers[1].crop(-1), "Layer 1 of a cache of .* tokens holds .* keys in place of"),
     ):
         cache = model(**batch.inputs, use_cache=True).past_key_values
         damage(cache)
@@ -305,7 +305,7 @@ def test_a_cache_serves_one_routing_only(before: str, after: str) -> None:
     if before == after:
         model(input_ids=token, past_key_values=cache)
         return
-    with pytest.raises(ValueError, match="Remedy"):
+    with pytest.raises(ValueError, match="start with a new cache after changing the routing"):
         model(input_ids=token, past_key_values=cache)
 
 

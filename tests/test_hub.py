@@ -1,4 +1,4 @@
-"""hub_dpvr.py and train_sft.py --push_to_hub: to a Hub on loopback and back, with the real client."""
+"""hub_dpvr.py, dpvr/push.py and train_sft.py --push_to_hub: to a Hub on loopback and back, with the real client."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from hub_server import TOKEN, Hub
 from test_loading import SIDE_BRANCH_KEYS
 from test_train_sft import NEEDS_TRAINING
 
-import hub_dpvr as sharing_dpvr
+import hub_dpvr
 from configuration_dpvr import DpvrLlavaConfig
 from dpvr.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -65,7 +65,8 @@ vanilla = logits(stock)
 adapted = PeftModel.from_pretrained(stock, "me/x", subfolder="adapter")
 assert torch.allclose(logits(adapted), expected, atol=1e-5) and not torch.allclose(vanilla, expected, atol=1e-3)
 """
-REMEDIES = "Nothing was changed there. Remedy: "
+NOT_CHANGED = "The repository was not changed. Push again"
+PUSH_COMMAND = str(ROOT / "dpvr" / "push.py")
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +118,12 @@ def test_a_model_goes_to_the_hub_in_one_commit_and_comes_back_with_its_base(hub,
     expected = str(tmp_path / "logits.pt")
     hub.broken = {"/lfs/"}
     failed = client("-c", PUSH, expected)
-    assert failed.returncode != 0 and "storage is full" in failed.stderr and REMEDIES in failed.stderr
+    assert failed.returncode != 0 and "storage is full" in failed.stderr and NOT_CHANGED in failed.stderr
     assert hub.commits["me/x"] == []
     hub.broken = set()
     pushed = client("-c", PUSH, expected)
     assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout.strip() == f"{hub.url}/me/x/commit/{hub.revision('me/x')}"
+    assert pushed.stdout.splitlines()[-1] == f"{hub.url}/me/x/commit/{hub.revision('me/x')}"
     (files,) = hub.commits["me/x"]
     assert hub.private == {"me/x"} and set(files) >= CODE | ADAPTER | PROCESSOR | MODEL
     assert len(files["model.safetensors"]) < len(hub.files("me/base")["model.safetensors"]) / 2
@@ -134,7 +135,7 @@ def test_a_model_goes_to_the_hub_in_one_commit_and_comes_back_with_its_base(hub,
 
 def test_without_a_token_the_error_says_what_to_do(hub, client, tmp_path):
     refused = client("-c", PUSH, str(tmp_path / "logits.pt"), HF_TOKEN="hf_wrong")
-    assert refused.returncode != 0 and "Remedy: hf auth login" in refused.stderr
+    assert refused.returncode != 0 and "run hf auth login" in refused.stderr
     assert list(hub.commits) == ["me/base"]
 
 
@@ -145,11 +146,12 @@ def test_a_training_run_pushes_its_folder_and_its_records_into_the_card(hub, cli
     command += f" --push_to_hub --hub_model_id me/y --hub_token {TOKEN}"
     hub.broken = {"/commit/"}
     failed = client(str(ROOT / "train_sft.py"), *command.split())
-    assert failed.returncode != 0 and REMEDIES in failed.stderr
+    assert failed.returncode != 0 and NOT_CHANGED in failed.stderr
     assert hub.commits["me/y"] == [] and (tmp_path / "out" / "model.safetensors").exists()
     hub.broken = set()
-    retried = client(str(ROOT / "hub_dpvr.py"), "out", "me/y")
+    retried = client(PUSH_COMMAND, "out", "me/y")
     assert retried.returncode == 0, retried.stderr
+    assert retried.stdout.splitlines()[-1] == f"Pushed out to me/y: {hub.url}/me/y/commit/{hub.revision('me/y')}"
     (files,) = hub.commits["me/y"]
     assert set(files) >= CODE | ADAPTER | PROCESSOR | MODEL | {"training.json"}
     assert not any("checkpoint" in path or path.endswith((".bin", ".pt", ".pth")) for path in files)
@@ -169,34 +171,42 @@ def test_a_training_run_pushes_its_folder_and_its_records_into_the_card(hub, cli
 def test_a_run_that_could_not_push_in_the_end_does_not_begin(client, random_mini, tmp_path):
     command = f"--num_rows 8 --push_to_hub --hub_model_id me/y --output_dir out --model_name_or_path {random_mini}"
     refused = client(str(ROOT / "train_sft.py"), *command.split())
-    assert refused.returncode != 0 and "Expected a base with a name on the Hub" in refused.stderr
+    assert refused.returncode != 0 and "push the base to the Hub" in refused.stderr
     command = "--num_rows 8 --push_to_hub --hub_model_id me/y --output_dir out --model_name_or_path me/base"
     refused = client(str(ROOT / "train_sft.py"), *command.split(), HF_TOKEN="hf_wrong")
-    assert refused.returncode != 0 and "Remedy: hf auth login" in refused.stderr
+    assert refused.returncode != 0 and "run hf auth login" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_a_later_save_no_longer_has_go_from_the_repository(hub, client, random_mini, tmp_path):
     model = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
     model.save_pretrained(tmp_path / "out", max_shard_size="200KB")
-    assert client(str(ROOT / "hub_dpvr.py"), "out", "me/x").returncode == 0
+    assert client(PUSH_COMMAND, "out", "me/x").returncode == 0
     shards = {path for path in hub.files("me/x") if path.endswith(".safetensors")}
     assert len(shards) > 1 and "model.safetensors.index.json" in hub.files("me/x")
     for path in (tmp_path / "out").glob("*.safetensors*"):
         path.unlink()
     model.save_pretrained(tmp_path / "out")
-    assert client(str(ROOT / "hub_dpvr.py"), "out", "me/x").returncode == 0
+    assert client(PUSH_COMMAND, "out", "me/x").returncode == 0
     assert {path for path in hub.files("me/x") if "safetensors" in path} == {"model.safetensors"}
     assert "all its weights" in card_of(hub, "me/x") and "base_model:" not in card_of(hub, "me/x")
 
 
+def test_the_push_command_makes_a_private_repository_and_ends_at_an_error_in_one_message(hub, client, random_mini):
+    assert client(PUSH_COMMAND, random_mini, "me/z", "--private").returncode == 0
+    assert hub.private == {"me/z"} and hub.files("me/z")
+    refused = client(PUSH_COMMAND, "nowhere", "me/y")
+    assert refused.returncode == 2 and refused.stderr.startswith("Error: There is no config.json in 'nowhere'")
+    assert "Traceback" not in refused.stderr and "me/y" not in hub.commits
+
+
 def test_a_folder_without_a_model_and_one_with_a_local_base_are_refused(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="Expected a folder with config.json"):
-        sharing_dpvr.upload(tmp_path, "me/x")
+    with pytest.raises(ValueError, match="There is no config.json in .* give the output_dir"):
+        hub_dpvr.upload(tmp_path, "me/x")
     model = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
     model.save_pretrained(tmp_path, side_branch_only=True)
-    for push in (lambda: sharing_dpvr.upload(tmp_path, "me/x"), lambda: model.push_to_hub("me/x")):
-        with pytest.raises(ValueError, match="Expected a base with a name on the Hub"):
+    for push in (lambda: hub_dpvr.upload(tmp_path, "me/x"), lambda: model.push_to_hub("me/x")):
+        with pytest.raises(ValueError, match="is the local folder .* push the base to the Hub"):
             push()
 
 
@@ -205,7 +215,7 @@ def test_a_run_does_not_begin_that_may_not_write_to_a_repository_that_is_there(h
     hub.add("you/x", random_mini)
     command = "--num_rows 8 --push_to_hub --hub_model_id you/x --output_dir out --model_name_or_path me/base"
     refused = client(str(ROOT / "train_sft.py"), *command.split())
-    assert refused.returncode != 0 and "Remedy: hf auth login" in refused.stderr
+    assert refused.returncode != 0 and "run hf auth login" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -218,17 +228,22 @@ def test_what_is_not_the_models_stays_behind_and_a_card_of_ones_own_is_kept(hub,
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(b"x")
     for repo_id in ("me/x", "me/y"):
-        assert client(str(ROOT / "hub_dpvr.py"), "out", repo_id).returncode == 0
+        assert client(PUSH_COMMAND, "out", repo_id).returncode == 0
         assert not any("/" in path for path in hub.files(repo_id))
         assert card_of(hub, repo_id).count(repo_id) == 3  # its own name in it, not that of the push before
+    own = card_of(hub, "me/x")
+    older = own.replace("made by hub_dpvr.py", "made by sharing_dpvr.py")
+    hub.commits["me/x"].append({**hub.files("me/x"), "README.md": older.encode()})
+    assert older != own and client(PUSH_COMMAND, "out", "me/x").returncode == 0
+    assert card_of(hub, "me/x") == own
     hub.commits["me/x"].append({**hub.files("me/x"), "README.md": b"mine", "other/model.safetensors": b"x"})
-    assert client(str(ROOT / "hub_dpvr.py"), "out", "me/x").returncode == 0
+    assert client(PUSH_COMMAND, "out", "me/x").returncode == 0
     assert card_of(hub, "me/x") == "mine" and "other/model.safetensors" in hub.files("me/x")
 
 
 def test_all_weights_of_a_model_without_a_name_need_its_processor():
     model = DpvrLlavaForConditionalGeneration.from_llava(make_llava(), split_layer=2)
-    with pytest.raises(ValueError, match="Expected processor=..."):
+    with pytest.raises(ValueError, match="does not know its base.* pass processor="):
         model.push_to_hub("me/x", side_branch_only=False)
 
 
@@ -243,12 +258,12 @@ def test_records_hold_no_tokens_and_no_folders(monkeypatch):
 
 def test_a_card_says_what_the_routing_is():
     config = DpvrLlavaConfig(split_layer=2, routing="none")
-    card = sharing_dpvr.model_card("me/x", config, None).content
+    card = hub_dpvr.model_card("me/x", config, None).content
     assert "Its routing is `none`" in card and "late-fusion" not in card and "base_model" not in card
 
 
 def test_a_card_without_a_record_claims_nothing():
     config = DpvrLlavaConfig(split_layer=2, base_model_name_or_path="me/base")
-    card = sharing_dpvr.model_card("me/x", config, None).content
-    assert "No record of the training" in card and "Not measured." in card
+    card = hub_dpvr.model_card("me/x", config, None).content
+    assert "There is no record of the training" in card and "Not measured." in card
     assert SIDE_BRANCH_KEYS and f"`{config.layer_plan()}`" in card

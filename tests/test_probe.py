@@ -100,7 +100,7 @@ def test_it_finds_a_plan_that_training_takes(random_mini, tmp_path, capsys):
 
 
 def test_training_finds_its_split_by_itself(random_mini, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpvr.training.models.AUTO_TOLERANCE", 1.0)  # with random weights the answers change anyhow
+    monkeypatch.setattr("dpvr.training.models.TOLERANCE", 1.0)  # with random weights the answers change anyhow
     options = ["--model_name_or_path", random_mini, "--max_steps", "1", "--num_rows", "2", "--eval_questions", "0"]
     options += ["--split_layer", "auto", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
     assert train(options)["dpvr"]["split_layer"] == 1

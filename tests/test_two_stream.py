@@ -157,7 +157,7 @@ def test_token_types_go_by_streams_and_what_goes_by_tokens_unknown_is_refused_by
     ids = batch.inputs["input_ids"]
     plain = model(**batch.inputs).logits
     assert torch.equal(model(**batch.inputs, token_type_ids=torch.zeros_like(ids)).logits, plain)
-    with pytest.raises(ValueError, match="got 'importance' of shape .* Remedy"):
+    with pytest.raises(ValueError, match="argument 'importance' of shape .* leave it out"):
         model(**batch.inputs, importance=torch.zeros(ids.shape))
 
 
@@ -206,7 +206,7 @@ def test_flex_attention_is_refused_where_its_kernel_is_wrong() -> None:
     model.set_attn_implementation({"text_config": "flex_attention"})
     inputs = Prompts([[2, 3]]).inputs
     inputs["pixel_values"] = inputs["pixel_values"].float()
-    with pytest.raises(ValueError, match="Expected a GPU or a CPU with AVX-512 for flex_attention"):
+    with pytest.raises(ValueError, match="flex_attention gives wrong results .* attn_implementation='sdpa'"):
         model(**inputs)
 
 

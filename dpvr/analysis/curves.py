@@ -19,7 +19,6 @@ from dpvr.analysis.saturation import GRAPHS
 from minibench.scoring import wilson_interval
 
 PAPERS_MARGIN = 4  # layers from the split to the transition of image tokens: 18 and 22 of 32
-TOLERANCE = 0.05  # share of answers that the recommended split may change
 ORANGE, BLUE, GREEN, BLACK = "#D55E00", "#0072B2", "#009E73", "#000000"  # Okabe and Ito's, for the colour-blind
 
 

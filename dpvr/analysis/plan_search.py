@@ -29,6 +29,8 @@ from configuration_dpvr import METHOD_FIELDS
 from dpvr.analysis.saturation import ProbeBatch
 from dpvr.data.prompts import Batch
 
+TOLERANCE = 0.05  # share of answers that the recommended split may change
+
 
 class Plan(NamedTuple):
     """Where the image leaves the shared stack, and the deep layers that read it from the side branch."""

@@ -15,9 +15,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from dpvr.analysis.costs import PromptCosts
-from dpvr.analysis.curves import PAPERS_MARGIN, TOLERANCE, draw, layer_table, summarise, summarise_routed
+from dpvr.analysis.curves import PAPERS_MARGIN, draw, layer_table, summarise, summarise_routed
 from dpvr.analysis.plan_report import draw_frontier, find_plans, share, table, write_plans
-from dpvr.analysis.plan_search import Plan
+from dpvr.analysis.plan_search import TOLERANCE, Plan
 from dpvr.analysis.probe_samples import (
     MINIBENCH,
     collect,

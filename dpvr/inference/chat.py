@@ -32,7 +32,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
-from adapter_dpvr import FIELDS, DpvrConfig, find_weights
+from adapter_dpvr import DpvrConfig, find_weights
 from dpvr.analysis.attention import TextToImage, text_to_image_attention
 from dpvr.data.prompts import Conversation, prompt_inputs
 from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
@@ -141,7 +141,7 @@ def _on_base(config: DpvrConfig, base: str, weights: str, **loading: Any) -> Pre
             "was trained on."
         )
     config.for_base(llava.config)
-    model = DpvrLlavaForConditionalGeneration.from_llava(llava, **{field: vars(config)[field] for field in FIELDS})
+    model = DpvrLlavaForConditionalGeneration.from_llava(llava, **config.dpvr_fields())
     model.load_side_branch(
         {key.removeprefix(ADAPTER_KEY_PREFIX): tensor for key, tensor in load_file(weights).items()}
     )

@@ -12,13 +12,13 @@ from transformers import LlavaProcessor
 from trl import get_quantization_config
 
 from configuration_dpvr import DPVR_FIELDS
-from dpvr.analysis.plan_search import causal_split
+from dpvr.analysis.plan_search import TOLERANCE, causal_split
 from dpvr.data.prompts import AnsweredPrompts, in_batches
 from dpvr.training.arguments import BaseArguments
 from dpvr.training.options import DpvrArguments
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
-AUTO_PROMPTS, AUTO_BATCH, AUTO_TOLERANCE = 128, 8, 0.05
+AUTO_PROMPTS, AUTO_BATCH = 128, 8
 
 
 def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
@@ -66,8 +66,8 @@ def find_split(base: BaseArguments, processor: LlavaProcessor, rows: Dataset | I
     if get_quantization_config(base) is None:  # else it is on its device already
         model.to(PartialState().device)
     batches = in_batches(AnsweredPrompts(processor, rows, AUTO_PROMPTS), AUTO_BATCH, model.device)
-    split = broadcast_object_list([causal_split(model.eval(), batches, AUTO_TOLERANCE)])[0]
-    print(f"--split_layer {split}: removing the image there changes at most {AUTO_TOLERANCE:.0%} of the answers.")
+    split = broadcast_object_list([causal_split(model.eval(), batches, TOLERANCE)])[0]
+    print(f"--split_layer {split}: removing the image there changes at most {TOLERANCE:.0%} of the answers.")
     return split
 
 
