@@ -100,7 +100,7 @@ def test_13b_is_counted_and_not_run(capsys):
 @pytest.mark.parametrize("method", [method for method in METHODS if method != FLASH])
 @torch.no_grad()
 def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b, monkeypatch):
-    """Weights and states have no storage; how many image tokens there are, and which FastV keeps, is told."""
+    """Weights and states have no storage, so the image tokens, and those that FastV keeps, are given."""
     llava, split = of_7b
     llava.set_attn_implementation("eager")  # whose products are counted
     model, sort = make_method(method, llava, split), TwoStreamPass.sort

@@ -205,7 +205,7 @@ def test_scores_of_single_questions_in_any_order_are_minibenchs(questions):
     assert 0 < sum(score for score, _ in found.values()) < 8
 
 
-def test_the_exported_questions_are_those_that_benchmark_accuracy_asks(questions):
+def test_the_exported_questions_are_those_that_the_accuracy_benchmark_asks(questions):
     items = make_items("test", 2, seed=3)
     for task in TASKS:
         own = [item for item in items if item.task == task]
@@ -241,7 +241,7 @@ def test_the_group_names_every_task_and_every_file_is_written(questions):
 # -- the committed results --------------------------------------------------------------------------------------------
 
 
-def test_lmms_eval_and_benchmark_accuracy_found_the_same_scores():
+def test_lmms_eval_and_the_accuracy_benchmark_found_the_same_scores():
     ours, theirs = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "minibench"))
     assert (ours["limit"], ours["seed"]) == (theirs["limit"], theirs["seed"]) == (100, 0)
     assert theirs["versions"].items() > ours["versions"].items()

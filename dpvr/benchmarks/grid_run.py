@@ -43,7 +43,7 @@ from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration
 LAST_LOSSES = 3  # logged losses, of ten steps each, whose mean is a run's final loss
 
 
-PLANS = Path("results/saturation")  # where dpvr.analysis.probe writes plans.json, unless told otherwise
+PLANS = Path("results/saturation")  # where dpvr.analysis.probe writes plans.json, unless another folder is named
 
 
 class Questions(NamedTuple):

@@ -60,9 +60,13 @@ def render_accuracy(results: Path) -> str:
             for row in accuracy["rows"]
         ],
     )
+    return "\n".join([*lines, "", *_protocol(accuracy, training, vanilla)]) + "\n"
+
+
+def _protocol(accuracy: dict[str, Any], training: dict[str, Any], vanilla: dict[str, Any]) -> list[str]:
+    """How the scores were measured, and on what."""
     plan = ", ".join(f"{name}={value!r}" for name, value in accuracy["dpvr"].items() if value is not None)
-    lines += [
-        "",
+    return [
         f"{accuracy['limit']} test questions of each task, seed {accuracy['seed']}; the 95% half-width of one task's "
         f"score is at most {_widest(accuracy['rows'])} points. {vanilla['ended']:.1%} of the vanilla model's replies "
         f"ended by themselves. Config: `{plan}`; {training['trainable_parameters']:,} parameters were trained, for "
@@ -70,7 +74,6 @@ def render_accuracy(results: Path) -> str:
         f"Made by `{accuracy['command']}` and `{training['command']}`",
         *_machine(accuracy),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def render_pretraining(results: Path) -> str:

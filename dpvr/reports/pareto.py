@@ -114,7 +114,7 @@ def _name_plans(axis: Axes, results: Results) -> None:
 
 def _describe(fields: dict[str, Any]) -> str:
     layers = fields["fusion_layers"]
-    in_a_row = layers[-1] - layers[0] == len(layers) - 1
+    in_a_row = layers[-1] - layers[0] == len(layers) - 1 > 0
     named = f"{layers[0]} to {layers[-1]}" if in_a_row else ", ".join(map(str, layers))
     return f"split {fields['split_layer']}, reads in\n{named}"
 
