@@ -242,7 +242,7 @@ class SideBranchLoading:
         missing = sorted(info["missing_keys"])
         if of_base := [name for name in missing if not is_side_branch(name)]:
             raise ValueError(
-                f"{base!r} is not a full LLaVA: {len(of_base)} weights are missing, such as {of_base[:3]}. Load a "
+                f"{base!r} is not a full LLaVA: it lacks {len(of_base)} of the weights, such as {of_base[:3]}. Load a "
                 "full LLaVA; in a repository with the side branch alone, set base_model_name_or_path to one."
             )
         own = [name for name in self.state_dict() if is_side_branch(name)]

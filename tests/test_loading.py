@@ -176,7 +176,7 @@ def test_a_side_branch_that_does_not_fit_is_refused_before_anything_is_changed(r
 
 def test_a_base_that_holds_only_a_side_branch_is_refused(repositories, tmp_path):
     repository = copy(repositories / "side", tmp_path / "nested", base_model_name_or_path=str(repositories / "side"))
-    with pytest.raises(ValueError, match=r"is not a full LLaVA: \d+ weights are missing"):
+    with pytest.raises(ValueError, match=r"is not a full LLaVA: it lacks \d+ of the weights"):
         DpvrLlavaForConditionalGeneration.from_pretrained(repository)
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_whole_repository_does_not_load(repositories, tmp_path):
     weights = load_file(repository / "model.safetensors")
     del weights["multi_modal_projector.linear_1.weight"]
     save_file(weights, repository / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="1 weights are missing, such as.*multi_modal_projector.linear_1"):
+    with pytest.raises(ValueError, match="it lacks 1 of the weights, such as.*multi_modal_projector.linear_1"):
         DpvrLlavaForConditionalGeneration.from_pretrained(repository)
 
 

@@ -321,7 +321,7 @@ def _check_conversation(messages: list[Row], num_images: int) -> None:
     if not roles:
         raise _BadRow("it has no messages")
     if "assistant" not in roles:
-        raise _BadRow(f"no message is from the assistant, so nothing is to be learnt: {', '.join(roles):.80}")
+        raise _BadRow(f"no message is from the assistant, so there is nothing to train on: {', '.join(roles):.80}")
     turns = roles[1:] if roles[0] == "system" else roles
     if any(role != ("user", "assistant")[number % 2] for number, role in enumerate(turns)):
         raise _BadRow(f"user and assistant do not take turns: {', '.join(roles):.80}")
