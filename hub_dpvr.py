@@ -84,7 +84,7 @@ its output as the layer plan `{plan}` says (`o` image and text together, `.` tex
 the side branch)."""
 NOT_ROUTED = "Its routing is `{routing}`: the side branch is not used."
 MARK = "<!-- made by hub_dpvr.py; remove this line from a card that you edit, and the next push keeps the card -->"
-OWN_CARD = re.compile(r"<!-- made by (hub|sharing)_dpvr\.py;")  # cards on the Hub may bear the file's former name
+OUR_CARD = re.compile(r"<!-- made by (hub|sharing)_dpvr\.py;")  # cards on the Hub may bear the file's former name
 
 
 class Sharing:
@@ -195,8 +195,8 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
             api.auth_check(repo_id, write=True)
     except HUB_ERRORS as error:
         raise OSError(
-            f"The Hub does not let you write to {repo_id!r} ({error}): run hf auth login with a token that may write, "
-            "and give a name of the form me/x."
+            f"Cannot write to {repo_id!r} on the Hub ({error}): run hf auth login with a token that may write, and "
+            "give a name of the form me/x."
         ) from error
     return repo_id
 
@@ -257,7 +257,7 @@ def files_to_share(folder: Path) -> dict[str, Path]:
 
 def _may_replace_card(api: HfApi, repo_id: str) -> bool:
     card = Path(api.hf_hub_download(repo_id, CARD_NAME)).read_text(encoding="utf-8")
-    return not card or OWN_CARD.search(card) is not None
+    return not card or OUR_CARD.search(card) is not None
 
 
 def _is_replaced(name: str) -> bool:

@@ -26,22 +26,31 @@ takes its share of a step's rows; FSDP and ZeRO-3 spread the weights too.
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpvr.command_line import run
-from dpvr.training.options import make_help
+from dpvr.training.options import DpvrArguments, make_help
+
+if TYPE_CHECKING:
+    from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train as the command line says; returns what training.json holds."""
+def parse_args(argv: list[str] | None = None) -> "tuple[DpvrArguments, SideBranchSFTConfig, BaseArguments]":
+    """What to train, how, and on which base; `--help` ends here, before anything heavy is imported."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         make_help(__doc__).parse_args(["--help"])
     from dpvr.training.arguments import parse
+
+    return parse(argv)
+
+
+def main(args: DpvrArguments, training: "SideBranchSFTConfig", base: "BaseArguments") -> dict[str, Any]:
+    """Train; returns what training.json holds."""
     from dpvr.training.run import train
 
-    return train(*parse(argv))
+    return train(args, training, base)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(*parse_args()))

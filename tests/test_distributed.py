@@ -56,7 +56,7 @@ def launch(*arguments: str, script: str = train_sft.__file__, options: list[str]
 
 
 def run_alone(*arguments: str) -> None:
-    train_sft.main(list(arguments))
+    train_sft.main(*train_sft.parse_args(list(arguments)))
 
 
 def files_in(folder: Path) -> set[str]:

@@ -104,7 +104,7 @@ def test_a_side_branch_is_trained_on_a_base_in_four_bits(random_mini, tmp_path):
     options = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"]
     options += ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4", "--use_cpu", "true", "--max_steps", "3"]
     options += ["--num_rows", "12", "--per_device_train_batch_size", "4", "--eval_questions", "0"]
-    train_sft.main(options)
+    train_sft.main(*train_sft.parse_args(options))
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["base"]["bits"] == 4
     trained = DpvrLlavaForConditionalGeneration.from_pretrained(

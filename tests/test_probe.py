@@ -9,8 +9,8 @@ from PIL import Image
 from dpvr.analysis import probe_samples
 from dpvr.analysis.curves import summarise
 from dpvr.analysis.probe import main, parse_args
-from dpvr.training.arguments import parse
 from train_sft import main as train
+from train_sft import parse_args as parse
 from versions_dpvr import LINE_4
 
 pytestmark = pytest.mark.skipif(LINE_4, reason="what it measures is tested on both lines, the script with 5 alone")
@@ -84,7 +84,7 @@ def test_it_finds_a_plan_that_training_takes(random_mini, tmp_path, capsys):
         "--report_to",
         "none",
     ]
-    plan, record = plans["plans"]["0.8"], train(options)
+    plan, record = plans["plans"]["0.8"], train(*parse(options))
     assert {name: record["dpvr"][name] for name in ("split_layer", "fusion_layers")} == {
         name: plan[name] for name in ("split_layer", "fusion_layers")
     }
@@ -103,7 +103,7 @@ def test_training_finds_its_split_by_itself(random_mini, tmp_path, monkeypatch):
     monkeypatch.setattr("dpvr.training.models.TOLERANCE", 1.0)  # with random weights the answers change anyhow
     options = ["--model_name_or_path", random_mini, "--max_steps", "1", "--num_rows", "2", "--eval_questions", "0"]
     options += ["--split_layer", "auto", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
-    assert train(options)["dpvr"]["split_layer"] == 1
+    assert train(*parse(options))["dpvr"]["split_layer"] == 1
 
 
 def test_rows_without_pictures_are_counted_and_never_measured(random_mini, tmp_path):

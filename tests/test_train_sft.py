@@ -23,7 +23,6 @@ from trl import SFTTrainer
 import train_sft
 from dpvr.data.templates import marks_replies, with_marked_replies
 from dpvr.training import arguments, options, output_folder, trainers
-from dpvr.training.arguments import parse
 from dpvr.training.models import load_model
 from dpvr.training.run import load_rows
 from loading_dpvr import load_processor
@@ -38,11 +37,11 @@ SHORT = ["--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_quest
 
 def run(base: str, output_dir, *arguments: str) -> dict:
     arguments = ["--model_name_or_path", base, "--output_dir", str(output_dir), *SHORT, *arguments]
-    return train_sft.main(arguments)
+    return train_sft.main(*train_sft.parse_args(arguments))
 
 
 def make_trainer(*arguments: str) -> SFTTrainer:
-    args, training, base = parse(list(arguments))
+    args, training, base = train_sft.parse_args(list(arguments))
     transformers.set_seed(training.seed)
     processor = with_marked_replies(load_processor(base.model_name_or_path))
     rows = load_rows(args, training.seed).rows
@@ -171,7 +170,7 @@ def test_a_routing_with_nothing_to_train_is_refused(random_mini, tmp_path):
 def test_an_older_transformers_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "4.57.6")
     with pytest.raises(ImportError, match="needs transformers 5.18 or newer.*this is 4.57.6: pip install"):
-        parse([])
+        train_sft.parse_args([])
 
 
 @NEEDS_TRAINING
@@ -430,7 +429,9 @@ def test_the_adapter_beside_it_gives_the_same_logits_on_the_base(random_mini, tm
 
 @NEEDS_TRAINING
 def test_on_a_base_in_bfloat16_the_branch_is_trained_in_float32(random_mini, tmp_path):
-    args, _, base = parse(["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"])
+    args, _, base = train_sft.parse_args(
+        ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"]
+    )
     model = load_model(args, base)
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     assert {dtype for name, dtype in dtypes.items() if name in SIDE_BRANCH_KEYS} == {torch.float32}
@@ -442,7 +443,9 @@ def test_on_a_base_in_bfloat16_the_branch_is_trained_in_float32(random_mini, tmp
     "path", sorted((Path(train_sft.__file__).parent / "configs").glob("llava_*.yaml")), ids=lambda p: p.stem
 )
 def test_every_recipe_in_configs_is_read(path):
-    args, training, base = parse(["--config", str(path), "--use_cpu", "true"])  # bf16 asks for a GPU otherwise
+    args, training, base = train_sft.parse_args(
+        ["--config", str(path), "--use_cpu", "true"]
+    )  # bf16 asks for a GPU otherwise
     size, late = ("13b" if "13b" in path.stem else "7b"), not path.stem.endswith(("_pc", "_kv"))
     assert base.model_name_or_path == f"llava-hf/llava-1.5-{size}-hf" and base.dtype == "bfloat16"
     assert args.split_layer == {"7b": 18, "13b": 28}[size] and training.learning_rate == (1e-4 if late else 5e-5)
@@ -462,7 +465,7 @@ def test_a_misspelt_option_is_answered_in_one_line_on_the_command_line_and_in_a_
         (["--split", "4"], "there is no option --split"),
     ):
         with pytest.raises(SystemExit) as end:
-            parse(words)
+            train_sft.parse_args(words)
         shown = capsys.readouterr().err
         assert end.value.code == 2 and said in shown and shown.count("\n") == 1
 
