@@ -105,7 +105,7 @@ def test_the_api_says_what_is_wrong_and_goes_on(client, picture, tmp_path):
     ]:
         with pytest.raises(AppError, match=re.escape(message)):
             client.predict(**arguments, api_name="/ask")
-    with pytest.raises(AppError, match="unpadded prompt with a picture"):
+    with pytest.raises(AppError, match="one prompt at a time, with a picture"):
         client.predict(question=QUESTION, pictures=None, api_name="/look_inside")
     assert client.predict(question=QUESTION, pictures=None, longest=2, api_name="/ask")["readout"]["new_tokens"] == 2
 

@@ -29,6 +29,7 @@ from loading_dpvr import load_processor
 from minibench.data import to_hf_dataset
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
+QUESTIONS_PER_ROW = 7  # of MiniBench
 RECIPE = (
     "learning_rate",
     "lr_scheduler_type",
@@ -89,7 +90,7 @@ def tell(line: str) -> None:
 def load_rows(args: DpvrArguments, seed: int) -> Conversations:
     """MiniBench's rows, or those of `args.data`, checked."""
     if args.data == MINIBENCH:
-        return Conversations(to_hf_dataset("train", args.num_rows, seed=seed), {})
+        return Conversations(to_hf_dataset("train", args.num_rows, QUESTIONS_PER_ROW, seed), {})
     return load_conversations(
         args.data,
         split=args.data_split,
@@ -144,6 +145,7 @@ def describe(
     rows: Conversations,
 ) -> dict[str, Any]:
     """The part of the record that is known before the training."""
+    from_minibench = [args.num_rows, QUESTIONS_PER_ROW, training.seed]
     lora = {"r": base.lora_r, "alpha": base.lora_alpha, "dropout": base.lora_dropout}
     return {
         **run_record("train_sft.py"),
@@ -163,7 +165,7 @@ def describe(
         "data": {
             "name": without_folders(args.data),
             "on_the_hub": args.data != MINIBENCH and not Path(args.data).exists(),
-            "fingerprint": [args.num_rows, training.seed] if args.data == MINIBENCH else data_fingerprint(rows.rows),
+            "fingerprint": from_minibench if args.data == MINIBENCH else data_fingerprint(rows.rows),
             "bad_rows": rows.bad_rows,
         },
         "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
