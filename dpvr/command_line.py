@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser of a module: its docstring is what `--help` shows, and what is wrong is said in one line."""
 
     def __init__(self, doc: str | None = None, **options: Any) -> None:
-        options = {"allow_abbrev": False, "formatter_class": HelpFormatter, **options}
+        options = {"prog": program(), "allow_abbrev": False, "formatter_class": HelpFormatter, **options}
         super().__init__(description=doc, **options)
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
@@ -32,6 +33,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def program() -> str:
+    """How this process was started, for usage and errors: "app.py", "python -m dpvr.reports"."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

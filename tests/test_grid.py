@@ -174,7 +174,7 @@ def test_a_killed_grid_goes_on_and_its_answers_reproduce_its_scores(random_twelv
         assert score(items, replies)["details"] == cell["row"]["details"]
         assert grid_run.right(items, replies) == cell["right"]
     trained = json.loads((tmp_path / "results" / "cells" / f"{TRAINED}.json").read_text())
-    assert trained["training"]["recipe"]["seed"] == 1 and trained["training"]["data"]["fingerprint"] == [4, 1]
+    assert trained["training"]["recipe"]["seed"] == 1 and trained["training"]["data"]["fingerprint"] == [4, 7, 1]
     assert trained["trainable_parameters"] > 0 and 0 < trained["prefill_flops_ratio"] < 1
     results = Results(tmp_path / "results")
     row = results.row("fusion", "4, layers 6 7")
