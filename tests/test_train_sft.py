@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, LlavaProcessor
 from trl import SFTTrainer
 
 import train_sft
-from dpvr.data.templates import marks_replies, with_marked_replies
+from dpvr.data.templates import ends_replies, with_ended_replies
 from dpvr.training import arguments, options, output_folder, trainers
 from dpvr.training.models import load_model
 from dpvr.training.run import load_rows
@@ -43,7 +43,7 @@ def run(base: str, output_dir, *arguments: str) -> dict:
 def make_trainer(*arguments: str) -> SFTTrainer:
     args, training, base = train_sft.parse_args(list(arguments))
     transformers.set_seed(training.seed)
-    processor = with_marked_replies(load_processor(base.model_name_or_path))
+    processor = with_ended_replies(load_processor(base.model_name_or_path))
     rows = load_rows(args, training.seed).rows
     return trainers.make_trainer(load_model(args, base), processor, rows, args, training, base)
 
@@ -304,7 +304,7 @@ WITHOUT_END = """{% for message in messages %}{{ message['role'].upper() + ': ' 
 {% else %}\
 {% for content in message['content'] | selectattr('type', 'equalto', 'text') %}\
 {% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}\
-{% endif %}{% endfor %}"""
+{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
 
 @NEEDS_TRAINING
@@ -313,14 +313,16 @@ WITHOUT_END = """{% for message in messages %}{{ message['role'].upper() + ': ' 
     [WITHOUT_END, WITHOUT_END.replace("{% generation %}", "").replace("{% endgeneration %}", "")],
     ids=["without end", "without marks"],
 )
-def test_a_template_that_marks_no_replies_or_not_their_end_is_replaced(random_mini, tmp_path, capsys, template):
+def test_llavas_own_template_is_replaced_by_one_of_the_same_form_with_the_end_token(
+    random_mini, tmp_path, capsys, template
+):
     processor = LlavaProcessor.from_pretrained(random_mini)
     whole = processor.chat_template
-    assert marks_replies(processor)
+    assert ends_replies(processor)
     processor.chat_template = template
     processor.save_pretrained(tmp_path)
-    loaded = with_marked_replies(load_processor(str(tmp_path)))
-    assert loaded.chat_template == whole and "does not mark" in capsys.readouterr().out
+    loaded = with_ended_replies(load_processor(str(tmp_path)))
+    assert loaded.chat_template == whole and "does not end replies" in capsys.readouterr().out
 
 
 @NEEDS_TRAINING

@@ -215,7 +215,7 @@ def _read_all(source: _Source, bad_rows: dict[int, str], skip_bad_rows: bool) ->
     checked = ({column: row[column] if row else [] for column in columns} for row in _check(bar, source, bad_rows))
     batches = [Dataset.from_list(batch, features) for batch in iter(lambda: list(islice(checked, BATCH)), [])]
     total = sum(map(len, batches))
-    _report(source, bad_rows, total, skip_bad_rows)
+    report_bad_rows(source.name, bad_rows, total, skip_bad_rows)
     table = concatenate_datasets(batches)
     if source.table is not None:
         table = concatenate_datasets([source.table.select_columns("images"), table], axis=1)
@@ -229,10 +229,10 @@ def _read_on(source: _Source, bad_rows: dict[int, str], skip_bad_rows: bool) -> 
         if row is not None:
             yield row
         elif not skip_bad_rows:
-            _report(source, bad_rows, total, skip_bad_rows)
+            report_bad_rows(source.name, bad_rows, total, skip_bad_rows)
         elif len(bad_rows) <= LISTED:
             warnings.warn(f"Left out row {total - 1} of {source.name!r}: {bad_rows[total - 1]}", stacklevel=2)
-    _report(source, bad_rows, total, skip_bad_rows)
+    report_bad_rows(source.name, bad_rows, total, skip_bad_rows)
 
 
 def _check(rows: Iterable[Any], source: _Source, bad_rows: dict[int, str]) -> Iterator[Row | None]:
@@ -245,10 +245,10 @@ def _check(rows: Iterable[Any], source: _Source, bad_rows: dict[int, str]) -> It
         yield row
 
 
-def _report(source: _Source, bad_rows: dict[int, str], total: int, skip_bad_rows: bool) -> None:
+def report_bad_rows(name: str, bad_rows: dict[int, str], total: int, skip_bad_rows: bool) -> None:
     """Raise or warn if there are bad rows; raise in either case if there is no good one."""
     if total == 0:
-        raise ValueError(f"{source.name!r} has no rows: name other data.")
+        raise ValueError(f"{name!r} has no rows: name other data.")
     if not bad_rows:
         return
     lines = [f"row {index}: {reason}" for index, reason in islice(bad_rows.items(), LISTED)]
@@ -256,12 +256,10 @@ def _report(source: _Source, bad_rows: dict[int, str], total: int, skip_bad_rows
         lines.append(f"and {len(bad_rows) - LISTED} more")
     listed = "\n".join(lines)
     if skip_bad_rows and len(bad_rows) < total:
-        warnings.warn(f"Left out {len(bad_rows)} of {total} rows of {source.name!r}:\n{listed}", stacklevel=4)
+        warnings.warn(f"Left out {len(bad_rows)} of {total} rows of {name!r}:\n{listed}", stacklevel=4)
         return
     way_out = "Mend them." if skip_bad_rows else "Mend them, or leave them out with --skip_bad_rows."
-    raise ValueError(
-        f"{len(bad_rows)} of {total} rows read from {source.name!r} cannot be trained on:\n{listed}\n{way_out}"
-    )
+    raise ValueError(f"{len(bad_rows)} of {total} rows read from {name!r} cannot be trained on:\n{listed}\n{way_out}")
 
 
 # One row

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, LlavaProcessor, ProcessorMixin
 
 from dpvr.data.conversations import Row
+from dpvr.data.templates import reply_spans, tokenized
 from generation_dpvr import IGNORED_LABEL
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # a processor's inputs, and labels (B, T)
@@ -35,8 +36,7 @@ def prompt_inputs(processor: ProcessorMixin, conversations: Sequence[Conversatio
         _refuse_marks(conversation, processor.image_token)
     prompts = processor.apply_chat_template([c.messages for c in conversations], add_generation_prompt=True)
     pictures = [picture for conversation in conversations for picture in conversation.pictures]
-    padding = {"padding": True, "padding_side": "left"}
-    return processor(images=pictures or None, text=prompts, return_tensors="pt", **padding)
+    return tokenized(processor, prompts, pictures or None, padding=True, padding_side="left")
 
 
 def _refuse_marks(conversation: Conversation, mark: str) -> None:
@@ -86,20 +86,17 @@ def answered_prompt(processor: LlavaProcessor, row: Row) -> Batch | None:
     if marks == 0:
         return None
     pictures = [picture.convert("RGB") for picture in row["images"][:marks]]
-    texts = [
-        processor.apply_chat_template(row["messages"][:end], add_generation_prompt=True),
-        processor.apply_chat_template(row["messages"][: end + 1]),
-    ]
-    prompt, whole = (processor(images=pictures, text=text, return_tensors="pt") for text in texts)
+    whole, [(start, _)] = reply_spans(processor, row["messages"][: end + 1])
+    inputs, prompt = (tokenized(processor, [text], pictures) for text in (whole, whole[:start]))
     length = prompt["input_ids"].shape[1]
-    if not torch.equal(whole["input_ids"][:, :length], prompt["input_ids"]):
+    if not torch.equal(inputs["input_ids"][:, :length], prompt["input_ids"]):
         raise ValueError(
-            f"The chat template writes the prompt {texts[0]!r} differently once it is answered, as {texts[1]!r}, so "
-            "the answer's tokens cannot be told from the prompt's: use a template that does not, such as dpvr-mini's."
+            f"The prompt {whole[:start]!r} has other tokens once it is answered, so the answer's tokens cannot be "
+            "told from the prompt's: use a chat template that ends a prompt where a token ends, such as dpvr-mini's."
         )
-    labels = whole["input_ids"].clone()
+    labels = inputs["input_ids"].clone()
     labels[:, :length] = IGNORED_LABEL
-    return dict(whole), labels
+    return dict(inputs), labels
 
 
 def in_batches(prompts: Iterable[Batch], size: int, device: str | torch.device = "cpu") -> Iterator[Batch]:

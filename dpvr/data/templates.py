@@ -1,16 +1,19 @@
-"""Chat templates: the one of dpvr-mini, and what training needs of any.
+"""Chat templates: the one of dpvr-mini, how a prompt becomes tokens, and where its replies are.
 
     USER: <image>
     Is there a red star? ASSISTANT: yes</s>USER: ...
-                                  ^^^^^^^^^ a {% generation %} block: the reply, its leading space and the end token
+                                   ^^^^^^^^ a reply: what the template adds for the message, up to the end token
 
-TRL puts the loss on generation blocks alone (`assistant_only_loss`), so a template that has none, or leaves the end
-token out of them, cannot be trained with as it is.
+A model is trained on the tokens that it is asked with: `tokenized` is the one way from texts to tokens, and a reply is
+found by rendering the conversation without it and with it, for any template.
 """
 
-import copy
+from collections.abc import Sequence
+from typing import Any
 
-from transformers import LlavaProcessor
+from transformers import BatchFeature, ProcessorMixin
+
+Messages = list[dict[str, Any]]
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -46,38 +49,69 @@ CHAT_TEMPLATE = """\
 """
 
 
-def marks_replies(processor: LlavaProcessor) -> bool:
-    """Whether the chat template marks a reply for the loss, with the end token that teaches the model to stop."""
-    if not processor.chat_template:
-        return False
-    talk = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
-    tokens = processor.tokenizer.apply_chat_template(
-        talk,
-        chat_template=processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    kept = [token for token, mark in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if mark]
-    return bool(kept) and kept[-1] == processor.tokenizer.eos_token_id
+def tokenized(processor: ProcessorMixin, texts: Sequence[str], images: Any = None, **options: Any) -> BatchFeature:
+    """The inputs of rendered prompts; a begin token that the template writes is not added again."""
+    begin = processor.tokenizer.bos_token
+    written = bool(begin) and all(text.startswith(begin) for text in texts)
+    options |= {"add_special_tokens": False} if written else {}
+    return processor(images=images, text=list(texts), return_tensors="pt", **options)
 
 
-def with_marked_replies(processor: LlavaProcessor) -> LlavaProcessor:
-    """The processor, if need be with a template that marks replies and their end token for the loss.
+def reply_spans(processor: ProcessorMixin, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+    """A rendered conversation, and the first and last character + 1 of each reply, its end token included.
 
-    LLaVA-1.5's published template leaves the end token out; ours writes the same prompts.
+    Raises:
+        ValueError: if the template writes a prompt differently once it is answered.
     """
-    if not marks_replies(processor):
-        print("The base's chat template does not mark replies and their end: dpvr-mini's, of the same form, is used.")
-        processor.chat_template = CHAT_TEMPLATE.replace("</s>", processor.tokenizer.eos_token)
+    whole, end, spans = processor.apply_chat_template(messages), processor.tokenizer.eos_token, []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+            after = processor.apply_chat_template(messages[: index + 1])
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise ValueError(
+                    f"The chat template writes the prompt {before!r} differently once it is answered, as {after!r}, "
+                    "so replies cannot be told from prompts: use a template that does not, such as dpvr-mini's."
+                )
+            stop = whole.rfind(end, len(before), len(after)) if end else -1
+            spans.append((len(before), stop + len(end) if stop >= 0 else len(after)))
+    return whole, spans
+
+
+def ends_replies(processor: ProcessorMixin) -> bool:
+    """Whether replies end with the end token, which teaches a model to stop."""
+    end = processor.tokenizer.eos_token
+    if not processor.chat_template or not end:
+        return False
+    text, [(_, stop)] = reply_spans(processor, [_message("user"), _message("assistant")])
+    return text[:stop].endswith(end)
+
+
+def with_ended_replies(processor: ProcessorMixin) -> ProcessorMixin:
+    """The processor, if need be with dpvr-mini's template, whose replies end with the end token.
+
+    LLaVA-1.5's published template leaves the end token out; ours writes the same prompts, and replaces no other.
+
+    Raises:
+        ValueError: for another template without it.
+    """
+    if ends_replies(processor):
+        return processor
+    own, end = processor.chat_template, processor.tokenizer.eos_token
+    asked = own and processor.apply_chat_template([_message("user")], add_generation_prompt=True)
+    processor.chat_template = CHAT_TEMPLATE.replace("</s>", end or "")
+    ours = processor.apply_chat_template([_message("user")], add_generation_prompt=True)
+    if not end or (own and asked != ours):
+        processor.chat_template = own
+        raise ValueError(
+            f"The chat template of the base does not end a reply with the end token {end!r}, so a model trained with "
+            f"it would not learn to stop; its prompts look like {asked!r}. Give the processor a template whose "
+            "replies end with its eos_token."
+        )
+    print("The base's chat template does not end replies with the end token: dpvr-mini's, of the same form, is used.")
     return processor
 
 
-def with_bos(processor: LlavaProcessor) -> LlavaProcessor:
-    """A copy for TRL, which tokenizes what the template writes as it is: the template begins with the BOS token.
-
-    Everywhere else the tokenizer adds it, so the template that is saved must not.
-    """
-    copied = copy.deepcopy(processor)
-    copied.chat_template = "{{- bos_token -}}" + processor.chat_template
-    return copied
+def _message(role: str) -> dict[str, Any]:
+    picture = [{"type": "image"}] if role == "user" else []
+    return {"role": role, "content": [*picture, {"type": "text", "text": role}]}

@@ -16,7 +16,8 @@ from transformers import LlavaProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from dpvr.data.conversations import Conversations, data_fingerprint, load_conversations
-from dpvr.data.templates import with_marked_replies
+from dpvr.data.readable import RowCheck, readable
+from dpvr.data.templates import with_ended_replies
 from dpvr.inference.evaluation import evaluate
 from dpvr.record import run_record, without_folders
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
@@ -50,11 +51,14 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
     transformers.set_seed(training.seed)
     unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
     checkpoint = find_checkpoint(training)
-    processor = with_marked_replies(load_processor(base.model_name_or_path, base.model_revision))
+    processor = with_ended_replies(load_processor(base.model_name_or_path, base.model_revision))
     rows = load_rows(args, training.seed)
     if args.split_layer == AUTO and args.method == "dpvr":
         args.split_layer = find_split(base, processor, rows.rows)
     model = load_model(args, base)
+    if args.data != MINIBENCH:
+        room = model.config.text_config.max_position_embeddings
+        rows = readable(rows, RowCheck(processor, room, training.max_length), args.data, args.skip_bad_rows)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
     repo_id = claim_repository(model, args, training)
     scores = Scores(model, processor, args)

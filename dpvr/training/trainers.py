@@ -5,25 +5,21 @@ rows --collator--> input_ids, pixel_values, labels without image tokens --> SFTT
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
 from datasets import Dataset, IterableDataset
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaProcessor
 from trl import SFTTrainer, get_peft_config
 
 from configuration_dpvr import DpvrLlavaConfig
-from dpvr.data.conversations import Row
-from dpvr.data.templates import with_bos
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
+from dpvr.training.collators import AlwaysAPicture, ReplyCollator, WithoutImageLabels
 from dpvr.training.options import MINIBENCH, DpvrArguments
 from dpvr.training.output_folder import side_branch_of, without_shards
-from generation_dpvr import IGNORED_LABEL
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 WEIGHTS_NAME, TRAINER_STATE_NAME = "model.safetensors", "trainer_state.json"
@@ -71,43 +67,6 @@ class WholeModelTrainer(CardlessTrainer):
 TRAINERS = {"dpvr": SideBranchTrainer, "lora": SFTTrainer, "full": WholeModelTrainer}
 
 
-class WithoutImageLabels:
-    """A collator that leaves image tokens out of the labels, and under a layer plan the tokens right after them.
-
-    A model is never to produce an image token, and past the split images predict nothing. The models' own losses
-    leave them out as well; here they are left out of the count that the loss is divided by.
-    """
-
-    def __init__(self, collate: Callable[[list[Row]], dict[str, torch.Tensor]], model: torch.nn.Module) -> None:
-        self.collate, self.image, self.routed = collate, model.config.image_token_id, not model.model.plan.is_vanilla
-
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        batch = self.collate(rows)
-        ignored = batch["input_ids"] == self.image
-        if self.routed:
-            ignored = ignored | torch.nn.functional.pad(ignored[:, :-1], (1, 0))
-        return batch | {"labels": batch["labels"].masked_fill(ignored, IGNORED_LABEL)}
-
-
-class AlwaysAPicture:
-    """A collator that adds to rows of text alone one with a picture and without labels: neither loss nor gradient.
-
-    Processes that share a model's shards must all run the same layers, tower and side branch included, or they wait
-    for each other's shards for ever, or take one layer's for another's.
-    """
-
-    def __init__(self, collate: Callable[[list[Row]], dict[str, torch.Tensor]]) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        if any(row["images"] for row in rows):
-            return self.collate(rows)
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-        batch = self.collate([*rows, {"images": [Image.new("RGB", (32, 32))], "messages": [question]}])
-        batch["labels"][-1] = IGNORED_LABEL
-        return batch
-
-
 def make_trainer(
     model: DpvrLlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -126,10 +85,16 @@ def make_trainer(
         base.use_peft = True
         lora = get_peft_config(base)
         lora.target_modules = lora.target_modules or LORA_TARGETS
+    collate = ReplyCollator(processor, training.max_length, training.assistant_only_loss)
+    training.assistant_only_loss = False  # TRL's way to it, which asks for marks in the template
     trainer = TRAINERS[args.method](
-        model=model, args=training, train_dataset=rows, processing_class=with_bos(processor), peft_config=lora
+        model=model,
+        args=training,
+        train_dataset=rows,
+        processing_class=processor,
+        data_collator=WithoutImageLabels(collate, model),
+        peft_config=lora,
     )
-    trainer.data_collator = WithoutImageLabels(trainer.data_collator, model)
     if trainer.accelerator.distributed_type in SHARDED:
         if args.data == MINIBENCH and args.eval_questions:
             raise ValueError(
