@@ -33,8 +33,8 @@ def load_rows(args: argparse.Namespace, split: str = "validation") -> Iterable[R
     if args.data == MINIBENCH:
         count = args.num_samples if split == "validation" else args.tuned_lens
         return to_hf_dataset(split, count, questions_per_row=1, seed=args.seed)
-    options = {"split": args.data_split, "image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
-    return load_conversations(args.data, streaming=True, **options).rows
+    options = {name: getattr(args, name) for name in ("image_folder", "skip_bad_rows", "allow_remote_images")}
+    return load_conversations(args.data, split=args.data_split, streaming=True, **options).rows
 
 
 def load_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
