@@ -74,7 +74,8 @@ def is_routed(model: LlavaForConditionalGeneration) -> bool:
 
 def settings_of(args: argparse.Namespace, model: LlavaForConditionalGeneration) -> dict[str, str]:
     """What samples depend on: a run with other settings cannot resume with them."""
-    names = ("model", "data", "data_split", "image_folder", "skip_bad_rows", "seed", "dtype", "tuned_lens")
+    names = ("model", "data", "data_split", "image_folder", "skip_bad_rows", "allow_remote_images")
+    names += ("seed", "dtype", "tuned_lens")
     weights = sum(weight.double().abs().sum().item() for weight in model.parameters())
     plan = str(model.config.layer_plan()) if model.config.model_type == "dpvr_llava" else "vanilla"
     statistics = " ".join(field.name for field in fields(Sample))
