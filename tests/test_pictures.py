@@ -1,5 +1,6 @@
 """pictures.py: what people upload becomes an upright RGB picture, or a message that says why not."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpvr.data.pictures import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, open_picture
+from dpvr.data.pictures import MAX_ASPECT, MAX_PIXELS, MAX_SIDE, open_picture, to_rgb
+from dpvr.data.prompts import Conversation, answered_prompt, prompt_inputs
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -63,7 +65,7 @@ def test_cmyk_is_read_as_the_colours_it_prints(tmp_path):
 
 
 def test_sixteen_bits_become_eight_and_are_not_cut_off(tmp_path):
-    levels = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    levels = np.array(2 * [[0, 255, 256, 32768, 65535]], dtype=np.uint16)
     picture = open_picture(save(tmp_path / "a.png", Image.fromarray(levels)))
     assert [picture.getpixel((column, 0))[0] for column in range(5)] == [0, 0, 1, 128, 255]
 
@@ -160,12 +162,72 @@ def test_files_that_are_no_pictures_are_refused(content, tmp_path):
         open_picture(tmp_path / "a.png")
 
 
-def test_floating_point_pictures_are_refused_rather_than_guessed_at(tmp_path):
-    path = save(tmp_path / "a.tiff", Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
-    with pytest.raises(ValueError, match="floating point.*: save it as a PNG"):
+@pytest.mark.parametrize("values", [(0, np.nan), (0, np.inf), (-1, 1), (0, 70_000)])
+def test_floating_point_pictures_without_a_usual_range_are_refused_rather_than_guessed_at(values, tmp_path):
+    path = save(tmp_path / "a.tiff", Image.fromarray(np.array([values] * 2, dtype=np.float32)))
+    with pytest.raises(ValueError, match="0 to 1, 255 or 65535 can be read: scale them"):
         open_picture(path)
+
+
+@pytest.mark.parametrize("white", [1, 255, 65_535])
+def test_floating_point_pictures_of_a_usual_range_are_scaled(white, tmp_path):
+    path = save(tmp_path / "a.tiff", Image.fromarray(np.array([[0, white / 2, white]] * 2, dtype=np.float32)))
+    levels = np.asarray(open_picture(path))[0, :, 0].astype(int)
+    assert np.abs(levels - [0, 127, 255]).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (48, 3), (3, 48)])
+def test_a_processor_sees_the_colour_of_very_low_pictures(size, minibench_processor):
+    seen = minibench_processor.image_processor(to_rgb(Image.new("RGB", size, (250, 20, 20))), return_tensors="np")
+    red, green, blue = seen["pixel_values"][0].mean(axis=(1, 2))
+    assert red > green + 1 and abs(green - blue) < 0.5
+
+
+def test_what_is_upright_rgb_is_given_back_as_it_is():
+    picture = half_red("RGB", (0, 0, 255, 255))
+    assert to_rgb(picture) is picture or to_rgb(picture).tobytes() == picture.tobytes()
+
+
+def test_a_pipe_a_device_and_a_folder_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="a folder, a pipe or a device: give a regular file"):
+            open_picture(path)
 
 
 def test_a_file_that_is_gone_is_said_to_be_gone_without_its_path(tmp_path):
     with pytest.raises(ValueError, match="^The picture's file is no longer here: upload it again"):
         open_picture(tmp_path / "a.png")
+
+
+def sixteen_bits() -> Image.Image:
+    return Image.fromarray(np.full((8, 8), 32_768, dtype=np.uint16))
+
+
+def shade(inputs: dict, processor) -> float:
+    """The mean of what the vision tower sees, from 0, black, to 1, white."""
+    mean, std = (np.array(value)[:, None, None] for value in map(vars(processor.image_processor).get, STATISTICS))
+    return float((np.asarray(inputs["pixel_values"][0]) * std + mean).mean())
+
+
+STATISTICS = ("image_mean", "image_std")
+
+
+def test_a_prompt_has_pictures_of_sixteen_bits_in_their_shade(minibench_processor):
+    parts = [{"type": "image"}, {"type": "text", "text": "Colour?"}]
+    conversation = Conversation([{"role": "user", "content": parts}], [sixteen_bits()])
+    assert abs(shade(prompt_inputs(minibench_processor, [conversation]), minibench_processor) - 0.5) < 0.02
+
+
+def test_an_answered_prompt_has_pictures_of_sixteen_bits_in_their_shade(minibench_processor):
+    question = [{"type": "image"}, {"type": "text", "text": "Colour?"}]
+    answer = [{"type": "text", "text": "red"}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    inputs, _ = answered_prompt(minibench_processor, {"images": [sixteen_bits()], "messages": messages})
+    assert abs(shade(inputs, minibench_processor) - 0.5) < 0.02
+
+
+def test_a_prompt_with_a_picture_beyond_a_limit_is_refused(minibench_processor):
+    conversation = Conversation([{"role": "user", "content": [{"type": "image"}]}], [Image.new("L", (41, 2))])
+    with pytest.raises(ValueError, match="41 x 2 pixels"):
+        prompt_inputs(minibench_processor, [conversation])

@@ -29,6 +29,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="minibench", help="minibench, or what train_sft.py --data takes")
     parser.add_argument("--data_split", default="train", help="split of a data set from the Hub or a folder")
     parser.add_argument("--image_folder", help="folder that the picture names in LLaVA's JSON are relative to")
+    parser.add_argument(
+        "--allow_remote_images",
+        action="store_true",
+        help="also read a data set's pictures from web addresses and other folders",
+    )
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad rows out and report them")
     parser.add_argument("--num_samples", type=at_least(1), default=500, help="rows with a picture to measure")
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="rows measured at a time")

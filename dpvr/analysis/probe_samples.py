@@ -33,8 +33,8 @@ def load_rows(args: argparse.Namespace, split: str = "validation") -> Iterable[R
     if args.data == MINIBENCH:
         count = args.num_samples if split == "validation" else args.tuned_lens
         return to_hf_dataset(split, count, questions_per_row=1, seed=args.seed)
-    options = {"split": args.data_split, "image_folder": args.image_folder, "skip_bad_rows": args.skip_bad_rows}
-    return load_conversations(args.data, streaming=True, **options).rows
+    options = {name: getattr(args, name) for name in ("image_folder", "skip_bad_rows", "allow_remote_images")}
+    return load_conversations(args.data, split=args.data_split, streaming=True, **options).rows
 
 
 def load_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
@@ -74,7 +74,8 @@ def is_routed(model: LlavaForConditionalGeneration) -> bool:
 
 def settings_of(args: argparse.Namespace, model: LlavaForConditionalGeneration) -> dict[str, str]:
     """What samples depend on: a run with other settings cannot resume with them."""
-    names = ("model", "data", "data_split", "image_folder", "skip_bad_rows", "seed", "dtype", "tuned_lens")
+    names = ("model", "data", "data_split", "image_folder", "skip_bad_rows", "allow_remote_images")
+    names += ("seed", "dtype", "tuned_lens")
     weights = sum(weight.double().abs().sum().item() for weight in model.parameters())
     plan = str(model.config.layer_plan()) if model.config.model_type == "dpvr_llava" else "vanilla"
     statistics = " ".join(field.name for field in fields(Sample))

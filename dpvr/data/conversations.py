@@ -16,7 +16,6 @@ when a row is used; in between a row holds paths or encoded bytes. A bad row sto
 import hashlib
 import json
 import os
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 from datasets import (
     Dataset,
+    DatasetInfo,
     Features,
     Image,
     IterableDataset,
@@ -34,8 +34,9 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
-from PIL.Image import DecompressionBombError
 from tqdm import tqdm
+
+from dpvr.data.picture_column import Picture, outside_of
 
 Row = dict[str, Any]
 
@@ -43,13 +44,13 @@ MARK = "<image>"
 PICTURE = {"type": "image", "text": None}
 SPEAKERS = {"system": "system", "human": "user", "gpt": "assistant"}
 ROLES = {role: role for role in SPEAKERS.values()}
+IMAGES = Features({"images": [Image()]})["images"]  # as a data set has them
 FEATURES = Features(
     {
-        "images": [Image()],
+        "images": [Picture()],
         "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
     }
 )
-BROKEN_PICTURE = (OSError, ValueError, SyntaxError, EOFError, struct.error, DecompressionBombError)  # Pillow's
 LISTED = 20
 KINDS = {dict: "dictionary", list: "list", str: "string"}
 BATCH = 1000  # rows held as Python objects before they become Arrow
@@ -85,8 +86,9 @@ def load_conversations(
     image_folder: str | None = None,
     skip_bad_rows: bool = False,
     streaming: bool = False,
+    allow_remote_images: bool = False,
 ) -> Conversations:
-    """Read rows with the columns images, a list of `datasets.Image`, and messages, whose content is a list of parts.
+    """Read rows with the columns images, a list of `Picture`, and messages, whose content is a list of parts.
 
     Args:
         data: a Hub id or a folder that `load_dataset` or `load_from_disk` reads, with the columns images and messages
@@ -95,12 +97,15 @@ def load_conversations(
         image_folder: what the names in a JSON file are relative to; no picture outside of it is opened.
         skip_bad_rows: leave bad rows out and warn, in place of raising.
         streaming: check rows when they are asked for; the first bad one is reported then. A .json is still read whole.
+        allow_remote_images: of a data set: also open web addresses and files outside of its folder.
 
     Raises:
         ValueError: there are bad rows, or no good ones, or nothing to read.
     """
     is_json = data.endswith((".json", ".jsonl"))
     source = _open_json(data, image_folder) if is_json else _open_dataset(data, split, image_folder, streaming)
+    if not is_json and not allow_remote_images:
+        source = source._replace(read=partial(source.read, inside=data))
     bad_rows: dict[int, str] = {}
     if not streaming:
         return Conversations(_read_all(source, bad_rows, skip_bad_rows), bad_rows)
@@ -186,9 +191,9 @@ def _open_dataset(data: str, split: str, image_folder: str | None, streaming: bo
             "the connection, or name a .json or .jsonl file."
         ) from error
     features = table.features or {}
-    if features.get("images") != FEATURES["images"] or "messages" not in features:
+    if features.get("images") != IMAGES or "messages" not in features:
         raise ValueError(
-            f"{data!r} has the columns {dict(features)}, and training needs images, {FEATURES['images']}, and "
+            f"{data!r} has the columns {dict(features)}, and training needs images, {IMAGES}, and "
             "messages: rename and cast the columns, or give LLaVA's JSON file and its image_folder."
         )
     table = table.select_columns(list(FEATURES))
@@ -219,6 +224,7 @@ def _read_all(source: _Source, bad_rows: dict[int, str], skip_bad_rows: bool) ->
     table = concatenate_datasets(batches)
     if source.table is not None:
         table = concatenate_datasets([source.table.select_columns("images"), table], axis=1)
+    table = Dataset(table.data, info=DatasetInfo(features=FEATURES))  # the same storage, read by `Picture`
     return table.select([index for index in range(total) if index not in bad_rows]) if bad_rows else table
 
 
@@ -279,7 +285,8 @@ def _from_llava(row: Any, image_folder: str | None) -> Row:
     return {"images": [_check_picture(_find(name, image_folder)) for name in names], "messages": messages}
 
 
-def _from_messages(row: Row) -> Row:
+def _from_messages(row: Row, inside: str | None = None) -> Row:
+    """Return a data set's row in TRL's form; its pictures must lie in the data set `inside`, if that is given."""
     images, raw = _typed(row["images"], list, "images"), _dicts(row["messages"], "messages")
     messages = [_message(message.get("role"), message.get("content"), ROLES) for message in raw]
     marked = any(PICTURE in message["content"] for message in messages)
@@ -287,7 +294,7 @@ def _from_messages(row: Row) -> Row:
     if first is not None and isinstance(raw[first]["content"], str) and not marked:
         messages[first]["content"] = [PICTURE] * len(images) + messages[first]["content"]
     _check_conversation(messages, len(images))
-    return {"images": [_check_picture(picture) for picture in images], "messages": messages}
+    return {"images": [_check_picture(picture, inside) for picture in images], "messages": messages}
 
 
 def _message(speaker: Any, content: Any, roles: dict[str, str]) -> Row:
@@ -351,14 +358,19 @@ def _find(name: Any, image_folder: str) -> Row:
     return {"bytes": None, "path": path}
 
 
-def _check_picture(picture: Any) -> Row:
+def _check_picture(picture: Any, inside: str | None = None) -> Row:
     """Decode the picture as training will, and return it still encoded."""
     picture = _typed(picture, dict, "an image")
+    path = picture["path"]
+    if inside is not None and picture["bytes"] is None and path is not None and outside_of(inside, path):
+        raise _BadRow(
+            f"the picture {path!r:.200} is a web address or lies outside of {inside!r}: move it there, or "
+            "allow it with --allow_remote_images"
+        )
     try:
-        Image().decode_example(picture)
-    except BROKEN_PICTURE as error:
-        name = picture["path"] or "bytes without a name"
-        raise _BadRow(f"the picture {name!r} cannot be read: {type(error).__name__}: {error}") from error
+        Picture().decode_example(picture)
+    except ValueError as error:
+        raise _BadRow(str(error)) from error
     # beside bytes the path is only a name, but `datasets` would prefer a file of that name in the working folder
     return picture if picture["bytes"] is None else {**picture, "path": None}
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, LlavaProcessor, ProcessorMixin
 
 from dpvr.data.conversations import Row
+from dpvr.data.pictures import to_rgb
 from dpvr.data.templates import reply_spans, tokenized
 from generation_dpvr import IGNORED_LABEL
 
@@ -30,12 +31,12 @@ def prompt_inputs(processor: ProcessorMixin, conversations: Sequence[Conversatio
     """The inputs of a batch of conversations, each of which waits for its answer.
 
     Raises:
-        ValueError: if a text holds the mark that stands for a picture.
+        ValueError: if a text holds the mark that stands for a picture, or a picture is beyond the limits.
     """
     for conversation in conversations:
         _refuse_marks(conversation, processor.image_token)
     prompts = processor.apply_chat_template([c.messages for c in conversations], add_generation_prompt=True)
-    pictures = [picture for conversation in conversations for picture in conversation.pictures]
+    pictures = [to_rgb(picture) for conversation in conversations for picture in conversation.pictures]
     return tokenized(processor, prompts, pictures or None, padding=True, padding_side="left")
 
 
@@ -85,7 +86,7 @@ def answered_prompt(processor: LlavaProcessor, row: Row) -> Batch | None:
     marks = sum(part["type"] == "image" for message in row["messages"][:end] for part in message["content"])
     if marks == 0:
         return None
-    pictures = [picture.convert("RGB") for picture in row["images"][:marks]]
+    pictures = [to_rgb(picture) for picture in row["images"][:marks]]
     whole, [(start, _)] = reply_spans(processor, row["messages"][: end + 1])
     inputs, prompt = (tokenized(processor, [text], pictures) for text in (whole, whole[:start]))
     length = prompt["input_ids"].shape[1]

@@ -113,7 +113,7 @@ def reply(
     """Return the replies to one batch of conversations, which may have any number of pictures each.
 
     Raises:
-        ValueError: if a text holds the mark that stands for a picture.
+        ValueError: if a text holds the mark that stands for a picture, or a picture is beyond the limits.
     """
     inputs = prompt_inputs(processor, conversations).to(model.device, model.dtype)
     start, room = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings

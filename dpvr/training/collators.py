@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import LlavaProcessor
 
 from dpvr.data.conversations import Row
+from dpvr.data.pictures import to_rgb
 from dpvr.data.templates import Messages, reply_spans, tokenized
 from generation_dpvr import IGNORED_LABEL
 
@@ -31,7 +32,7 @@ class ReplyCollator:
         self.processor, self.max_length, self.replies_only = processor, max_length, replies_only
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        pictures = [[picture.convert("RGB") for picture in row["images"]] for row in rows]
+        pictures = [[to_rgb(picture) for picture in row["images"]] for row in rows]
         return self.batch([row["messages"] for row in rows], pictures)
 
     def batch(

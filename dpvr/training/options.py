@@ -50,6 +50,9 @@ class DataOptions:
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that the picture names in LLaVA's JSON are relative to."}
     )
+    allow_remote_images: bool = field(
+        default=False, metadata={"help": "Also read a data set's pictures from web addresses and other folders."}
+    )
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out and report them."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
     num_rows: int = field(default=5000, metadata={"help": "With MiniBench: number of training pictures."})

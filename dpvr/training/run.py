@@ -101,6 +101,7 @@ def load_rows(args: DpvrArguments, seed: int) -> Conversations:
         image_folder=args.image_folder,
         skip_bad_rows=args.skip_bad_rows,
         streaming=args.streaming,
+        allow_remote_images=args.allow_remote_images,
     )
 
 
