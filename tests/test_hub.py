@@ -139,6 +139,47 @@ def test_without_a_token_the_error_says_what_to_do(hub, client, tmp_path):
     assert list(hub.commits) == ["me/base"]
 
 
+NO_HUB = [
+    {"HF_HUB_OFFLINE": "1"},
+    {"HF_ENDPOINT": "http://127.0.0.1:1"},
+    {"HF_ENDPOINT": "http://name.invalid"},
+    {"HF_ENDPOINT": "ftp://127.0.0.1"},
+]
+TO_NOWHERE = f"""{PREPARE}
+model = DpvrLlavaForConditionalGeneration.from_pretrained(sys.argv[1])
+model.config.base_model_name_or_path = "me/base"
+from loading_dpvr import load_processor
+model.push_to_hub("me/x", processor=load_processor(sys.argv[1]) if sys.argv[2] == "own" else None)
+"""
+
+
+@pytest.mark.parametrize("environment", NO_HUB, ids=lambda environment: " ".join(environment.values()))
+def test_a_hub_that_is_not_reached_is_said_in_one_line(client, random_mini, environment):
+    pushed = client(PUSH_COMMAND, random_mini, "me/x", **environment)
+    assert pushed.returncode == 2
+    errors = [line for line in pushed.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and pushed.stderr.endswith(errors[0] + "\n"), pushed.stderr
+    assert "me/x" in errors[0] and "check the network and HF_HUB_OFFLINE" in errors[0]
+    assert "Traceback" not in pushed.stderr
+    for processor in ("own", "base"):
+        pushed = client("-c", TO_NOWHERE, random_mini, processor, **environment)
+        assert pushed.returncode != 0 and pushed.stderr.count("Traceback") == 1, pushed.stderr
+        last = pushed.stderr.splitlines()[-1]
+        assert last.startswith("OSError: ") and "check the network and HF_HUB_OFFLINE" in last
+
+
+@NEEDS_TRAINING
+@pytest.mark.parametrize("environment", NO_HUB, ids=lambda environment: " ".join(environment.values()))
+def test_training_for_a_hub_that_is_not_reached_ends_in_one_line(client, random_mini, tmp_path, environment):
+    command = "--num_rows 8 --push_to_hub --hub_model_id me/x --output_dir out --method full --dtype float32 "
+    refused = client(
+        str(ROOT / "train_sft.py"), *f"{command}--model_name_or_path {random_mini}".split(), **environment
+    )
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+    assert "check the network and HF_HUB_OFFLINE" in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 @NEEDS_TRAINING
 def test_a_training_run_pushes_its_folder_and_its_records_into_the_card(hub, client, tmp_path):
     command = "--model_name_or_path me/base --split_layer 2 --num_rows 8 --per_device_train_batch_size 4"
