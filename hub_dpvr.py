@@ -246,8 +246,8 @@ def upload(
         return api.create_commit(repo_id, operations, commit_message=message).commit_url
     except HUB_ERRORS as error:
         raise OSError(
-            f"The push of {str(folder)!r} to {repo_id!r} failed ({_in_one_line(error)}). The repository was not changed. "
-            f"Push again; for the output_dir of a run: python -m dpvr.push <output_dir> {repo_id}"
+            f"The push of {str(folder)!r} to {repo_id!r} failed ({_in_one_line(error)}). The repository was not "
+            f"changed. Push again; for the output_dir of a run: python -m dpvr.push <output_dir> {repo_id}"
         ) from None
 
 

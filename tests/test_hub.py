@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import make_llava
 from forked_python import ForkedPython
@@ -14,6 +15,9 @@ from test_train_sft import NEEDS_TRAINING
 
 import hub_dpvr
 from configuration_dpvr import DpvrLlavaConfig
+from dpvr.command_line import run
+from dpvr.push import main as push_folder
+from dpvr.push import parse_args as parse_push_args
 from dpvr.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -139,45 +143,24 @@ def test_without_a_token_the_error_says_what_to_do(hub, client, tmp_path):
     assert list(hub.commits) == ["me/base"]
 
 
-NO_HUB = [
-    {"HF_HUB_OFFLINE": "1"},
-    {"HF_ENDPOINT": "http://127.0.0.1:1"},
-    {"HF_ENDPOINT": "http://name.invalid"},
-    {"HF_ENDPOINT": "ftp://127.0.0.1"},
-]
-TO_NOWHERE = f"""{PREPARE}
-model = DpvrLlavaForConditionalGeneration.from_pretrained(sys.argv[1])
-model.config.base_model_name_or_path = "me/base"
-from loading_dpvr import load_processor
-model.push_to_hub("me/x", processor=load_processor(sys.argv[1]) if sys.argv[2] == "own" else None)
-"""
-
-
-@pytest.mark.parametrize("environment", NO_HUB, ids=lambda environment: " ".join(environment.values()))
-def test_a_hub_that_is_not_reached_is_said_in_one_line(client, random_mini, environment):
-    pushed = client(PUSH_COMMAND, random_mini, "me/x", **environment)
-    assert pushed.returncode == 2
-    errors = [line for line in pushed.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1 and pushed.stderr.endswith(errors[0] + "\n"), pushed.stderr
-    assert "me/x" in errors[0] and "check the network and HF_HUB_OFFLINE" in errors[0]
-    assert "Traceback" not in pushed.stderr
-    for processor in ("own", "base"):
-        pushed = client("-c", TO_NOWHERE, random_mini, processor, **environment)
-        assert pushed.returncode != 0 and pushed.stderr.count("Traceback") == 1, pushed.stderr
-        last = pushed.stderr.splitlines()[-1]
-        assert last.startswith("OSError: ") and "check the network and HF_HUB_OFFLINE" in last
-
-
-@NEEDS_TRAINING
-@pytest.mark.parametrize("environment", NO_HUB, ids=lambda environment: " ".join(environment.values()))
-def test_training_for_a_hub_that_is_not_reached_ends_in_one_line(client, random_mini, tmp_path, environment):
-    command = "--num_rows 8 --push_to_hub --hub_model_id me/x --output_dir out --method full --dtype float32 "
-    refused = client(
-        str(ROOT / "train_sft.py"), *f"{command}--model_name_or_path {random_mini}".split(), **environment
-    )
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
-    assert "check the network and HF_HUB_OFFLINE" in refused.stderr.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://name.invalid", "ftp://127.0.0.1", "offline"])
+def test_a_hub_that_is_not_reached_is_said_in_one_line(random_mini, monkeypatch, capsys, endpoint):
+    if endpoint == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_dpvr, "HfApi", partial(hub_dpvr.HfApi, endpoint=endpoint))
+    close_session = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
+    close_session()  # a session remembers whether it is offline
+    with pytest.raises(SystemExit, match="2"):
+        run(push_folder, parse_push_args([random_mini, "me/x"]))
+    said = capsys.readouterr().err
+    close_session()
+    assert said.startswith("Error: The Hub does not let you write to 'me/x'") and said.count("\n") == 1, said
+    assert "check the network and HF_HUB_OFFLINE" in said
+    with pytest.raises(OSError, match="check the network and HF_HUB_OFFLINE") as caught:
+        hub_dpvr.make_repository("me/x")
+    assert caught.value.__suppress_context__ and "\n" not in str(caught.value)
 
 
 @NEEDS_TRAINING
