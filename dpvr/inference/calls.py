@@ -30,6 +30,8 @@ class CheckedBlocks(gr.Blocks):
         """As Gradio does; what its own data models refuse is said without their internals."""
         try:
             return await super().preprocess_data(*args, **settings)
+        except gr.Error:  # a ValueError, and has its sentence
+            raise
         except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
             message = "A value of this call has a wrong form: send it as the page's API description shows."
             raise gr.Error(message, print_exception=False) from error
