@@ -30,6 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--base", help="the LLaVA under an adapter; default: the one that the adapter names")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code in the model's repository; else none of it runs"
+    )
     parser.add_argument("--host", help="default: GRADIO_SERVER_NAME, else this machine alone, 127.0.0.1")
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, else the first free one from 7860 on")
     return parser.parse_args(argv)
@@ -39,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     from dpvr.inference.chat import Answerer, load
     from dpvr.inference.page import build, launch, write_examples
 
-    model, processor = load(args.model, args.base, args.revision)
+    model, processor = load(args.model, args.base, args.revision, trust_remote_code=args.trust_remote_code)
     about = MINI if args.model == ROOT else OTHER.format(name=args.model)
     with tempfile.TemporaryDirectory() as folder:
         launch(build(Answerer(model, processor), about, write_examples(Path(folder))), args.host, args.port)

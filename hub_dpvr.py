@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from transformers import ProcessorMixin
@@ -33,18 +33,14 @@ except ImportError:
     from configuration_dpvr import DpvrLlavaConfig
     from loading_dpvr import is_side_branch, load_processor
 
-try:
-    from httpx import TransportError
-except ImportError:  # huggingface_hub 0.36 does without httpx, and its network errors are OSErrors
-    TransportError = OSError
-
 CONFIG_NAME, RECORD_NAME, CARD_NAME = "config.json", "training.json", "README.md"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_KEY_PREFIX = "base_model.model."  # PEFT's, before the names of a model's weights
 SUFFIXES = (".py", ".json", ".jinja", ".model", ".txt", ".safetensors")
 WEIGHTS_SUFFIXES = (".safetensors", ".index.json")
 ADAPTER_FOLDER = "adapter"
-HUB_ERRORS = (OSError, RuntimeError, HFValidationError, TransportError)
+# The bases of HfHubHTTPError are the error of the HTTP client that this release uses: requests, httpx or httpx2.
+HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
 
 CARD = """\
 # {name}
@@ -135,7 +131,13 @@ class Sharing:
             raise ValueError(
                 "This model does not know its base, whose processor would be pushed with it: pass processor=..."
             )
-        return load_processor(base, token=token)
+        try:
+            return load_processor(base, token=token)
+        except HUB_ERRORS as error:
+            raise OSError(
+                f"The processor of the base {base!r}, which is pushed with the model, cannot be loaded "
+                f"({_in_one_line(error)}): pass processor=..., or check the network and HF_HUB_OFFLINE."
+            ) from None
 
 
 def save_adapter(model: Any, folder: str | os.PathLike) -> None:
@@ -195,9 +197,10 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
             api.auth_check(repo_id, write=True)
     except HUB_ERRORS as error:
         raise OSError(
-            f"Cannot write to {repo_id!r} on the Hub ({error}): run hf auth login with a token that may write, and "
-            "give a name of the form me/x."
-        ) from error
+            f"The Hub does not let you write to {repo_id!r} ({_in_one_line(error)}): run hf auth login with a token "
+            "that may write, and give a name of the form me/x. If the Hub was not reached, check the network and "
+            "HF_HUB_OFFLINE."
+        ) from None  # the client's own traceback has some seventy lines
     return repo_id
 
 
@@ -243,9 +246,13 @@ def upload(
         return api.create_commit(repo_id, operations, commit_message=message).commit_url
     except HUB_ERRORS as error:
         raise OSError(
-            f"The push of {str(folder)!r} to {repo_id!r} failed ({error}). The repository was not changed. Push "
-            f"again; for the output_dir of a run: python -m dpvr.push <output_dir> {repo_id}"
-        ) from error
+            f"The push of {str(folder)!r} to {repo_id!r} failed ({_in_one_line(error)}). The repository was not "
+            f"changed. Push again; for the output_dir of a run: python -m dpvr.push <output_dir> {repo_id}"
+        ) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def files_to_share(folder: Path) -> dict[str, Path]:

@@ -229,6 +229,16 @@ class SideBranchLoading:
         model._check_loaded(base, info, branch, new_side_branch)
         return (model, info) if wants_info else model
 
+    def load_custom_generate(self, name_or_path: str, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
+        """As transformers does, but never unasked: transformers 4 runs a local folder's code without being told to.
+
+        Raises:
+            OSError: unless the code is trusted; transformers then keeps the model's own `generate`.
+        """
+        if not trust_remote_code:
+            raise OSError(f"custom_generate of {name_or_path!r} is not run without trust_remote_code=True.")
+        return super().load_custom_generate(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
+
     def _check_loaded(
         self, base: str, info: dict, branch: dict[str, torch.Tensor] | None, new_side_branch: bool
     ) -> None:

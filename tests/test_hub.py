@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import make_llava
 from forked_python import ForkedPython
@@ -14,6 +15,9 @@ from test_train_sft import NEEDS_TRAINING
 
 import hub_dpvr
 from configuration_dpvr import DpvrLlavaConfig
+from dpvr.command_line import run
+from dpvr.push import main as push_folder
+from dpvr.push import parse_args as parse_push_args
 from dpvr.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -137,6 +141,26 @@ def test_without_a_token_the_error_says_what_to_do(hub, client, tmp_path):
     refused = client("-c", PUSH, str(tmp_path / "logits.pt"), HF_TOKEN="hf_wrong")
     assert refused.returncode != 0 and "run hf auth login" in refused.stderr
     assert list(hub.commits) == ["me/base"]
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://name.invalid", "ftp://127.0.0.1", "offline"])
+def test_a_hub_that_is_not_reached_is_said_in_one_line(random_mini, monkeypatch, capsys, endpoint):
+    if endpoint == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_dpvr, "HfApi", partial(hub_dpvr.HfApi, endpoint=endpoint))
+    close_session = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
+    close_session()  # a session remembers whether it is offline
+    with pytest.raises(SystemExit, match="2"):
+        run(push_folder, parse_push_args([random_mini, "me/x"]))
+    said = capsys.readouterr().err
+    close_session()
+    assert said.startswith("Error: The Hub does not let you write to 'me/x'") and said.count("\n") == 1, said
+    assert "check the network and HF_HUB_OFFLINE" in said
+    with pytest.raises(OSError, match="check the network and HF_HUB_OFFLINE") as caught:
+        hub_dpvr.make_repository("me/x")
+    assert caught.value.__suppress_context__ and "\n" not in str(caught.value)
 
 
 @NEEDS_TRAINING

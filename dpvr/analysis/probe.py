@@ -26,6 +26,9 @@ from dpvr.command_line import Parser, at_least, run
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model", default=".", help="a LLaVA or DPVR model: a name on the Hub or a folder")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code in the model's repository; else none of it runs"
+    )
     parser.add_argument("--data", default="minibench", help="minibench, or what train_sft.py --data takes")
     parser.add_argument("--data_split", default="train", help="split of a data set from the Hub or a folder")
     parser.add_argument("--image_folder", help="folder that the picture names in LLaVA's JSON are relative to")

@@ -23,12 +23,12 @@ from dpvr.analysis.probe_samples import (
     collect,
     is_routed,
     load_lens,
-    load_model,
     load_rows,
     read_samples,
     settings_of,
 )
 from dpvr.data.prompts import AnsweredPrompts, Batch, in_batches
+from dpvr.models import load_model
 from dpvr.record import publish, run_record, without_folders
 from loading_dpvr import load_processor
 
@@ -37,7 +37,9 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, write and print everything; the document of saturation.json."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    model, processor, rows = load_model(args), load_processor(args.model), load_rows(args)
+    options = {"dtype": getattr(torch, args.dtype), "attn_implementation": "sdpa"}
+    model = load_model(args.model, trust_remote_code=args.trust_remote_code, **options).eval().to(args.device)
+    processor, rows = load_processor(args.model), load_rows(args)
     settings = settings_of(args, model)
     read_samples(args.output_dir / "samples.jsonl", settings)  # refuses another run's samples before any work
     prompts = AnsweredPrompts(processor, rows, args.num_samples, skip=0 if args.data == MINIBENCH else args.tuned_lens)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from dpvr.analysis.saturation import Sample, measure, measure_routed
 from dpvr.analysis.tuned_lens import TunedLens
@@ -35,12 +35,6 @@ def load_rows(args: argparse.Namespace, split: str = "validation") -> Iterable[R
         return to_hf_dataset(split, count, questions_per_row=1, seed=args.seed)
     options = {name: getattr(args, name) for name in ("image_folder", "skip_bad_rows", "allow_remote_images")}
     return load_conversations(args.data, split=args.data_split, streaming=True, **options).rows
-
-
-def load_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
-    dtype = getattr(torch, args.dtype)
-    options = {"trust_remote_code": True, "dtype": dtype, "attn_implementation": "sdpa"}
-    return AutoModelForImageTextToText.from_pretrained(args.model, **options).eval().to(args.device)
 
 
 def load_lens(

@@ -23,8 +23,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForImageTextToText,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
     ProcessorMixin,
     StoppingCriteria,
@@ -35,6 +33,7 @@ from transformers.utils import cached_file
 from adapter_dpvr import DpvrConfig, find_weights
 from dpvr.analysis.attention import TextToImage, text_to_image_attention
 from dpvr.data.prompts import Conversation, prompt_inputs
+from dpvr.models import load_model, load_stock
 from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
 from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -101,17 +100,25 @@ class Comparison(NamedTuple):
 
 
 def load(
-    name: str, base: str | None = None, revision: str = "main", device: str | None = None, **loading: Any
+    name: str,
+    base: str | None = None,
+    revision: str = "main",
+    device: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    **loading: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a DPVR repository, or an adapter and its base, with its processor.
 
     Args:
         base: for an adapter, where its base lies, if not where its config says.
         device: where to put it; the GPU if there is one, unless said.
+        trust_remote_code: load a repository with its own code; unless said, none of it is run.
         **loading: as `from_pretrained` takes it: dtype (that of the weights, unless said), attn_implementation, ...
 
     Raises:
-        ValueError: if it is neither, or if a base is given for a repository that names its own.
+        ValueError: if it is neither, if it needs code that is not trusted, or if a base is given for a repository that
+            names its own.
     """
     home, loading = name, {"dtype": "auto", **loading}
     if _find(name, ADAPTER_CONFIG_NAME, revision) and not _find(name, "config.json", revision):
@@ -122,7 +129,7 @@ def load(
     elif base is not None:
         raise ValueError(f"{name!r} is not a PEFT adapter, so it brings its own base: leave the base {base!r} out.")
     else:
-        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True, **loading)
+        model = load_model(name, revision=revision, trust_remote_code=trust_remote_code, **loading)
     if model.config.model_type != DpvrLlavaForConditionalGeneration.config_class.model_type:
         raise ValueError(
             f"{name!r} holds a model of type {model.config.model_type!r}, neither a DPVR model nor an adapter: train "
@@ -134,7 +141,7 @@ def load(
 
 def _on_base(config: DpvrConfig, base: str, weights: str, **loading: Any) -> PreTrainedModel:
     """Put an adapter's side branch on its base; no code of a base that a mere adapter names is run."""
-    llava, info = LlavaForConditionalGeneration.from_pretrained(base, output_loading_info=True, **loading)
+    llava, info = load_stock(base, output_loading_info=True, **loading)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"The base {base!r} lacks {len(missing)} weights, such as {missing[0]!r}: name the LLaVA that the adapter "

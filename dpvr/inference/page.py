@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.blocks import BlockFunction
-from gradio_client.utils import is_http_url_like
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from dpvr.inference.calls import CheckedBlocks
 from dpvr.inference.chat import HOTTEST, Answerer
 from dpvr.inference.controls import Api, Page
 from dpvr.inference.views import CSS
@@ -48,26 +47,10 @@ def write_examples(folder: Path) -> list[list]:
     return examples
 
 
-class UploadsOnly(gr.Blocks):
-    """A page that takes uploads and no web addresses, which Gradio would fetch whole, however large, to its disk."""
-
-    def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
-        super().validate_inputs(block_fn, inputs)
-        if names_address(inputs):
-            raise gr.Error("The picture is a web address: upload the picture itself.", print_exception=False)
-
-
-def names_address(value: Any) -> bool:
-    """Whether there is a file with a web address as its path in what a page or a program has sent."""
-    if isinstance(value, dict):
-        return is_http_url_like(str(value.get("path") or "")) or any(map(names_address, value.values()))
-    return isinstance(value, list) and any(map(names_address, value))
-
-
 def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
     """Return the app, with a few examples and a text about the model."""
     page = Page(answerer)
-    with UploadsOnly(
+    with CheckedBlocks(
         title="DPVR image chat", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
     ) as app:
         gr.Markdown(f"# DPVR image chat\n{about}")

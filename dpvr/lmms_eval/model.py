@@ -30,6 +30,7 @@ class DpvrLlava(lmms):
         attn_implementation: sdpa, eager or flex_attention.
         batch_size: questions that are answered at once.
         max_new_tokens: for tasks that set no limit themselves.
+        trust_remote_code: load a repository with its own code; unless said, none of it is run.
     """
 
     is_simple = False  # it takes chat messages, in which each picture is where the task puts it
@@ -46,6 +47,7 @@ class DpvrLlava(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_new_tokens: int = 128,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1 or max_batch_size is not None:
@@ -57,8 +59,9 @@ class DpvrLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1:
             device = str(self.accelerator.device)
-        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        self.model, self.processor = load(str(pretrained), base, revision, device, dtype=dtype, **attention)
+        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        self.model, self.processor = load(str(pretrained), base, revision, device, **options)
         if routing is not None:
             self.model.set_routing(routing)
         self.device = self.model.device

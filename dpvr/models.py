@@ -1,0 +1,62 @@
+"""Loading a LLaVA or DPVR model from a repository that may be a stranger's: its code is not run unasked.
+
+config.json: model_type    dpvr_llava -> DpvrLlavaForConditionalGeneration, the class of this project
+                           llava      -> LlavaForConditionalGeneration, the class of transformers
+                           another    -> refused, unless trust_remote_code says that its own code may run
+"""
+
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from versions_dpvr import LINE_4
+
+CUSTOM_GENERATE = "custom_generate/generate.py"
+
+
+def load_model(
+    name: str, *, revision: str = "main", trust_remote_code: bool = False, **loading: Any
+) -> PreTrainedModel:
+    """Load a DPVR repository or a stock LLaVA with a class that is installed here.
+
+    Args:
+        name: a name on the Hub or a folder.
+        trust_remote_code: load it with the code in the repository, if it has any.
+        **loading: as `from_pretrained` takes it: dtype, attn_implementation, ...
+
+    Raises:
+        ValueError: if the model has another type, which only the repository's own code might load.
+    """
+    if trust_remote_code:
+        return AutoModelForImageTextToText.from_pretrained(name, revision=revision, trust_remote_code=True, **loading)
+    values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    kind = values.get("model_type")
+    if kind == DpvrLlavaForConditionalGeneration.config_class.model_type:
+        return DpvrLlavaForConditionalGeneration.from_pretrained(name, revision=revision, **loading)
+    if kind == LlavaForConditionalGeneration.config_class.model_type:
+        return load_stock(name, revision=revision, **loading)
+    if "auto_map" in values:
+        raise ValueError(
+            f"{name!r} holds a model of type {kind!r}, which needs the code in its repository, and that code is not "
+            "run unasked: read it, and if you trust it add --trust_remote_code (in Python: trust_remote_code=True)."
+        )
+    raise ValueError(
+        f"{name!r} holds a model of type {kind!r}, which is neither a DPVR model nor a LLaVA: name one of type "
+        "'dpvr_llava' or 'llava'."
+    )
+
+
+def load_stock(name: str, *, revision: str = "main", **loading: Any) -> Any:
+    """Load a LLaVA with transformers' class; arguments and result are those of `from_pretrained`.
+
+    Raises:
+        ValueError: if this release of transformers would run code in the folder while it loads the weights.
+    """
+    if LINE_4 and cached_file(name, CUSTOM_GENERATE, revision=revision, _raise_exceptions_for_missing_entries=False):
+        raise ValueError(
+            f"{name!r} brings its own generate in {CUSTOM_GENERATE}, which transformers 4 runs unasked: remove that "
+            "file from a copy of the repository, or use transformers 5."
+        )
+    return LlavaForConditionalGeneration.from_pretrained(name, revision=revision, **loading)
