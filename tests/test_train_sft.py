@@ -350,7 +350,7 @@ def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mi
     process = subprocess.Popen(
         [sys.executable, train_sft.__file__, *paths, *SHORT, *steps], env=environment, stdout=subprocess.DEVNULL
     )
-    while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():
+    while not (tmp_path / "killed" / "checkpoint-2" / "checkpoint.json").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

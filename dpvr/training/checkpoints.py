@@ -13,7 +13,6 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 MANIFEST_NAME = "checkpoint.json"
 RUN_FIELDS = ("method", "base", "lora", "recipe", "data", "seed")  # the layer plan is compared by the trainer
@@ -32,6 +31,8 @@ class WholeCheckpoints(Trainer):
             self.args.save_total_limit = limit
         PartialState().wait_for_everyone()  # each process writes files of its own
         if self.args.should_save:
+            from transformers.trainer_utils import rotate_checkpoints  # transformers 4, which only loads, has none
+
             write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.run)
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
