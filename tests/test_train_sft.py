@@ -351,7 +351,7 @@ def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mi
     process = subprocess.Popen(
         [sys.executable, train_sft.__file__, *paths, *SHORT, *steps], env=environment, stdout=subprocess.DEVNULL
     )
-    while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():
+    while not (tmp_path / "killed" / "checkpoint-2" / "checkpoint.json").exists():
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -368,7 +368,7 @@ def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mi
 @NEEDS_TRAINING
 def test_resuming_without_a_checkpoint_or_under_another_plan_is_refused(random_mini, tmp_path):
     for name in ("last", str(tmp_path / "nowhere")):
-        with pytest.raises(ValueError, match="There is no whole checkpoint, .*--save_strategy steps"):
+        with pytest.raises(ValueError, match="There is no whole checkpoint in .*--save_strategy steps"):
             run(random_mini, tmp_path / "out", "--resume_from_checkpoint", name)
     short = ["--eval_questions", "0", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
     run(random_mini, tmp_path / "out", *short)

@@ -21,10 +21,11 @@ from dpvr.data.templates import with_ended_replies
 from dpvr.inference.evaluation import evaluate
 from dpvr.record import run_record, without_folders
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
+from dpvr.training.checkpoints import check_output_folder, find_checkpoint, refuse_another_run, run_identity
 from dpvr.training.models import find_split, load_model
 from dpvr.training.options import AUTO, MINIBENCH, DpvrArguments
 from dpvr.training.output_folder import save, write_record
-from dpvr.training.trainers import find_checkpoint, make_trainer
+from dpvr.training.trainers import make_trainer
 from hub_dpvr import make_repository, require_hub_base, upload
 from loading_dpvr import load_processor
 from minibench.data import to_hf_dataset
@@ -50,7 +51,8 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
     """Train, save, score before and after, push if asked to; returns what training.json holds."""
     transformers.set_seed(training.seed)
     unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
-    checkpoint = find_checkpoint(training)
+    check_output_folder(training.output_dir)
+    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     processor = with_ended_replies(load_processor(base.model_name_or_path, base.model_revision))
     rows = load_rows(args, training.seed)
     if args.split_layer == AUTO and args.method == "dpvr":
@@ -65,6 +67,8 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
     scores.before()
     trainer = make_trainer(model, processor, rows.rows, args, training, base)
     record = describe(model, args, training, base, rows)
+    trainer.run = run_identity(record)
+    refuse_another_run(checkpoint, trainer.run)
     tell(f"Training {record['trainable_parameters']:,} of {model.num_parameters():,} parameters; "
          f"plan {model.config.layer_plan()}")  # fmt: skip
     start = time.perf_counter()

@@ -5,7 +5,6 @@ rows --collator--> input_ids, pixel_values, labels without image tokens --> SFTT
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +16,18 @@ from trl import SFTTrainer, get_peft_config
 
 from configuration_dpvr import DpvrLlavaConfig
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
+from dpvr.training.checkpoints import WholeCheckpoints
 from dpvr.training.collators import AlwaysAPicture, ReplyCollator, WithoutImageLabels
 from dpvr.training.options import MINIBENCH, DpvrArguments
 from dpvr.training.output_folder import side_branch_of, without_shards
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
-WEIGHTS_NAME, TRAINER_STATE_NAME = "model.safetensors", "trainer_state.json"
+WEIGHTS_NAME = "model.safetensors"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-class CardlessTrainer(SFTTrainer):
+class CardlessTrainer(WholeCheckpoints, SFTTrainer):
     """An SFTTrainer that leaves the card to `hub_dpvr.py`, which makes it from the run's records."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +64,11 @@ class WholeModelTrainer(CardlessTrainer):
         self.model.load_state_dict(saved.state_dict())
 
 
-TRAINERS = {"dpvr": SideBranchTrainer, "lora": SFTTrainer, "full": WholeModelTrainer}
+class LoraTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's own, which saves and resumes PEFT's files."""
+
+
+TRAINERS = {"dpvr": SideBranchTrainer, "lora": LoraTrainer, "full": WholeModelTrainer}
 
 
 def make_trainer(
@@ -103,19 +107,3 @@ def make_trainer(
             )
         trainer.data_collator = AlwaysAPicture(trainer.data_collator)
     return trainer
-
-
-def find_checkpoint(training: SideBranchSFTConfig) -> str | None:
-    """The folder to resume from; "last" is the newest whole one in `output_dir`, a killed run may leave a torn one."""
-    name = training.resume_from_checkpoint
-    if name is None:
-        return None
-    found = Path(training.output_dir).glob("checkpoint-*") if name == "last" else [Path(name)]
-    whole = [folder for folder in found if (folder / TRAINER_STATE_NAME).is_file()]  # which Trainer writes last
-    if not whole:
-        raise ValueError(
-            f"There is no whole checkpoint, with {TRAINER_STATE_NAME}, in "
-            f"{training.output_dir if name == 'last' else name!r}: name another one, or start anew with "
-            "--save_strategy steps --save_steps 100 and without --resume_from_checkpoint."
-        )
-    return str(max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1])) if name == "last" else whole[0])
