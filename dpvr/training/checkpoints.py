@@ -126,13 +126,15 @@ def refuse_another_run(checkpoint: str | None, run: dict[str, Any]) -> None:
 
 
 def check_output_folder(output_dir: str) -> None:
-    """
+    """Make sure that a run will be able to write, before anything is read or trained; nothing is left behind.
+
     Raises:
-        ValueError: if nothing can be written there, before anything is read or trained.
+        ValueError: if it could not.
     """
+    folder = Path(output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x" * 4096)
     except OSError as error:
         raise ValueError(
@@ -155,5 +157,8 @@ def _flat(run: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
