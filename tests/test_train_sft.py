@@ -454,6 +454,7 @@ def test_every_recipe_in_configs_is_read(path):
     assert training.per_device_train_batch_size == 4 and training.num_train_epochs == 1 and training.bf16
 
 
+@NEEDS_TRAINING
 def test_a_misspelt_option_is_answered_in_one_line_on_the_command_line_and_in_a_config(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("warmup_step: 3\n")
     for words, said in (
