@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer for each method: what its checkpoints hold, how it resumes, and which tokens are labels.
+"""TRL's SFTTrainer for each method: what its checkpoints hold, and how it resumes.
 
-rows --collator--> input_ids, pixel_values, labels without image tokens --> SFTTrainer
-                   (sharded: always with a picture)                         checkpoints: the side branch alone
+rows --collators.py--> batches --> SFTTrainer --> checkpoints, of --method dpvr the side branch alone
+                                                  (checkpoints.py: whole, and of this run)
 """
 
 import os
