@@ -317,9 +317,5 @@ def test_controls_have_names_and_are_reached_by_keyboard_and_nothing_sticks_out(
     for _ in range(8):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.innerText.trim()"))
-    assert [name for name in reached if name in ("Ask", "Stop", "Regenerate", "New chat")] == [
-        "Ask",
-        "Stop",
-        "Regenerate",
-        "New chat",
-    ]
+    buttons = [name for name in reached if name in ("Ask", "Stop", "Regenerate", "New chat")]
+    assert buttons[:4] == ["Ask", "Stop", "Regenerate", "New chat"]  # a page with nothing after them starts over
