@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 try:
     from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
@@ -56,11 +56,13 @@ class ChunkNotes:
 
     Attributes:
         places: "text" and "context" -> int64 (B, K), the slots of the keys in layers of this kind.
+        end: the number of tokens up to the end of the chunk; 0 with a static cache, whose masks have all its places.
         masks: (stock mask, kind of layer, the mask for the keys of this kind), so that each is made once.
         states: the hidden states before each layer, if they are wanted.
     """
 
     places: dict[str, torch.Tensor]
+    end: int
     masks: list[tuple[Any, str, Any]] = field(default_factory=list)
     states: list[torch.Tensor] | None = None
 
@@ -129,6 +131,8 @@ class CacheRecord(ExtraLayer):
                 "the text after it at most, or start with a new cache."
             )
         for index, mode in enumerate(self.plan.modes if self.tables else ()):
+            if not isinstance(cache.layers[index], CacheLayerMixin):  # a recurrent layer's, which holds no keys
+                continue
             expected, got = self.num_keys[KINDS[mode]] + past - self.length, cache.get_seq_length(index)
             if got != expected:
                 raise ValueError(
@@ -152,6 +156,7 @@ class CacheRecord(ExtraLayer):
         if isinstance(cache.layers[-1], CacheRecord):
             cache.layers.pop()
         self.layers = cache.layers
+        self.is_initialized = LINE_4  # where Gemma 3 takes a cache for an empty one until all its layers are
         cache.layers.append(self)
 
     # -- what a cache does to all its layers --------------------------------------------------------------------------
@@ -291,6 +296,24 @@ def let_line_4_crop(cache: Cache, plan: LayerPlan, num_keys: dict[str, int], len
             vars(cache.layers[index]).update(vars(layer))
         if isinstance(cache.layers[index], ShorterLayer):
             cache.layers[index].surplus = num_keys[KINDS[mode]] - length
+
+
+def let_windows_grow(cache: Cache, plan: LayerPlan, past: int) -> None:
+    """Let the text and context layers with a sliding window keep all their keys, in a growing cache.
+
+    A window is one of tokens, and these layers hold other numbers of keys; the masks hide what lies outside of it.
+
+    Args:
+        past: the number of tokens in the cache. Where a layer holds fewer, zeros stand for those left of the window.
+    """
+    for index, mode in enumerate(plan.modes):
+        layer = cache.layers[index]
+        if not isinstance(layer, DynamicSlidingWindowLayer) or KINDS[mode] == "joint":
+            continue
+        cache.layers[index] = grown = DynamicLayer()
+        if layer.is_initialized and past:
+            left = past - layer.keys.shape[-2]
+            grown.update(*(nn.functional.pad(held, (0, 0, left, 0)) for held in (layer.keys, layer.values)))
 
 
 class DecodeStep(nn.Module):

@@ -22,7 +22,7 @@ With L layers, split s and K fusion layers (o = joint, . = text, c = context, r 
     text_only              o o o o o o o | . . . . . . .     DPVR-LF-ideal; VTW when there is no side branch
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -167,7 +167,7 @@ class DpvrLlavaConfig(LlavaConfig):
 
     def check_dpvr_fields(self) -> None:
         """Raise ValueError for a contradiction among the fields."""
-        _check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
+        check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
         self.layer_plan()
 
 
@@ -179,30 +179,35 @@ def make_plan(
     num_side_layers: int = 1,
     num_fusion_layers: int = 1,
     fusion_layers: Sequence[int] | None = None,
+    recurrent: Collection[int] = (),
 ) -> LayerPlan:
     """The layer plan of a decoder of `depth` layers; the fields are `DpvrLlavaConfig`'s.
+
+    Args:
+        recurrent: layers that keep no keys, in which text cannot read the image (decoders_dpvr.py).
 
     Raises:
         ValueError: for a contradiction among the fields.
     """
-    _check_choice("routing", routing, ROUTINGS)
+    check_choice("routing", routing, ROUTINGS)
     if routing == "none":
         return LayerPlan(depth, (JOINT,) * depth)
     _check_side_branch(depth, routing, split_layer, num_side_layers)
-    _check_fusion_layers(depth, split_layer, num_fusion_layers, fusion_layers)
-    deep = {"persistent_context": RESET, "kv_substitution": CONTEXT}.get(routing, TEXT)
-    plan = [JOINT] * split_layer + [deep] * (depth - split_layer)
-    if routing == "late_fusion":
-        if fusion_layers is not None:
-            for layer in fusion_layers:
-                plan[layer] = CONTEXT
-        else:
-            plan[depth - num_fusion_layers : -1] = [JOINT] * (num_fusion_layers - 1)
-            plan[-1] = CONTEXT
+    readers = [layer for layer in range(split_layer, depth) if layer not in recurrent]
+    _check_fusion_layers(depth, readers, split_layer, num_fusion_layers, fusion_layers)
+    plan = [JOINT] * split_layer + [TEXT] * (depth - split_layer)
+    if routing == "late_fusion" and fusion_layers is None:
+        first, last = readers[-num_fusion_layers], readers[-1]
+        plan[first:last] = [JOINT] * (last - first)
+        plan[last] = CONTEXT
+    elif routing != "text_only":
+        for layer in fusion_layers if routing == "late_fusion" else readers:
+            plan[layer] = RESET if routing == "persistent_context" else CONTEXT
     return LayerPlan(split_layer, tuple(plan))
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a field has one of these values."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
 
@@ -221,11 +226,17 @@ def _check_side_branch(depth: int, routing: str, split: object, num_side_layers:
         )
 
 
-def _check_fusion_layers(depth: int, split: int, count: object, layers: object) -> None:
-    if not (_is_count(count) and 1 <= count <= depth - split):
+def _check_fusion_layers(depth: int, readers: list[int], split: int, count: object, layers: object) -> None:
+    if not readers:
         raise ValueError(
-            f"num_fusion_layers is {count!r}, but {depth - split} layers follow the split at {split}: choose 1 to "
-            f"{depth - split}. For no fusion at all choose routing='text_only'."
+            f"split_layer is {split}, and no layer after it has attention, so that nothing could read the image: "
+            "choose an earlier split."
+        )
+    if not (_is_count(count) and 1 <= count <= len(readers)):
+        kind = "layers" if len(readers) == depth - split else "layers of attention"
+        raise ValueError(
+            f"num_fusion_layers is {count!r}, but {len(readers)} {kind} follow the split at {split}: choose 1 to "
+            f"{len(readers)}. For no fusion at all choose routing='text_only'."
         )
     if layers is None:
         return
@@ -235,6 +246,11 @@ def _check_fusion_layers(depth: int, split: int, count: object, layers: object) 
         raise ValueError(
             f"fusion_layers is {layers!r}, but the image can be read from split_layer={split} to {depth - 1}: list "
             "layers of this range. For no fusion at all choose routing='text_only'."
+        )
+    if blind := sorted(set(layers) - set(readers)):
+        raise ValueError(
+            f"fusion_layers names {blind}, which are recurrent and keep no keys, so that text cannot read the image "
+            f"there: list some of {readers}."
         )
     if layers != sorted(set(layers)):
         raise ValueError(

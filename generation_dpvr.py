@@ -1,8 +1,9 @@
 """The model with its head under a routing: loss, logits and `generate` with images.
 
-    routed(LlavaForConditionalGeneration)        a subclass of the stock class, in which
+    routed(Qwen3VLForConditionalGeneration)      a subclass of the stock class, in which
         loss            leaves out labels at image tokens and those that image tokens would predict
         logits_to_keep  is passed to the decoder, whose last layer then has only these tokens as queries
+    routed(LlavaForConditionalGeneration)        also
         generate        repeats a row's pixels with the row, and passes on the pixels of the chunk that runs
 
 `DpvrLlavaForConditionalGeneration` (modeling_dpvr.py) and a stock model with a PEFT adapter (adapter_dpvr.py) both are
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 
 try:
@@ -42,7 +43,8 @@ def routed(stock: type) -> type:
         return stock.forward(self, **arguments)
 
     own = {"forward": forward, "own": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    return type(stock.__name__, (RoutedGeneration, stock), own)
+    mixin = LlavaGeneration if issubclass(stock, LlavaForConditionalGeneration) else RoutedGeneration
+    return type(stock.__name__, (mixin, stock), own)
 
 
 def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[st
 
 
 class RoutedGeneration:
-    """A mixin that `routed` puts before the class of a stock model with its head."""
+    """The mixin that `routed` puts before the class of a stock model with its head."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called as any module. Labels are ignored here too, for trainers that replace `forward`, as TRL's do."""
@@ -66,6 +68,48 @@ class RoutedGeneration:
             names = argument_names(type(self).forward)
             args, kwargs = (), without_image_labels(self.model, dict(zip(names, args, strict=False)) | kwargs)
         return super().__call__(*args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self, *args: Any, input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict]:
+        """Called once by `generate`, with the prompt, before any computation."""
+        ends_in_image = input_ids is not None and bool(image_marks(self.model, input_ids[:, -1:], None).any())
+        if ends_in_image and not self.model.plan.is_vanilla:
+            raise ValueError(
+                "The prompt ends in an image, and past the split image tokens predict nothing: put text after the "
+                "image, such as the question, or use the chat template."
+            )
+        self._drop_half_filled_cache()
+        return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **kwargs)
+
+    # -- static caches ------------------------------------------------------------------------------------------------
+
+    def _drop_half_filled_cache(self) -> None:
+        """Transformers 4 keeps a static cache for the next call, also one that a failed call did not fill."""
+        kept, depth = vars(self).get("_cache"), self.config.get_text_config().num_hidden_layers
+        if kept is not None and not all(layer.is_initialized for layer in kept.layers[:depth]):
+            del self._cache
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
+        """Called by `generate` of transformers 5."""
+        self._refuse_flex_attention()
+        return super()._prepare_static_cache(*args, **kwargs)
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Cache:
+        """Called by `generate` of transformers 4."""
+        self._refuse_flex_attention()
+        return super()._get_cache(*args, **kwargs)
+
+    def _refuse_flex_attention(self) -> None:
+        if self.config.get_text_config()._attn_implementation == "flex_attention" and not self.model.plan.is_vanilla:
+            raise ValueError(
+                "flex_attention does not run with a static cache, for which generate makes masks as tensors: call "
+                "set_attn_implementation('sdpa'), or leave cache_implementation out."
+            )
+
+
+class LlavaGeneration(RoutedGeneration):
+    """The mixin for a LLaVA, whose images all have the same number of tokens."""
 
     def prepare_inputs_for_generation(
         self,
@@ -116,17 +160,7 @@ class RoutedGeneration:
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict]:
-        """Repeat rows for beams and samples, and the images of each row with it, which stock LLaVA may get wrong.
-
-        `generate` calls this once, with the prompt, before any computation.
-        """
-        ends_in_image = input_ids is not None and bool(image_marks(self.model, input_ids[:, -1:], None).any())
-        if ends_in_image and not self.model.plan.is_vanilla:
-            raise ValueError(
-                "The prompt ends in an image, and past the split image tokens predict nothing: put text after the "
-                "image, such as the question, or use the chat template."
-            )
-        self._drop_half_filled_cache()
+        """Repeat rows for beams and samples, and the images of each row with it, which stock LLaVA may get wrong."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         images = None if input_ids is None or pixel_values is None else self._images_per_row(input_ids, model_kwargs)
         repeated = pixel_values
@@ -136,31 +170,6 @@ class RoutedGeneration:
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | ({} if repeated is None else {"pixel_values": repeated})
-
-    # -- static caches ------------------------------------------------------------------------------------------------
-
-    def _drop_half_filled_cache(self) -> None:
-        """Transformers 4 keeps a static cache for the next call, also one that a failed call did not fill."""
-        kept, depth = vars(self).get("_cache"), self.config.get_text_config().num_hidden_layers
-        if kept is not None and not all(layer.is_initialized for layer in kept.layers[:depth]):
-            del self._cache
-
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
-        """Called by `generate` of transformers 5."""
-        self._refuse_flex_attention()
-        return super()._prepare_static_cache(*args, **kwargs)
-
-    def _get_cache(self, *args: Any, **kwargs: Any) -> Cache:
-        """Called by `generate` of transformers 4."""
-        self._refuse_flex_attention()
-        return super()._get_cache(*args, **kwargs)
-
-    def _refuse_flex_attention(self) -> None:
-        if self.config.get_text_config()._attn_implementation == "flex_attention" and not self.model.plan.is_vanilla:
-            raise ValueError(
-                "flex_attention does not run with a static cache, for which generate makes masks as tensors: call "
-                "set_attn_implementation('sdpa'), or leave cache_implementation out."
-            )
 
     # -- a prefill in chunks ------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -30,8 +29,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from .side_branch_dpvr import reset_side_branch
 except ImportError:
     from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from side_branch_dpvr import reset_side_branch
 
 try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
     from transformers.conversion_mapping import (
@@ -59,53 +60,6 @@ QUANTISATION_FIELDS = ("quantization_config", "_pre_quantization_dtype")  # of t
 def is_side_branch(parameter_name: str) -> bool:
     """Whether a weight is the side branch's: one predicate for what is trained, saved, loaded and counted."""
     return "side_branch" in parameter_name.split(".")
-
-
-def make_side_branch(layers: nn.ModuleList, config: DpvrLlavaConfig) -> nn.ModuleList:
-    """New decoder layers of the same class and size, whose `layer_idx` follow the decoder's; not yet initialised."""
-    side_branch = nn.ModuleList(type(layers[0])(config.text_config, 0) for _ in range(config.num_side_layers))
-    for index, side_layer in enumerate(side_branch):
-        side_layer.self_attn.layer_idx = len(layers) + index
-    return side_branch
-
-
-@torch.no_grad()
-def reset_side_branch(side_branch: nn.ModuleList, layers: nn.ModuleList, config: DpvrLlavaConfig) -> None:
-    """Initialise a side branch from a decoder's layers, as `config.side_branch_init` says."""
-    for index, side_layer in enumerate(side_branch):
-        if config.side_branch_init == "random":
-            for name, parameter in side_layer.named_parameters():
-                _reset_parameter(name, parameter, config.text_config.initializer_range)
-            continue
-        source = layers[min(config.split_layer + index, len(layers) - 1)]
-        side_layer.load_state_dict(_plain_weights(source, side_layer))
-        if config.side_branch_init == "identity":
-            for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
-                for parameter in projection.parameters():
-                    parameter.zero_()
-
-
-def _plain_weights(source: nn.Module, like: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights with which a plain layer `like` would compute what the decoder layer `source` does.
-
-    A linear layer in 4 bits, or with LoRA in it, is applied to the unit vectors: its outputs are the weights.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    dtype = next(weight.dtype for weight in source.parameters() if weight.is_floating_point())  # a norm's, or LoRA's
-    for name, plain in like.named_modules():
-        module = source.get_submodule(name)
-        if type(plain) is nn.Linear and (type(module) is not nn.Linear or not module.weight.is_floating_point()):
-            device, training = next(module.parameters()).device, module.training
-            units = torch.eye(plain.in_features, dtype=dtype, device=device)
-            module.eval()  # without LoRA's dropout
-            bias = module(torch.zeros_like(units[:1]))  # (1, out_features)
-            weights[f"{name}.weight"] = (module(units) - bias).T
-            if plain.bias is not None:
-                weights[f"{name}.bias"] = bias[0]
-            module.train(training)
-        else:
-            weights |= {f"{name}.{key}".lstrip("."): weight for key, weight in module.named_parameters(recurse=False)}
-    return weights
 
 
 def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> BitsAndBytesConfig:
@@ -174,7 +128,8 @@ class SideBranchLoading:
 
     def reset_side_branch(self) -> None:
         """Initialise the side branch anew, as `config.side_branch_init` says."""
-        reset_side_branch(self.side_branch, self.model.language_model.layers, self.config)
+        config = self.config
+        reset_side_branch(self.side_branch, self.model.language_model, config.split_layer, config.side_branch_init)
 
     @classmethod
     def from_pretrained(
@@ -376,10 +331,3 @@ def _read_side_branch(repository: str, **hub_kwargs: Any) -> dict[str, torch.Ten
             f"are others, such as {others[:3]}. If it holds all weights, set base_model_name_or_path to null."
         )
     return weights
-
-
-def _reset_parameter(name: str, parameter: torch.Tensor, std: float) -> None:
-    if parameter.ndim > 1:
-        parameter.normal_(0.0, std)
-    else:
-        parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -23,11 +23,13 @@ try:
     from .cache_dpvr import DecodeStep
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from .costs_dpvr import CostFormulas
+    from .decoders_dpvr import decoder_of  # noqa: F401
     from .forward_dpvr import check_support, routed_model
     from .generation_dpvr import routed
     from .hub_dpvr import Sharing
     from .images_dpvr import image_marks  # noqa: F401
-    from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
+    from .loading_dpvr import SideBranchLoading, is_side_branch
+    from .side_branch_dpvr import make_side_branch
     from .streams_dpvr import Streams  # noqa: F401
     from .twins_dpvr import RoutedLayer  # noqa: F401
     from .two_stream_dpvr import TwoStreamPass  # noqa: F401
@@ -36,11 +38,13 @@ except ImportError:
     from cache_dpvr import DecodeStep
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from costs_dpvr import CostFormulas
+    from decoders_dpvr import decoder_of  # noqa: F401
     from forward_dpvr import check_support, routed_model
     from generation_dpvr import routed
     from hub_dpvr import Sharing
     from images_dpvr import image_marks  # noqa: F401
-    from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
+    from loading_dpvr import SideBranchLoading, is_side_branch
+    from side_branch_dpvr import make_side_branch
     from streams_dpvr import Streams  # noqa: F401
     from twins_dpvr import RoutedLayer  # noqa: F401
     from two_stream_dpvr import TwoStreamPass  # noqa: F401
@@ -60,7 +64,7 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
 
     def __init__(self, config: DpvrLlavaConfig):
         super().__init__(config)
-        self.side_branch = make_side_branch(self.language_model.layers, config)
+        self.side_branch = make_side_branch(self.language_model, config.split_layer, config.num_side_layers)
         self._cached_plan: tuple[tuple, LayerPlan] | None = None  # with the config's fields that it was made of
         self.post_init()
 

@@ -21,11 +21,12 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 try:
+    from .decoders_dpvr import decoder_of, layer_kinds
     from .versions_dpvr import argument_names, cache_name
 except ImportError:
+    from decoders_dpvr import decoder_of, layer_kinds
     from versions_dpvr import argument_names, cache_name
 
-DECODER_NAMES = ("language_model", "text_model")  # what outer models call their decoder
 MASK = "attention_mask"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -54,15 +55,16 @@ class RoutedLayer(nn.Module):
     Args:
         layer: the stock layer; not registered as a submodule, as its weights already belong to the model.
         index: its place in the decoder.
+        kind: that of its attention, or `RECURRENT`.
         run: called with this, the states from the layer before, the layer's other arguments, and the cache.
     """
 
-    def __init__(self, layer: nn.Module, index: int, run: Callable) -> None:
+    def __init__(self, layer: nn.Module, index: int, kind: str, run: Callable) -> None:
         super().__init__()
         for name, value in vars(layer).items():  # the decoder reads attributes of its layers, as attention_type
             if not name.startswith("_") and not callable(value):
                 vars(self)[name] = value
-        vars(self).update(stock=layer, index=index, run=run, names=argument_names(type(layer).forward))
+        vars(self).update(stock=layer, index=index, kind=kind, run=run, names=argument_names(type(layer).forward))
         self.cache_name = cache_name(type(layer).forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -85,9 +87,10 @@ class RoutedLayer(nn.Module):
         No query is projected. If the layer's weights are sharded or offloaded, call it within the layer's own call,
         when they are there.
         """
-        attention = self.stock.self_attn
-        width = attention.q_proj.out_features // attention.config.num_attention_heads
-        layer = twin(self.stock, self_attn=twin(attention, hooks=False, q_proj=Zeros(width)))
+        attention, parts = self.stock.self_attn, {}
+        if "q_proj" in attention._modules:  # else queries are projected too, together with other things
+            parts["q_proj"] = Zeros(attention.q_proj.out_features // attention.config.num_attention_heads)
+        layer = twin(self.stock, self_attn=twin(attention, hooks=False, **parts))
         arguments = {**{name: on(value, device) for name, value in arguments.items()}, MASK: None}
         tap = KeyTap()
         try:
@@ -161,25 +164,13 @@ def on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def decoder_of(owner: nn.Module) -> tuple[str, nn.Module]:
-    """The name and the decoder of a vision-language model without its head.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    for name in DECODER_NAMES:
-        decoder = owner._modules.get(name)
-        if decoder is not None and isinstance(decoder._modules.get("layers"), nn.ModuleList):
-            return name, decoder
-    raise ValueError(
-        f"{type(owner).__name__} has no decoder under the name {' or '.join(DECODER_NAMES)}: use a vision-language "
-        "model of transformers, such as LLaVA."
-    )
-
-
 @torch.compiler.disable
 def routed_twin(owner: nn.Module, run: Callable) -> nn.Module:
     """A twin of a vision-language model without its head, in which `run` runs the layers of the decoder."""
     name, decoder = decoder_of(owner)
-    layers = nn.ModuleList(RoutedLayer(layer, index, run) for index, layer in enumerate(decoder.layers))
+    kinds = layer_kinds(decoder.config)
+    layers = nn.ModuleList(
+        RoutedLayer(layer, index, kind, run)
+        for index, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True))
+    )
     return twin(owner, **{name: twin(decoder, layers=layers)})

@@ -39,17 +39,44 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 try:
-    from .cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from .cache_dpvr import (
+        KINDS,
+        CacheRecord,
+        SideBranchKeys,
+        fit_static_layers,
+        is_static,
+        let_line_4_crop,
+        let_windows_grow,
+    )
     from .configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
+    from .decoders_dpvr import RECURRENT
     from .streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
     from .twins_dpvr import MASK, RoutedLayer, WriteFirst, on
 except ImportError:
-    from cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from cache_dpvr import (
+        KINDS,
+        CacheRecord,
+        SideBranchKeys,
+        fit_static_layers,
+        is_static,
+        let_line_4_crop,
+        let_windows_grow,
+    )
     from configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
+    from decoders_dpvr import RECURRENT
     from streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
     from twins_dpvr import MASK, RoutedLayer, WriteFirst, on
 
-TOKEN_AXES = {"position_ids": -1, "token_type_ids": -1, "mm_token_type_ids": -1, "position_embeddings": -2}
+TOKEN_AXES = {  # arguments of a layer with one entry per token
+    "position_ids": -1,
+    "token_type_ids": -1,
+    "mm_token_type_ids": -1,
+    "moe_mm_token_type_ids": -1,
+    "per_layer_input": -2,
+    "position_embeddings": -2,
+    "position_embeddings_global": -2,  # Gemma 3 in transformers 4
+    "position_embeddings_local": -2,
+}
 TABLES_OF = ("text", "image", "context")  # kinds of layers whose keys are recorded; a joint layer has all, in order
 eagerly = torch.compiler.disable(recursive=False)  # sorting tokens is not compiled, the stock layers may be
 
@@ -120,6 +147,7 @@ class TwoStreamPass:
         """Add the layers of the decoder to the cache, and resize those of a static one."""
         while len(cache.layers) < len(self.plan.modes):
             cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+        let_windows_grow(cache, self.plan, self.past)
         if is_static(cache):
             num_text, num_image = self.streams.text.shape[1], self.streams.image.shape[1]
             new_keys = {"joint": self.length, "text": num_text, "context": num_image + num_text}
@@ -140,10 +168,13 @@ class TwoStreamPass:
             return self.shared_layer(layer, hidden, arguments, cache)
         if index == split:
             self._keep(hidden)
-            self.leave(layer, hidden, arguments)
+            self.leave(hidden)
         else:
             self._receive(hidden, self.plan.modes[index - 1])
             self._keep(None)
+        if self.plan.reads_side_branch and not self.branch_has_run and layer.kind != RECURRENT:
+            self.image = self._run_side_branch(self.image, self.arguments(arguments, "image"), layer.cache_name)
+            self.branch_has_run = True
         out = self._deep_layer(layer, arguments, cache)
         if index < len(self.plan.modes) - 1:
             return out
@@ -160,11 +191,10 @@ class TwoStreamPass:
         return layer.call(hidden, arguments, cache)
 
     @eagerly
-    def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """Split the states (B, T, D) into streams at the split, and run the side branch; Algorithm 1, phase 2."""
+    def leave(self, hidden: torch.Tensor) -> None:
+        """Split the states (B, T, D) into streams, at the split."""
         self.text, self.image = (self.streams.pick(hidden, at) for at in (self.streams.text, self.streams.image))
-        if self.plan.reads_side_branch:
-            self.image = self._run_side_branch(self.image, self.arguments(arguments, "image"), layer.cache_name)
+        self.branch_has_run = False
 
     @eagerly
     def _deep_layer(
@@ -174,6 +204,8 @@ class TwoStreamPass:
         if mode in (JOINT, RESET):
             return self.joint(layer, self.streams.merge(self.text, self.image), arguments, cache)
         image = self.image if mode == CONTEXT else None
+        if layer.kind == RECURRENT:
+            return layer.call(self.text, self.arguments(arguments, "text", recurrent=True), cache)
         if tail is None or tail >= self.text.shape[1]:
             return self.read(layer, self.text, arguments, cache, image=image)
         out = self.read(layer, self.text, arguments, cache, image=image, tail=tail)
@@ -232,6 +264,8 @@ class TwoStreamPass:
 
     def _run_side_branch(self, image: torch.Tensor, arguments: dict[str, Any], cache_name: str) -> torch.Tensor:
         """The side branch on image states (B, V, D), at their own positions (Algorithm 1, phase 2)."""
+        if len(self.side_branch) == 0:
+            return image
         if self.cache is not None:
             layers, depth = self.cache.layers, len(self.plan.modes)
             if self.record is None:
@@ -255,18 +289,43 @@ class TwoStreamPass:
     # -- a layer's arguments, for one stream --------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def arguments(self, full: dict[str, Any], kind: str, part: slice = slice(None)) -> dict[str, Any]:
+    def arguments(
+        self, full: dict[str, Any], kind: str, part: slice = slice(None), *, recurrent: bool = False
+    ) -> dict[str, Any]:
         """A layer's arguments for the queries of this kind of layer, from the stock decoder's for all T tokens.
 
         Args:
             full: the stock decoder's.
             kind: "joint", "text", "context" or "image".
             part: which of the queries, if a call does not have all.
+            recurrent: for a recurrent layer, whose mask says which tokens leave its state alone.
 
         Raises:
             ValueError: for an unknown argument with one entry per token.
         """
-        return {name: self._argument(name, value, kind, part) for name, value in full.items()}
+        masks = {MASK: self._padding_mask(full.get(MASK))} if recurrent else {}
+        return {
+            name: self._argument(name, value, kind, part) for name, value in full.items() if name not in masks
+        } | masks
+
+    def _padding_mask(self, full: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask (B, X) of a recurrent layer for text: 0 at tokens that leave its state alone; None if none does.
+
+        Args:
+            full: that of all tokens.
+
+        Raises:
+            ValueError: if rows would be padded behind tokens that the layer has seen, which its state would decay at.
+        """
+        slots = self.streams.text
+        if self.past and bool((slots < 0).any()):
+            raise ValueError(
+                "The rows of this chunk have different numbers of text tokens and go on with a cache, which recurrent "
+                "layers cannot do: run the rows one by one, or the whole dialogue again without the cache."
+            )
+        if full is None:
+            return None if self.even else (slots >= 0).to(torch.int64)
+        return self.streams.pick(full[:, -self.length :], slots).masked_fill(slots < 0, 0)
 
     def _argument(self, name: str, value: Any, kind: str, part: slice) -> Any:
         if value is None and name != MASK:
@@ -288,7 +347,7 @@ class TwoStreamPass:
             raise ValueError(
                 f"The argument {name!r} of shape {tuple(value.shape)} seems to have an entry for each of the "
                 f"{self.length} tokens, and a routing can split only {', '.join((*TOKEN_AXES, MASK))}: leave it out, "
-                "or run vanilla LLaVA with set_routing('none')."
+                "or run the base without a routing."
             )
         return value
 

@@ -27,11 +27,12 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from configuration_dpvr import JOINT, LayerPlan
+from decoders_dpvr import decoder_of
 from dpvr.analysis.attention import attention_inputs, text_to_image_attention
 from dpvr.data.prompts import IGNORED_LABEL
 from forward_dpvr import SUPPORTED_DECODERS, stock_class
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from twins_dpvr import RoutedLayer, decoder_of, routed_twin
+from twins_dpvr import RoutedLayer, routed_twin
 from two_stream_dpvr import TwoStreamPass
 
 GRAPHS = ("text_only", "late_fusion")

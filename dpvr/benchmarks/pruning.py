@@ -224,10 +224,10 @@ class PruningPass(TwoStreamPass):
             self.scores = random_scores(self.image_mask, self.pruning.seed)
         return out
 
-    def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def leave(self, hidden: torch.Tensor) -> None:
         """Sort the chunk anew: the second stream is no longer the image but what is dropped."""
         self.sort(self.image_mask & ~best_image_tokens(self.scores, self.image_mask, self.pruning.keep))
-        super().leave(layer, hidden, arguments)
+        super().leave(hidden)
 
     def query_slots(self, kind: str) -> torch.Tensor:
         """As without pruning, and of kind "last" each row's last token."""
