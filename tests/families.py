@@ -92,6 +92,8 @@ class Family:
         tokens: of a picture, where this is always the same.
         size: height and width of the tower's pictures.
         recurrent: whether it has layers without attention.
+        line_4: whether transformers 4 has it in a form that the method runs on. Its PaliGemma has other masks in
+            training than in use, and a prompt's tokens see the answer.
         video: whether prompts may have videos.
         turns: whether a prompt in chunks is the same to the stock model as a prompt in one; PaliGemma's is one block
             whose tokens all see each other.
@@ -104,6 +106,7 @@ class Family:
     tokens: int = 4
     size: int = 16
     recurrent: bool = False
+    line_4: bool = True
     video: bool = False
     turns: bool = True
     extra: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class Family:
     @property
     def exists(self) -> bool:
         """Whether the installed transformers has the family, in a form that the method runs on."""
-        return self.model_type in CONFIG_MAPPING and not (LINE_4 and self.recurrent)
+        return self.model_type in CONFIG_MAPPING and (self.line_4 or not LINE_4)
 
     @property
     def depth(self) -> int:
@@ -199,6 +202,7 @@ FAMILIES = {
         },
         size=8,
         turns=False,
+        line_4=False,
         extra={"token_type_ids": torch.zeros_like},
     ),
     "gemma3": Family(

@@ -3,7 +3,7 @@
     stock forward, watched by hooks      each layer's inputs and arguments for all T tokens
         h at the split                   from the hooks
         side branch                      the branch's layers on the image rows
-        each deep layer                  the stock layer on all T rows of h, under a mask written out; keep the text rows
+        each deep layer                  the stock layer on all T rows of h, under a mask written out; text rows kept
         norm and head                    the stock forward again, h put before its norm
 
 The stock layers stand for what they compute; streams, caches, selection of keys and order of work are not the
