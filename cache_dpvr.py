@@ -156,7 +156,8 @@ class CacheRecord(ExtraLayer):
         if isinstance(cache.layers[-1], CacheRecord):
             cache.layers.pop()
         self.layers = cache.layers
-        self.is_initialized = LINE_4  # where Gemma 3 takes a cache for an empty one until all its layers are
+        if LINE_4 and any(layer.is_sliding for layer in cache.layers):
+            self.is_initialized = True  # its Gemma 3 takes a cache for an empty one until all layers are
         cache.layers.append(self)
 
     # -- what a cache does to all its layers --------------------------------------------------------------------------
