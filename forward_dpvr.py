@@ -26,6 +26,7 @@ try:
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from .decoders_dpvr import RECURRENT, decoder_of, layer_kinds
     from .images_dpvr import find_images
+    from .self_check_dpvr import check_untested
     from .streams_dpvr import mask_of_keys, shifted
     from .twins_dpvr import MASK, RoutedLayer, routed_twin
     from .two_stream_dpvr import TwoStreamPass, eagerly
@@ -35,6 +36,7 @@ except ImportError:
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from decoders_dpvr import RECURRENT, decoder_of, layer_kinds
     from images_dpvr import find_images
+    from self_check_dpvr import check_untested
     from streams_dpvr import mask_of_keys, shifted
     from twins_dpvr import MASK, RoutedLayer, routed_twin
     from two_stream_dpvr import TwoStreamPass, eagerly
@@ -117,6 +119,7 @@ def routed_forward(
         output.last_hidden_state = _with_gradient(output.last_hidden_state, side_branch)
         return output
     _check(owner, plan, arguments, cache)
+    check_untested(owner)
     if image_mask is None:
         return _text_chunk(owner, stock_forward, record, arguments, cache)
     return _image_chunk(owner, stock_forward, side_branch, plan, arguments, image_mask, record, kept, make_pass)

@@ -29,6 +29,7 @@ try:
     from .hub_dpvr import Sharing
     from .images_dpvr import image_marks  # noqa: F401
     from .loading_dpvr import SideBranchLoading, is_side_branch
+    from .self_check_dpvr import check_untested  # noqa: F401
     from .side_branch_dpvr import make_side_branch
     from .streams_dpvr import Streams  # noqa: F401
     from .twins_dpvr import RoutedLayer  # noqa: F401
@@ -44,6 +45,7 @@ except ImportError:
     from hub_dpvr import Sharing
     from images_dpvr import image_marks  # noqa: F401
     from loading_dpvr import SideBranchLoading, is_side_branch
+    from self_check_dpvr import check_untested  # noqa: F401
     from side_branch_dpvr import make_side_branch
     from streams_dpvr import Streams  # noqa: F401
     from twins_dpvr import RoutedLayer  # noqa: F401

@@ -168,9 +168,14 @@ def on(value: Any, device: torch.device) -> Any:
 def routed_twin(owner: nn.Module, run: Callable) -> nn.Module:
     """A twin of a vision-language model without its head, in which `run` runs the layers of the decoder."""
     name, decoder = decoder_of(owner)
+    return twin(owner, **{name: routed_decoder(decoder, run)})
+
+
+def routed_decoder(decoder: nn.Module, run: Callable) -> nn.Module:
+    """A twin of a decoder whose layers are run by `run`."""
     kinds = layer_kinds(decoder.config)
     layers = nn.ModuleList(
         RoutedLayer(layer, index, kind, run)
         for index, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True))
     )
-    return twin(owner, **{name: twin(decoder, layers=layers)})
+    return twin(decoder, layers=layers)

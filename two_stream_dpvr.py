@@ -161,6 +161,8 @@ class TwoStreamPass:
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run one layer. Past the split a layer returns the states it has computed, which may be of text alone."""
         index, split = layer.index, self.plan.split_layer
+        if layer.kind != RECURRENT:
+            self.causal = getattr(layer.stock.self_attn, "is_causal", True)  # the kernel's default
         if index == 0:
             self.start(cache)
         if index < split:
@@ -366,7 +368,7 @@ class TwoStreamPass:
         return torch.cat(new, dim=1)
 
     def _mask(self, full: Any, kind: str, part: slice) -> Any:
-        """The mask of these queries and the keys of the layer; None if the sdpa kernel's causal mask will do."""
+        """The mask of these queries and the keys of the layer; None if the kernel needs none."""
         queries, keys = self.query_slots(kind)[:, part], self.key_slots(kind)
         static = is_static(self.cache) and kind != "image"
         if static:  # its layers have free places, which are masked
@@ -375,6 +377,8 @@ class TwoStreamPass:
             # the mask of a sliding window may start later than the sequence
             first = 0 if static else max(0, self.past + self.length - full.shape[-1])
             return mask_of_keys(full, shifted(self.past, queries), shifted(first, keys))
+        if not self.causal:
+            return None if self.even and not static else (keys >= 0)[:, None, None].expand(-1, 1, queries.shape[1], -1)
         if self.even and not static and self._is_causal(kind, queries.shape[1], whole=part == slice(None)):
             return None
         return visible_keys(queries, keys)
