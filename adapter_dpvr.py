@@ -36,8 +36,9 @@ from decoders_dpvr import check_decoder, decoder_of, recurrent_layers
 from forward_dpvr import check_attention, routed_model
 from generation_dpvr import routed
 from hub_dpvr import ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
+from latent_dpvr import Latent, reset_latent
 from loading_dpvr import open_weights
-from side_branch_dpvr import make_side_branch, reset_side_branch
+from side_branch_dpvr import SideBranch, make_side_branch, reset_side_branch
 
 
 class PeftTypeName(str):
@@ -78,6 +79,13 @@ class DpvrConfig(PeftConfig):
         default="copy",
         metadata={"help": "copy: of the decoder's layers; dense: one MLP in place of a mixture of experts."},
     )
+    latent_rank: int | None = field(default=None, metadata={"help": "Width of the latent that `latent` reads."})
+    latent_split_layer: int | None = field(
+        default=None, metadata={"help": "Where `latent` splits, from 0 on; None: at split_layer."}
+    )
+    latent_layers: list[int] | None = field(default=None, metadata={"help": "Layers that read the latent; None: all."})
+    latent_side_layers: int = field(default=0, metadata={"help": "Decoder layers that make the latent's states."})
+    latent_stride: int = field(default=1, metadata={"help": "Only every k-th image token is read."})
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Depth of the base's decoder; filled in from the base."}
     )
@@ -137,10 +145,12 @@ class DpvrConfig(PeftConfig):
         check_attention(base)
         return plan
 
-    def new_side_branch(self, decoder: nn.Module) -> nn.ModuleList:
+    def new_side_branch(self, decoder: nn.Module, plan: LayerPlan) -> SideBranch:
         """A side branch of this config for a decoder, not yet initialised."""
+        if plan.latent_stride:
+            return SideBranch(latent=Latent(decoder, plan, self.latent_rank, self.latent_side_layers))
         dense = self.side_branch_mlp == "dense"
-        return make_side_branch(decoder, self.split_layer, self.num_side_layers, dense_mlp=dense)
+        return make_side_branch(decoder, plan.split_layer, self.num_side_layers, dense_mlp=dense)
 
 
 class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
@@ -168,10 +178,13 @@ class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
         plan, decoder = peft_config.plan_for(owner.config), decoder_of(owner)[1]
         source = decoder.layers[plan.split_layer]
         like = next(weight for weight in source.parameters() if weight.is_floating_point())
-        side_branch = peft_config.new_side_branch(decoder)
+        side_branch = peft_config.new_side_branch(decoder, plan)
         if all(weight.device.type != "meta" for weight in side_branch.parameters()):  # meta with low_cpu_mem_usage
             side_branch.to(like.device, like.dtype)
-            reset_side_branch(side_branch, decoder, plan.split_layer, peft_config.side_branch_init)
+            if side_branch.has_latent:
+                reset_latent(side_branch.latent, decoder, plan, peft_config.side_branch_init)
+            else:
+                reset_side_branch(side_branch, decoder, plan.split_layer, peft_config.side_branch_init)
         self[adapter_name] = side_branch
         self.plans[adapter_name] = plan
         self.device = like.device
@@ -361,9 +374,9 @@ class DpvrModel(BaseTuner):
 
 def _check_base(config: DpvrConfig, owner: PreTrainedModel) -> None:
     """Raise ValueError unless a base fits the config and its saved weights."""
-    config.plan_for(owner.config)
+    plan = config.plan_for(owner.config)
     with torch.device("meta"):
-        side_branch = config.new_side_branch(decoder_of(owner)[1])
+        side_branch = config.new_side_branch(decoder_of(owner)[1], plan)
     if config.saved_shapes is not None:
         check_shapes(config.saved_shapes, side_branch, config.base_model_name_or_path)
 

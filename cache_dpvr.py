@@ -134,6 +134,8 @@ class CacheRecord(ExtraLayer):
             if not isinstance(cache.layers[index], CacheLayerMixin):  # a recurrent layer's, which holds no keys
                 continue
             expected, got = self.num_keys[KINDS[mode]] + past - self.length, cache.get_seq_length(index)
+            if isinstance(cache.layers[index], FirstLayer):
+                got += cache.layers[index].surplus
             if got != expected:
                 raise ValueError(
                     f"Layer {index} of a cache of {past} tokens holds {got} keys in place of {expected}: start with a "
@@ -217,6 +219,37 @@ class ShorterLayer(DynamicLayer):
     def crop(self, max_length: int) -> None:
         held = self.get_seq_length() if max_length < 0 else self.surplus if max_length > 0 else 0
         super().crop(max(0, max_length + held))
+
+
+class FirstLayer(ShorterLayer):
+    """Layer 0 where it is no joint layer: asked how long the sequence is, it counts tokens, not its keys."""
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() - self.surplus
+
+    def crop(self, max_length: int) -> None:
+        held, surplus = super().get_seq_length(), self.surplus
+        self.surplus = 0  # to crop keys
+        DynamicLayer.crop(self, max_length + surplus if max_length > 0 else max_length)
+        self.surplus = surplus if held else 0
+
+
+def count_tokens(cache: Cache, surplus: int) -> None:
+    """Let layer 0 of a growing cache say how many tokens it has seen, though it holds `surplus` more keys.
+
+    Raises:
+        ValueError: if the cache's layers are of another kind.
+    """
+    layer = cache.layers[0]
+    if isinstance(layer, StaticKeys) or (surplus == 0 and type(layer) is not FirstLayer):
+        return
+    if type(layer) not in (DynamicLayer, ShorterLayer, FirstLayer):
+        raise ValueError(
+            f"Layer 0 of this cache is a {type(layer).__name__}, which counts its keys, and under a plan that splits "
+            "at 0 these are not the tokens of rows with different images: split at 1, or use a DynamicCache."
+        )
+    cache.layers[0] = first = FirstLayer()
+    vars(first).update(vars(layer), surplus=surplus)
 
 
 def continue_cache(cache: Cache | None, plan: LayerPlan) -> CacheRecord | None:

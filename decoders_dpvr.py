@@ -10,7 +10,7 @@ no keys, so text cannot read the image there: image tokens that have left the de
 What a decoder asks of the split, beside 1 <= s < L:
 
     above the layers that add tower features to image states          DeepStack, Qwen3-VL
-    above the first layer of each kind of attention                   the stock masks are made for that layer
+    above the first layer of each kind of attention                   the stock masks are made for that layer, or 0
     below no layer that uses another layer's keys and values          Gemma 4's small models
 """
 
@@ -85,7 +85,7 @@ def check_decoder(config: PretrainedConfig, split_layer: int) -> None:
         )
     kinds = layer_kinds(text)
     needed = 1 + max(kinds.index(kind) for kind in set(kinds) - {RECURRENT})
-    if split_layer < needed:
+    if split_layer < needed and not (split_layer == 0 and kinds[0] != RECURRENT):
         raise ValueError(
             f"split_layer is {split_layer}, but {kinds[needed - 1]!r} first occurs in layer {needed - 1} of this "
             f"decoder, and its masks are made for that layer with all tokens: choose {needed} or more."

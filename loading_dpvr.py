@@ -29,9 +29,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from .latent_dpvr import reset_latent
     from .side_branch_dpvr import reset_side_branch
 except ImportError:
     from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from latent_dpvr import reset_latent
     from side_branch_dpvr import reset_side_branch
 
 try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
@@ -54,6 +56,7 @@ PUBLISHED_NAMES = {  # weight names of llava-hf's checkpoints, which both versio
 
 WEIGHTS_NAME = "model.safetensors"
 SIDE_BRANCH = "model.side_branch"
+LATENT = ".side_branch.latent."
 QUANTISATION_FIELDS = ("quantization_config", "_pre_quantization_dtype")  # of the config of a quantised base
 
 
@@ -130,6 +133,13 @@ class SideBranchLoading:
         """Initialise the side branch anew, as `config.side_branch_init` says."""
         config = self.config
         reset_side_branch(self.side_branch, self.model.language_model, config.split_layer, config.side_branch_init)
+        self.reset_latent()
+
+    def reset_latent(self) -> None:
+        """Start the latent anew, if there is one: it is to be fitted."""
+        if self.side_branch.has_latent:
+            plan, init = self.config.layer_plan("latent"), self.config.side_branch_init
+            reset_latent(self.side_branch.latent, self.model.language_model, plan, init)
 
     @classmethod
     def from_pretrained(
@@ -216,6 +226,8 @@ class SideBranchLoading:
             self.load_side_branch(branch)
         elif new_side_branch or len(missing) == len(own):
             self.reset_side_branch()
+        elif missing and not surplus and set(missing) == {name for name in own if LATENT in name}:
+            self.reset_latent()
         elif missing or surplus:
             raise ValueError(
                 f"The side branch in {base!r} does not have the {len(own)} weights of {len(self.side_branch)} side "

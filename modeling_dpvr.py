@@ -28,6 +28,7 @@ try:
     from .generation_dpvr import routed
     from .hub_dpvr import Sharing
     from .images_dpvr import image_marks  # noqa: F401
+    from .latent_dpvr import Latent
     from .loading_dpvr import SideBranchLoading, is_side_branch
     from .self_check_dpvr import check_untested  # noqa: F401
     from .side_branch_dpvr import make_side_branch
@@ -44,6 +45,7 @@ except ImportError:
     from generation_dpvr import routed
     from hub_dpvr import Sharing
     from images_dpvr import image_marks  # noqa: F401
+    from latent_dpvr import Latent
     from loading_dpvr import SideBranchLoading, is_side_branch
     from self_check_dpvr import check_untested  # noqa: F401
     from side_branch_dpvr import make_side_branch
@@ -67,6 +69,10 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
     def __init__(self, config: DpvrLlavaConfig):
         super().__init__(config)
         self.side_branch = make_side_branch(self.language_model, config.split_layer, config.num_side_layers)
+        if config.latent_rank is not None:
+            plan = config.layer_plan("latent")
+            latent = Latent(self.language_model, plan, config.latent_rank, config.latent_side_layers)
+            self.side_branch.add_module("latent", latent)
         self._cached_plan: tuple[tuple, LayerPlan] | None = None  # with the config's fields that it was made of
         self.post_init()
 

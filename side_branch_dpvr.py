@@ -8,6 +8,7 @@ Late-Layer Fusion is Enough, https://arxiv.org/abs/2606.09131, sections 3.2 (pha
 """
 
 import copy
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -18,12 +19,35 @@ try:
 except ImportError:
     from decoders_dpvr import side_sources
 
+
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "w2")  # what a layer adds to its input comes out of these
+
+
+class SideBranch(nn.ModuleList):
+    """The layers of a side branch, and beside them a latent with layers of its own (latent_dpvr.py) if there is one.
+
+    0.<weight>, 1.<weight>, ...        latent.<weight>
+    """
+
+    def __init__(self, layers: Iterable[nn.Module] = (), latent: nn.Module | None = None) -> None:
+        super().__init__(layers)
+        if latent is not None:
+            self.add_module("latent", latent)
+
+    @property
+    def has_latent(self) -> bool:
+        return "latent" in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules) - self.has_latent
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self._modules[str(index)] for index in range(len(self)))
 
 
 def make_side_branch(
     decoder: nn.Module, split_layer: int, num_side_layers: int, *, dense_mlp: bool = False
-) -> nn.ModuleList:
+) -> SideBranch:
     """New decoder layers of the same class and size as the decoder's, not yet initialised.
 
     Args:
@@ -34,7 +58,7 @@ def make_side_branch(
     Raises:
         ValueError: for `dense_mlp` with a decoder that has no such layers.
     """
-    depth, side_branch = len(decoder.layers), nn.ModuleList()
+    depth, side_branch = len(decoder.layers), SideBranch()
     for number, source in enumerate(side_sources(decoder.config, split_layer, num_side_layers)):
         config = _dense(decoder.config, source) if dense_mlp else decoder.config
         side_branch.append(type(decoder.layers[source])(config, source))

@@ -80,17 +80,24 @@ class RoutedLayer(nn.Module):
         return self.stock(states, **arguments, **{self.cache_name: cache})
 
     def keys_and_values(
-        self, states: torch.Tensor, arguments: dict[str, Any], device: torch.device
+        self,
+        states: torch.Tensor,
+        arguments: dict[str, Any],
+        device: torch.device,
+        projections: dict[str, nn.Module] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values (B, H, N, head width) that the stock layer would cache for states (B, N, D).
 
-        No query is projected. If the layer's weights are sharded or offloaded, call it within the layer's own call,
-        when they are there.
+        With `projections`, of a latent, states are (B, N, r) and the layer's norm is left out: they replace k_proj and
+        v_proj, and the layer's k-norm and rotary embedding follow. No query is projected. If the layer's weights are
+        sharded or offloaded, call it within the layer's own call, when they are there.
         """
         attention, parts = self.stock.self_attn, {}
         if "q_proj" in attention._modules:  # else queries are projected too, together with other things
             parts["q_proj"] = Zeros(attention.q_proj.out_features // attention.config.num_attention_heads)
-        layer = twin(self.stock, self_attn=twin(attention, hooks=False, **parts))
+        of_layer = {} if projections is None else {"input_layernorm": nn.Identity()}
+        attention = twin(attention, hooks=False, **parts, **projections or {})
+        layer = twin(self.stock, self_attn=attention, **of_layer)
         arguments = {**{name: on(value, device) for name, value in arguments.items()}, MASK: None}
         tap = KeyTap()
         try:
@@ -129,17 +136,21 @@ class WriteFirst:
     Args:
         cache: the real cache, or None.
         layer: the layer that gets this.
-        others: the other states (B, N, D), each with the layer's arguments for them.
+        others: the other states (B, N, D), each with the layer's arguments for them, and the projections of a latent
+            or None.
     """
 
     def __init__(
-        self, cache: Cache | None, layer: RoutedLayer, others: list[tuple[torch.Tensor, dict[str, Any]]]
+        self, cache: Cache | None, layer: RoutedLayer, others: list[tuple[torch.Tensor, dict, dict | None]]
     ) -> None:
         self.cache, self.layer, self.others = cache, layer, others
 
     def write(self, device: torch.device, layer_idx: int, *args: Any, **kwargs: Any) -> list:
         """Write the keys and values of the other states, and return them in pairs."""
-        made = [self.layer.keys_and_values(states, arguments, device) for states, arguments in self.others]
+        made = [
+            self.layer.keys_and_values(states, arguments, device, projections)
+            for states, arguments, projections in self.others
+        ]
         for keys, values in made if self.cache is not None else ():
             self.cache.update(keys, values, layer_idx, *args, **kwargs)
             if self.cache.offloading:  # update sends the layer off, and more keys of it follow

@@ -43,6 +43,7 @@ try:
         KINDS,
         CacheRecord,
         SideBranchKeys,
+        count_tokens,
         fit_static_layers,
         is_static,
         let_line_4_crop,
@@ -57,6 +58,7 @@ except ImportError:
         KINDS,
         CacheRecord,
         SideBranchKeys,
+        count_tokens,
         fit_static_layers,
         is_static,
         let_line_4_crop,
@@ -135,6 +137,8 @@ class TwoStreamPass:
         padded = torch.zeros_like(at_end) if self.padded is None else self.padded.to(at_end)
         fewest, most, text_at_end, padded = torch.stack([counts.min(), counts.max(), at_end, padded]).tolist()
         self.last_image = self.past + self.length - text_at_end
+        stride = self.plan.latent_stride or 1
+        self.read_part = slice((most - 1) % stride, None, stride)  # of the image tokens, those that are read
         self.streams = Streams.sort(second, self.past, num_text=self.length - fewest, num_image=most)
         self.picked.clear()
         self.even = fewest == most and (self.record is None or self.record.plain)  # no padding slots
@@ -150,7 +154,13 @@ class TwoStreamPass:
         let_windows_grow(cache, self.plan, self.past)
         if is_static(cache):
             num_text, num_image = self.streams.text.shape[1], self.streams.image.shape[1]
-            new_keys = {"joint": self.length, "text": num_text, "context": num_image + num_text}
+            read = len(range(num_image)[self.read_part])
+            new_keys = {"joint": self.length, "text": num_text, "context": read + num_text}
+            if self.plan.modes[0] == CONTEXT and new_keys["context"] != self.length:
+                raise ValueError(
+                    "Layer 0 says how long a static cache is, and under this plan it holds another number of keys "
+                    "than tokens: split at 1 or later, or leave cache_implementation out."
+                )
             fit_static_layers(cache, self.plan, self.record, self.past, new_keys, self.length)
 
     # -- a layer ------------------------------------------------------------------------------------------------------
@@ -175,7 +185,7 @@ class TwoStreamPass:
             self._receive(hidden, self.plan.modes[index - 1])
             self._keep(None)
         if self.plan.reads_side_branch and not self.branch_has_run and layer.kind != RECURRENT:
-            self.image = self._run_side_branch(self.image, self.arguments(arguments, "image"), layer.cache_name)
+            self._run_side_branch(self.arguments(arguments, "image"), layer.cache_name)
             self.branch_has_run = True
         out = self._deep_layer(layer, arguments, cache)
         if index < len(self.plan.modes) - 1:
@@ -205,7 +215,7 @@ class TwoStreamPass:
         mode, tail = self.plan.modes[layer.index], self.tail if layer.index == len(self.plan.modes) - 1 else None
         if mode in (JOINT, RESET):
             return self.joint(layer, self.streams.merge(self.text, self.image), arguments, cache)
-        image = self.image if mode == CONTEXT else None
+        image = None if mode != CONTEXT else self.latent if self.plan.latent_stride else self.image
         if layer.kind == RECURRENT:
             return layer.call(self.text, self.arguments(arguments, "text", recurrent=True), cache)
         if tail is None or tail >= self.text.shape[1]:
@@ -238,10 +248,11 @@ class TwoStreamPass:
         """
         kind, others = "text", []
         if image is not None:
-            kind = "context"
-            others.append((image, self.arguments(arguments, "image")))
+            kind, part = "context", self.read_part
+            projections = self.side_branch.latent.projections(layer.index) if self.plan.latent_stride else None
+            others.append((image[:, part], self.arguments(arguments, "image", part), projections))
         if tail is not None:
-            others.append((text[:, :-tail], self.arguments(arguments, kind, slice(None, -tail))))
+            others.append((text[:, :-tail], self.arguments(arguments, kind, slice(None, -tail)), None))
             text = text[:, -tail:]
         writer = WriteFirst(cache, layer, others) if others else cache
         if text.shape[1] == 0:  # a chunk of nothing but image tokens has no text to run
@@ -264,26 +275,34 @@ class TwoStreamPass:
         if self.states is not None:
             self.states.append(self.streams.merge(self.text, self.image) if states is None else states)
 
-    def _run_side_branch(self, image: torch.Tensor, arguments: dict[str, Any], cache_name: str) -> torch.Tensor:
-        """The side branch on image states (B, V, D), at their own positions (Algorithm 1, phase 2)."""
-        if len(self.side_branch) == 0:
-            return image
+    def _run_side_branch(self, arguments: dict[str, Any], cache_name: str) -> None:
+        """The side branch on image states, at their own positions (Algorithm 1, phase 2), and the latent."""
+        latent = self.side_branch.latent if self.plan.latent_stride else None
+        side_layers = self.side_branch if latent is None else latent.layers
+        if len(side_layers) > 0:
+            self.image = self._run_side_layers(side_layers, self.image, arguments, cache_name)
+        if latent is not None:
+            self.latent = latent(self.image)
+
+    def _run_side_layers(
+        self, side_layers: nn.ModuleList, image: torch.Tensor, arguments: dict[str, Any], cache_name: str
+    ) -> torch.Tensor:
         if self.cache is not None:
             layers, depth = self.cache.layers, len(self.plan.modes)
             if self.record is None:
-                layers[depth:] = [SideBranchKeys(layers) for _ in self.side_branch]
-            elif len(layers) - depth - 1 != len(self.side_branch):
+                layers[depth:] = [SideBranchKeys(layers) for _ in side_layers]
+            elif len(layers) - depth - 1 != len(side_layers):
                 raise ValueError(
                     f"This cache was filled with a side branch of {len(layers) - depth - 1} layers, and the model now "
-                    f"has one of {len(self.side_branch)}: start with a new cache after changing the side branch."
+                    f"has one of {len(side_layers)}: start with a new cache after changing the side branch."
                 )
-        like = next(self.side_branch.parameters())  # PEFT trains in float32 on a base of half precision
+        like = next(side_layers.parameters())  # PEFT trains in float32 on a base of half precision
         device = image.device if like.device.type == "meta" else like.device  # offloaded layers move their inputs
         branch, arguments = (
             image.to(device, like.dtype),
             {name: on(value, device) for name, value in arguments.items()},
         )
-        for layer in self.side_branch:
+        for layer in side_layers:
             branch = layer(branch, **arguments, **{cache_name: self.cache})
             branch = branch[0] if isinstance(branch, tuple) else branch
         return branch.to(image.device, image.dtype)
@@ -332,7 +351,14 @@ class TwoStreamPass:
     def _argument(self, name: str, value: Any, kind: str, part: slice) -> Any:
         if value is None and name != MASK:
             return value
-        key = (name, id(value), kind, part.start, part.stop)  # `value` is kept, so that its id is not used again
+        key = (
+            name,
+            id(value),
+            kind,
+            part.start,
+            part.stop,
+            part.step,
+        )  # `value` is kept, so that its id is not used again
         if key not in self.picked:
             self.picked[key] = value, self._pick(name, value, kind, part)
         return self.picked[key][1]
@@ -360,7 +386,7 @@ class TwoStreamPass:
     def key_slots(self, kind: str) -> torch.Tensor:
         """Slots (B, K) of the keys in a text, context or side layer, in the order of the cache."""
         image, text = self.streams.image, self.streams.text
-        new = [image, text] if kind == "context" else [self.query_slots(kind)]
+        new = [image[:, self.read_part], text] if kind == "context" else [self.query_slots(kind)]
         if self.record is not None:
             new = [self.record.slots(kind, self.past), *new]
         elif kind != "image":  # a cache without images holds one key per token
@@ -418,3 +444,5 @@ class TwoStreamPass:
         )
         record.put_on(self.cache)
         let_line_4_crop(self.cache, self.plan, num_keys, end)
+        if self.plan.modes[0] == CONTEXT:
+            count_tokens(self.cache, surplus=num_keys["context"] - end)

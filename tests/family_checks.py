@@ -36,14 +36,18 @@ def plans(name: str) -> list[dict[str, Any]]:
     """Fields of adapters, one of each routing, that a family allows."""
     family = FAMILIES[name]
     split = max(family.split, family.depth // 2)
+    lowest = 0 if family.split == 1 or name == "gemma3" else family.split
     deep = [layer for layer in range(split, family.depth) if layer not in recurrent_layers(_text_config(name))]
     return [
         {"split_layer": split, "routing": "late_fusion"},
         {"split_layer": family.split, "routing": "kv_substitution"},
         {"split_layer": split, "routing": "persistent_context", "num_side_layers": 2},
         {"split_layer": split, "routing": "text_only"},
-        {"split_layer": split, "fusion_layers": deep[:1] + deep[2:]},
-        {"split_layer": split, "num_fusion_layers": 2},
+        {"split_layer": split, "routing": "late_fusion", "fusion_layers": deep[:1] + deep[2:]},
+        {"split_layer": split, "routing": "late_fusion", "num_fusion_layers": 2},
+        {"split_layer": split, "routing": "latent", "latent_rank": 8, "latent_side_layers": 1},
+        {"latent_split_layer": lowest, "routing": "latent", "latent_rank": 6, "latent_stride": 3},
+        {"split_layer": split, "routing": "latent", "latent_rank": 8, "latent_layers": deep[-2:], "latent_stride": 2},
     ]
 
 
@@ -101,7 +105,7 @@ def routings(name: str) -> float:
     worst = 0.0
     with exact():
         for fields in plans(name):
-            for attention in ("sdpa", "eager") if fields["split_layer"] == FAMILIES[name].split else ("sdpa",):
+            for attention in ("sdpa", "eager") if fields["routing"] in ("kv_substitution", "latent") else ("sdpa",):
                 model = with_adapter(name, attention=attention, **fields)
                 worst = max(worst, *(_to_naive(name, model, layout) for layout in (RAGGED, EVEN)))
     return worst
@@ -126,9 +130,7 @@ def naive_of(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     with model.disable_adapter():
         forget(base)
         branch, recurrent = owner.side_branch["default"], recurrent_layers(base.config.get_text_config())
-        want = naive_text_logits(
-            base, decoder_of(owner)[1], inputs, image, plan.split_layer, plan.modes, branch, recurrent
-        )
+        want = naive_text_logits(base, decoder_of(owner)[1], inputs, image, plan, branch, recurrent)
     base.set_attn_implementation(attention)
     forget(base)
     return want

@@ -20,6 +20,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from configuration_dpvr import LayerPlan
+from side_branch_dpvr import SideBranch
+
 CACHES = ("cache", "past_key_values")
 TABLES = ("position_embeddings", "position_embeddings_global", "position_embeddings_local")
 
@@ -102,15 +105,34 @@ class Watched:
         return seen[at][:, at][None, None]
 
 
+@contextmanager
+def latent_keys(
+    latent: nn.Module | None, index: int, layer: nn.Module, branch: torch.Tensor, images: torch.Tensor
+) -> Iterator[None]:
+    """Put keys and values made from image states (1, V, D) in place of those that a layer has for image tokens."""
+    if latent is None:
+        yield
+        return
+    compressed = (branch / branch.pow(2).mean(-1, keepdim=True).sqrt()) @ latent.reduce.weight.T
+    with ExitStack() as stack:
+        for name, made in (("k_proj", latent.keys), ("v_proj", latent.values)):
+            linear = made[str(index)]
+            rows = compressed @ linear.weight.T + linear.bias
+            hook = layer.self_attn._modules[name].register_forward_hook(
+                lambda module, args, out, rows=rows: out.index_copy(1, images, rows.to(out.dtype))
+            )
+            stack.callback(hook.remove)
+        yield
+
+
 @torch.no_grad()
 def naive_text_logits(
     model: nn.Module,
     decoder: nn.Module,
     inputs: dict[str, torch.Tensor],
     image: torch.Tensor,
-    split_layer: int,
-    modes: tuple[str, ...],
-    side_branch: nn.ModuleList,
+    plan: LayerPlan,
+    side_branch: SideBranch,
     recurrent: frozenset[int],
 ) -> torch.Tensor:
     """Logits (X, vocabulary) at the text tokens of one row under a layer plan.
@@ -121,16 +143,18 @@ def naive_text_logits(
         image: bool (T,).
         recurrent: the layers without attention.
     """
-    watched = Watched(model, decoder, inputs)
+    watched, split_layer, modes = Watched(model, decoder, inputs), plan.split_layer, plan.modes
     images, texts = image.nonzero().flatten(), (~image).nonzero().flatten()
     if len(images) == 0:
         return watched.logits
     everything = torch.arange(len(image))
     states = watched.states(split_layer)
     first = next(index for index in range(split_layer, len(modes)) if index not in recurrent)
-    branch = states[:, images]
-    for layer in side_branch:
+    branch, latent = states[:, images], side_branch.latent if plan.latent_stride else None
+    for layer in side_branch if latent is None else latent.layers:
         branch = watched.run(first, layer, branch, images, None)
+    unread = image.clone()
+    unread[images.flip(0)[:: plan.latent_stride or 1]] = False
     if any(mode != "text" for mode in modes[split_layer:]):
         states[:, images] = branch
     to_image = (~image)[:, None] & image[None, :]
@@ -141,7 +165,9 @@ def naive_text_logits(
         elif mode == "text":
             new[:, texts] = watched.run(index, layer, states, everything, to_image)[:, texts]
         else:
-            out = watched.run(index, layer, states, everything, None, recurrent=index in recurrent)
+            with latent_keys(latent, index, layer, branch, images):
+                hidden = None if latent is None else (~image)[:, None] & unread[None, :]
+                out = watched.run(index, layer, states, everything, hidden, recurrent=index in recurrent)
             new = out if mode == "joint" else new.index_copy(1, texts, out[:, texts])
         states = new
     norm = next(decoder._modules[name] for name in ("norm", "embedding_norm") if name in decoder._modules)

@@ -28,7 +28,11 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 
+from configuration_dpvr import ROUTINGS
+from loading_dpvr import LATENT
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+
+SIDE_ROUTINGS = tuple(routing for routing in ROUTINGS if routing != "latent")  # those of the paper
 
 
 def naive_logits(
@@ -212,6 +216,10 @@ def make_dpvr(
     fields = {"routing": "late_fusion", "split_layer": 2, "side_branch_init": "random", **dpvr_fields}
     model = DpvrLlavaForConditionalGeneration.from_llava(llava, **fields)
     model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # a new latent is at zero
+            if LATENT in name:
+                weight.normal_(0, 0.3)
     return randomise_vectors(model)
 
 

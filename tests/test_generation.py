@@ -7,19 +7,25 @@ import torch
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Prompts, examples, layouts, make_dpvr, naive_logits, plans, prompts, real_float64
+from reference import SIDE_ROUTINGS, Prompts, examples, layouts, make_dpvr, naive_logits, plans, prompts, real_float64
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from configuration_dpvr import ROUTINGS, DpvrLlavaConfig
+from configuration_dpvr import DpvrLlavaConfig
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from versions_dpvr import LINE_4
 
 TOLERANCE = 1e-9
 RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3], [1, 0, 2, 1]]  # 1 image, 2 side by side, none, 1 in front, 3
-VARIANTS = [*({"routing": routing} for routing in ROUTINGS), {"num_fusion_layers": 2}, {"fusion_layers": [2]}]
+VARIANTS = [
+    *({"routing": routing} for routing in SIDE_ROUTINGS),
+    {"num_fusion_layers": 2},
+    {"fusion_layers": [2]},
+    {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
+    {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0},
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +72,7 @@ def test_a_left_padded_batch_answers_as_its_rows_do_one_by_one(plan: dict[str, o
         assert (torch.stack(together.logits)[:, index] - torch.stack(alone.logits)[:, 0]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", SIDE_ROUTINGS)
 def test_beams_and_samples_are_the_same_with_and_without_a_cache(routing: str) -> None:
     model, batch = make_dpvr(routing=routing), Prompts(RAGGED, "left")
     beams = {"num_beams": 3, "num_return_sequences": 2}
@@ -294,8 +300,8 @@ def test_any_dialogue_may_reuse_the_cache(
     assert_dialogue_needs_no_cache(make_dpvr(**plan), turns, new_pixels_only)
 
 
-@pytest.mark.parametrize("after", ROUTINGS)
-@pytest.mark.parametrize("before", ROUTINGS)
+@pytest.mark.parametrize("after", SIDE_ROUTINGS)
+@pytest.mark.parametrize("before", SIDE_ROUTINGS)
 @torch.no_grad()
 def test_a_cache_serves_one_routing_only(before: str, after: str) -> None:
     model, batch = make_dpvr(routing=before), Prompts([[1, 2]])
