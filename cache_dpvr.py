@@ -19,13 +19,11 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 try:
-    from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from .configuration_dpvr import LayerPlan
     from .versions_dpvr import LINE_4, cache_name
 except ImportError:
-    from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from configuration_dpvr import LayerPlan
     from versions_dpvr import LINE_4, cache_name
-
-KINDS = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}  # mode of a layer -> whose keys it holds
 
 
 class ExtraLayer(DynamicLayer):
@@ -130,12 +128,10 @@ class CacheRecord(ExtraLayer):
                 f"The cache was cropped to {past} tokens, into its last image, which ends at {self.last_image}: crop "
                 "the text after it at most, or start with a new cache."
             )
-        for index, mode in enumerate(self.plan.modes if self.tables else ()):
+        for index in range(len(self.plan.modes) if self.tables else 0):
             if not isinstance(cache.layers[index], CacheLayerMixin):  # a recurrent layer's, which holds no keys
                 continue
-            expected, got = self.num_keys[KINDS[mode]] + past - self.length, cache.get_seq_length(index)
-            if isinstance(cache.layers[index], FirstLayer):
-                got += cache.layers[index].surplus
+            expected, got = self.num_keys[self.plan.keys_in(index)] + past - self.length, cache.get_seq_length(index)
             if got != expected:
                 raise ValueError(
                     f"Layer {index} of a cache of {past} tokens holds {got} keys in place of {expected}: start with a "
@@ -221,37 +217,6 @@ class ShorterLayer(DynamicLayer):
         super().crop(max(0, max_length + held))
 
 
-class FirstLayer(ShorterLayer):
-    """Layer 0 where it is no joint layer: asked how long the sequence is, it counts tokens, not its keys."""
-
-    def get_seq_length(self) -> int:
-        return super().get_seq_length() - self.surplus
-
-    def crop(self, max_length: int) -> None:
-        held, surplus = super().get_seq_length(), self.surplus
-        self.surplus = 0  # to crop keys
-        DynamicLayer.crop(self, max_length + surplus if max_length > 0 else max_length)
-        self.surplus = surplus if held else 0
-
-
-def count_tokens(cache: Cache, surplus: int) -> None:
-    """Let layer 0 of a growing cache say how many tokens it has seen, though it holds `surplus` more keys.
-
-    Raises:
-        ValueError: if the cache's layers are of another kind.
-    """
-    layer = cache.layers[0]
-    if isinstance(layer, StaticKeys) or (surplus == 0 and type(layer) is not FirstLayer):
-        return
-    if type(layer) not in (DynamicLayer, ShorterLayer, FirstLayer):
-        raise ValueError(
-            f"Layer 0 of this cache is a {type(layer).__name__}, which counts its keys, and under a plan that splits "
-            "at 0 these are not the tokens of rows with different images: split at 1, or use a DynamicCache."
-        )
-    cache.layers[0] = first = FirstLayer()
-    vars(first).update(vars(layer), surplus=surplus)
-
-
 def continue_cache(cache: Cache | None, plan: LayerPlan) -> CacheRecord | None:
     """Make `cache` ready for a chunk under `plan`, and return its record, or None if it has seen no image.
 
@@ -313,8 +278,8 @@ def fit_static_layers(
             f"The static cache has max_cache_len={room}, but the sequence has {past + length} tokens already: make a "
             "cache with a larger max_cache_len."
         )
-    for index, mode in enumerate(plan.modes):
-        kind, layer = KINDS[mode], cache.layers[index]
+    for index in range(len(plan.modes)):
+        kind, layer = plan.keys_in(index), cache.layers[index]
         held = past if record is None else record.num_keys[kind] + past - record.length
         needed = held + new_keys[kind] + room - past - length
         if not isinstance(layer, StaticKeys) or layer.max_cache_len != needed:
@@ -323,13 +288,13 @@ def fit_static_layers(
 
 def let_line_4_crop(cache: Cache, plan: LayerPlan, num_keys: dict[str, int], length: int) -> None:
     """Let transformers 4 crop a growing cache: its layers have to know how many more keys than tokens they hold."""
-    for index, mode in enumerate(plan.modes if LINE_4 else ()):
+    for index in range(len(plan.modes) if LINE_4 else 0):
         layer = cache.layers[index]
         if type(layer) is DynamicLayer:
             cache.layers[index] = ShorterLayer()
             vars(cache.layers[index]).update(vars(layer))
         if isinstance(cache.layers[index], ShorterLayer):
-            cache.layers[index].surplus = num_keys[KINDS[mode]] - length
+            cache.layers[index].surplus = num_keys[plan.keys_in(index)] - length
 
 
 def let_windows_grow(cache: Cache, plan: LayerPlan, past: int) -> None:
@@ -340,9 +305,9 @@ def let_windows_grow(cache: Cache, plan: LayerPlan, past: int) -> None:
     Args:
         past: the number of tokens in the cache. Where a layer holds fewer, zeros stand for those left of the window.
     """
-    for index, mode in enumerate(plan.modes):
+    for index in range(len(plan.modes)):
         layer = cache.layers[index]
-        if not isinstance(layer, DynamicSlidingWindowLayer) or KINDS[mode] == "joint":
+        if not isinstance(layer, DynamicSlidingWindowLayer) or plan.keys_in(index) == "joint":
             continue
         cache.layers[index] = grown = DynamicLayer()
         if layer.is_initialized and past:

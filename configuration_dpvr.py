@@ -86,6 +86,14 @@ class LayerPlan(NamedTuple):
             letters = letters.replace(LETTERS[CONTEXT], "l")
         return f"{letters[: self.split_layer]}|{letters[self.split_layer :]}"
 
+    def keys_in(self, layer: int) -> str:
+        """Whose keys a layer holds after a prompt: "joint", all tokens'; "text"; or "context", both in turn.
+
+        Layer 0 always holds one key per token, in their order, as a cache is asked there how long the sequence is.
+        """
+        mode = self.modes[layer]
+        return "joint" if layer == 0 or mode == RESET else mode
+
     @property
     def is_vanilla(self) -> bool:
         """Whether every layer is an ordinary LLaVA layer."""
@@ -114,7 +122,7 @@ class DpvrLlavaConfig(LlavaConfig):
         latent_split_layer: the split of "latent", from 0 on; None: `split_layer`.
         latent_layers: the layers that read the latent; None: all from that split on.
         latent_side_layers: decoder layers that image states run through before the latent.
-        latent_stride: k: only every k-th image token of a row, counted from the last, is read.
+        latent_stride: k: only every k-th image token of a row is read, its first among them; in layer 0 all are.
         base_model_name_or_path: the frozen LLaVA, if this repository holds the side branch alone; None if it holds
             all weights.
         **kwargs: the fields of `LlavaConfig`.

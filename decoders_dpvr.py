@@ -85,7 +85,7 @@ def check_decoder(config: PretrainedConfig, split_layer: int) -> None:
         )
     kinds = layer_kinds(text)
     needed = 1 + max(kinds.index(kind) for kind in set(kinds) - {RECURRENT})
-    if split_layer < needed and not (split_layer == 0 and kinds[0] != RECURRENT):
+    if split_layer < needed and not (split_layer == 0 and needed == 1):
         raise ValueError(
             f"split_layer is {split_layer}, but {kinds[needed - 1]!r} first occurs in layer {needed - 1} of this "
             f"decoder, and its masks are made for that layer with all tokens: choose {needed} or more."

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 try:
-    from .cache_dpvr import KINDS, CacheRecord, ChunkNotes, continue_cache, is_static
+    from .cache_dpvr import CacheRecord, ChunkNotes, continue_cache, is_static
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from .decoders_dpvr import RECURRENT, decoder_of, layer_kinds
     from .images_dpvr import find_images
@@ -32,7 +32,7 @@ try:
     from .two_stream_dpvr import TwoStreamPass, eagerly
     from .versions_dpvr import LINE_4, argument_names, cache_in
 except ImportError:
-    from cache_dpvr import KINDS, CacheRecord, ChunkNotes, continue_cache, is_static
+    from cache_dpvr import CacheRecord, ChunkNotes, continue_cache, is_static
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
     from decoders_dpvr import RECURRENT, decoder_of, layer_kinds
     from images_dpvr import find_images
@@ -250,7 +250,7 @@ def text_after_images(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Run a layer for text on a cache that has seen images, with the mask columns of the keys that the layer holds."""
     record = CacheRecord.find(cache)
-    kind, full = KINDS[record.plan.modes[layer.index]], arguments.get(MASK)
+    kind, full = record.plan.keys_in(layer.index), arguments.get(MASK)
     if record.step.states is not None:
         record.step.states.append(hidden)
     if kind != "joint" and layer.kind != RECURRENT:

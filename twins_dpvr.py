@@ -22,9 +22,11 @@ from transformers.cache_utils import Cache
 
 try:
     from .decoders_dpvr import decoder_of, layer_kinds
+    from .streams_dpvr import Streams
     from .versions_dpvr import argument_names, cache_name
 except ImportError:
     from decoders_dpvr import decoder_of, layer_kinds
+    from streams_dpvr import Streams
     from versions_dpvr import argument_names, cache_name
 
 MASK = "attention_mask"
@@ -166,6 +168,46 @@ class WriteFirst:
             return self.cache.update(keys, values, layer_idx, *args, **kwargs)
         both = zip(*made, (keys, values), strict=True)
         return tuple(torch.cat(parts, dim=-2) for parts in both)
+
+
+class WriteMerged:
+    """Passed to layer 0 as its cache, where text reads a latent: writes all tokens' keys in their own order."""
+
+    def __init__(
+        self,
+        cache: Cache | None,
+        layer: RoutedLayer,
+        states: torch.Tensor,
+        arguments: dict[str, Any],
+        projections: dict[str, nn.Module],
+        streams: Streams,
+    ) -> None:
+        self.cache, self.layer, self.streams = cache, layer, streams
+        self.image = states, arguments, projections
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called as `Cache.update` is, with the text's."""
+        made = self._image(keys.device)
+        keys, values = (
+            self.streams.merge(text.transpose(1, 2).flatten(2), image.transpose(1, 2).flatten(2))
+            .unflatten(2, (text.shape[1], -1))
+            .transpose(1, 2)
+            for text, image in zip((keys, values), made, strict=True)
+        )
+        if self.cache is None:
+            return keys, values
+        return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def write(self, device: torch.device) -> None:
+        """Write the image's alone, of a chunk without text."""
+        if self.cache is not None:
+            self.cache.update(*self._image(device), self.layer.stock.self_attn.layer_idx)
+
+    def _image(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        states, arguments, projections = self.image
+        return self.layer.keys_and_values(states, arguments, device, projections)
 
 
 def on(value: Any, device: torch.device) -> Any:

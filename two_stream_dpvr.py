@@ -40,10 +40,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 try:
     from .cache_dpvr import (
-        KINDS,
         CacheRecord,
         SideBranchKeys,
-        count_tokens,
         fit_static_layers,
         is_static,
         let_line_4_crop,
@@ -52,13 +50,11 @@ try:
     from .configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
     from .decoders_dpvr import RECURRENT
     from .streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
-    from .twins_dpvr import MASK, RoutedLayer, WriteFirst, on
+    from .twins_dpvr import MASK, RoutedLayer, WriteFirst, WriteMerged, on
 except ImportError:
     from cache_dpvr import (
-        KINDS,
         CacheRecord,
         SideBranchKeys,
-        count_tokens,
         fit_static_layers,
         is_static,
         let_line_4_crop,
@@ -67,7 +63,7 @@ except ImportError:
     from configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
     from decoders_dpvr import RECURRENT
     from streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
-    from twins_dpvr import MASK, RoutedLayer, WriteFirst, on
+    from twins_dpvr import MASK, RoutedLayer, WriteFirst, WriteMerged, on
 
 TOKEN_AXES = {  # arguments of a layer with one entry per token
     "position_ids": -1,
@@ -137,9 +133,8 @@ class TwoStreamPass:
         padded = torch.zeros_like(at_end) if self.padded is None else self.padded.to(at_end)
         fewest, most, text_at_end, padded = torch.stack([counts.min(), counts.max(), at_end, padded]).tolist()
         self.last_image = self.past + self.length - text_at_end
-        stride = self.plan.latent_stride or 1
-        self.read_part = slice((most - 1) % stride, None, stride)  # of the image tokens, those that are read
         self.streams = Streams.sort(second, self.past, num_text=self.length - fewest, num_image=most)
+        self._choose_read(most)
         self.picked.clear()
         self.even = fewest == most and (self.record is None or self.record.plain)  # no padding slots
         self.plain = self.even and not padded
@@ -147,20 +142,30 @@ class TwoStreamPass:
         if self.cache is not None:
             self._make_room(self.cache)
 
+    def _choose_read(self, most: int) -> None:
+        """Choose the image tokens that context layers read: `read_slots` (B, R); `read_index`, their places among all.
+
+        With a latent of stride k every k-th image token of a row, from its first on; else all, and no index.
+        """
+        slots, stride = self.streams.image, self.plan.latent_stride or 1
+        self.read_slots, self.read_index = slots, None
+        if stride == 1:
+            return
+        held = slots >= 0
+        before = 0 if self.record is None else (self.record.tables["image"] >= 0).sum(1, keepdim=True)
+        kept = held & ((held.cumsum(1) - 1 + before) % stride == 0)
+        count = int(kept.sum(1).max())
+        self.read_index = kept.int().argsort(dim=1, stable=True)[:, most - count :]
+        self.read_slots = slots.masked_fill(~kept, -1).gather(1, self.read_index)
+
     def _make_room(self, cache: Cache) -> None:
         """Add the layers of the decoder to the cache, and resize those of a static one."""
         while len(cache.layers) < len(self.plan.modes):
             cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         let_windows_grow(cache, self.plan, self.past)
         if is_static(cache):
-            num_text, num_image = self.streams.text.shape[1], self.streams.image.shape[1]
-            read = len(range(num_image)[self.read_part])
-            new_keys = {"joint": self.length, "text": num_text, "context": read + num_text}
-            if self.plan.modes[0] == CONTEXT and new_keys["context"] != self.length:
-                raise ValueError(
-                    "Layer 0 says how long a static cache is, and under this plan it holds another number of keys "
-                    "than tokens: split at 1 or later, or leave cache_implementation out."
-                )
+            num_text = self.streams.text.shape[1]
+            new_keys = {"joint": self.length, "text": num_text, "context": self.read_slots.shape[1] + num_text}
             fit_static_layers(cache, self.plan, self.record, self.past, new_keys, self.length)
 
     # -- a layer ------------------------------------------------------------------------------------------------------
@@ -247,10 +252,20 @@ class TwoStreamPass:
         With `tail` only the last `tail` text tokens are queries, and their states are returned.
         """
         kind, others = "text", []
+        if image is not None and layer.index == 0:
+            projections = self.side_branch.latent.projections(0)
+            merged = WriteMerged(cache, layer, image, self.arguments(arguments, "image"), projections, self.streams)
+            if text.shape[1] == 0:
+                merged.write(image.device)
+                return text
+            return layer.call(text, self.arguments(arguments, "first"), merged)
         if image is not None:
-            kind, part = "context", self.read_part
+            kind = "context"
             projections = self.side_branch.latent.projections(layer.index) if self.plan.latent_stride else None
-            others.append((image[:, part], self.arguments(arguments, "image", part), projections))
+            if self.read_index is not None:
+                image = image.gather(1, self.read_index[..., None].expand(-1, -1, image.shape[-1]))
+            without_mask = {name: value for name, value in arguments.items() if name != MASK}
+            others.append((image, self.arguments(without_mask, "read"), projections))
         if tail is not None:
             others.append((text[:, :-tail], self.arguments(arguments, kind, slice(None, -tail)), None))
             text = text[:, -tail:]
@@ -317,7 +332,8 @@ class TwoStreamPass:
 
         Args:
             full: the stock decoder's.
-            kind: "joint", "text", "context" or "image".
+            kind: "joint", "text", "context" or "image"; "read" for the image tokens that context layers read; "first"
+                for text that reads all tokens in layer 0.
             part: which of the queries, if a call does not have all.
             recurrent: for a recurrent layer, whose mask says which tokens leave its state alone.
 
@@ -381,12 +397,15 @@ class TwoStreamPass:
 
     def query_slots(self, kind: str) -> torch.Tensor:
         """Slots (B, Q) of the queries in a layer of this kind."""
-        return {"joint": self.all_slots, "image": self.streams.image}.get(kind, self.streams.text)
+        image = {"image": self.streams.image, "read": self.read_slots}
+        return {"joint": self.all_slots, **image}.get(kind, self.streams.text)
 
     def key_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, K) of the keys in a text, context or side layer, in the order of the cache."""
-        image, text = self.streams.image, self.streams.text
-        new = [image[:, self.read_part], text] if kind == "context" else [self.query_slots(kind)]
+        """Slots (B, K) of the keys in a layer of this kind, in the order of the cache."""
+        text = self.streams.text
+        if kind == "first":
+            return torch.arange(self.past + self.length, device=text.device).expand(len(text), -1)
+        new = [self.read_slots, text] if kind == "context" else [self.query_slots(kind)]
         if self.record is not None:
             new = [self.record.slots(kind, self.past), *new]
         elif kind != "image":  # a cache without images holds one key per token
@@ -398,7 +417,8 @@ class TwoStreamPass:
         queries, keys = self.query_slots(kind)[:, part], self.key_slots(kind)
         static = is_static(self.cache) and kind != "image"
         if static:  # its layers have free places, which are masked
-            keys = nn.functional.pad(keys, (0, max(0, self._num_places(kind) - keys.shape[1])), value=-1)
+            places = self._num_places("joint" if kind == "first" else kind)
+            keys = nn.functional.pad(keys, (0, max(0, places - keys.shape[1])), value=-1)
         if full is not None:
             # the mask of a sliding window may start later than the sequence
             first = 0 if static else max(0, self.past + self.length - full.shape[-1])
@@ -412,13 +432,13 @@ class TwoStreamPass:
     def _is_causal(self, kind: str, num_queries: int, whole: bool) -> bool:
         """Whether the n-th query attends to the first n keys, or a single query to all keys."""
         if num_queries == 1:  # in a context layer image tokens may follow the only text token
-            return not (whole and kind == "context")
-        return self.past == 0 and kind != "context" and whole
+            return not (whole and kind in ("context", "first"))
+        return self.past == 0 and kind not in ("context", "first") and whole
 
     def _num_places(self, kind: str) -> int:
         """The number of keys for which a layer of this kind has room in a static cache."""
-        rooms = zip(self.plan.modes, self.cache.layers, strict=False)
-        return next((layer.max_cache_len for mode, layer in rooms if KINDS[mode] == kind), 0)
+        layers = enumerate(self.cache.layers[: len(self.plan.modes)])
+        return next((layer.max_cache_len for index, layer in layers if self.plan.keys_in(index) == kind), 0)
 
     # -- after the last layer -----------------------------------------------------------------------------------------
 
@@ -444,5 +464,3 @@ class TwoStreamPass:
         )
         record.put_on(self.cache)
         let_line_4_crop(self.cache, self.plan, num_keys, end)
-        if self.plan.modes[0] == CONTEXT:
-            count_tokens(self.cache, surplus=num_keys["context"] - end)

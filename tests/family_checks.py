@@ -36,7 +36,7 @@ def plans(name: str) -> list[dict[str, Any]]:
     """Fields of adapters, one of each routing, that a family allows."""
     family = FAMILIES[name]
     split = max(family.split, family.depth // 2)
-    lowest = 0 if family.split == 1 or name == "gemma3" else family.split
+    lowest = 0 if family.split == 1 else family.split
     deep = [layer for layer in range(split, family.depth) if layer not in recurrent_layers(_text_config(name))]
     return [
         {"split_layer": split, "routing": "late_fusion"},

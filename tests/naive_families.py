@@ -154,7 +154,7 @@ def naive_text_logits(
     for layer in side_branch if latent is None else latent.layers:
         branch = watched.run(first, layer, branch, images, None)
     unread = image.clone()
-    unread[images.flip(0)[:: plan.latent_stride or 1]] = False
+    unread[images[:: plan.latent_stride or 1]] = False  # but in layer 0
     if any(mode != "text" for mode in modes[split_layer:]):
         states[:, images] = branch
     to_image = (~image)[:, None] & image[None, :]
@@ -166,7 +166,7 @@ def naive_text_logits(
             new[:, texts] = watched.run(index, layer, states, everything, to_image)[:, texts]
         else:
             with latent_keys(latent, index, layer, branch, images):
-                hidden = None if latent is None else (~image)[:, None] & unread[None, :]
+                hidden = None if latent is None or index == 0 else (~image)[:, None] & unread[None, :]
                 out = watched.run(index, layer, states, everything, hidden, recurrent=index in recurrent)
             new = out if mode == "joint" else new.index_copy(1, texts, out[:, texts])
         states = new

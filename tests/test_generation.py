@@ -24,7 +24,6 @@ VARIANTS = [
     {"num_fusion_layers": 2},
     {"fusion_layers": [2]},
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
-    {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0},
 ]
 
 
