@@ -119,7 +119,6 @@ def routed_forward(
         output.last_hidden_state = _with_gradient(output.last_hidden_state, side_branch)
         return output
     _check(owner, plan, arguments, cache)
-    check_untested(owner)
     if image_mask is None:
         return _text_chunk(owner, stock_forward, record, arguments, cache)
     return _image_chunk(owner, stock_forward, side_branch, plan, arguments, image_mask, record, kept, make_pass)
@@ -138,6 +137,7 @@ def _image_chunk(
     make_pass: Callable[..., TwoStreamPass],
 ) -> ModelOutput:
     """Run a chunk with images, on a twin made for it. This function is not compiled, the stock layers may be."""
+    check_untested(owner)
     if arguments.get("use_cache") is None and owner.training:
         arguments["use_cache"] = False
     mask, wanted = arguments.get(MASK), _states_wanted(owner, arguments)

@@ -45,7 +45,6 @@ TEXTS, IMAGES = 3, 4  # tokens of text, of an image, and of text again
 SEED = 0
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def check_untested(owner: nn.Module) -> None:
     """Try the method on a model that is not in `TESTED_MODELS`; once per model, at the cost of three short forwards.
