@@ -38,6 +38,7 @@ from images_dpvr import image_marks
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from twins_dpvr import MASK, RoutedLayer, routed_twin, twin
 from two_stream_dpvr import TwoStreamPass
+from versions_dpvr import LINE_4
 
 GRAPHS = ("text_only", "late_fusion")
 NORMS = ("norm", "embedding_norm")  # what decoders call the norm after their last layer
@@ -199,17 +200,21 @@ class ProbeBatch:
         self.two_stream = TwoStreamPass(nn.ModuleList(), plan, self.image, padded=(~self.valid).any())
         self.two_stream.start(None)
 
-    def _record_call(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict, cache: None) -> torch.Tensor:
+    def _record_call(
+        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict, cache: None
+    ) -> torch.Tensor | tuple[torch.Tensor]:
         """Note a layer's arguments; its states are zeros, so that what the decoder adds to them comes to light."""
         if not self._calls:
             self.embeds = hidden
+            self._in_tuples = LINE_4 and isinstance(layer.call(hidden, arguments, None), tuple)
         else:
             self._added.append(hidden if bool(hidden.any()) else None)
         self._calls.append((layer, arguments))
-        if layer.index < len(self.decoder.layers) - 1:
-            return torch.zeros_like(hidden)
-        self._added.append(None)
-        return self.embeds
+        is_last = layer.index == len(self.decoder.layers) - 1
+        if is_last:
+            self._added.append(None)
+        states = self.embeds if is_last else torch.zeros_like(hidden)
+        return (states,) if self._in_tuples else states
 
     def _check_norm(self) -> None:
         name = next((name for name in NORMS if name in self.decoder._modules), None)
