@@ -64,6 +64,23 @@ def side_sources(text_config: PretrainedConfig, split_layer: int, count: int) ->
     return [alike[min(index, len(alike) - 1)] for index in range(count)]
 
 
+def deepstack_layers(config: PretrainedConfig) -> int:
+    """How many first layers of a vision-language model add features of its tower to the image's states."""
+    tower = getattr(config, "vision_config", None)
+    return len(getattr(tower, "deepstack_visual_indexes", None) or ())
+
+
+def layers_until_every_attention(text_config: PretrainedConfig) -> int:
+    """The number of first layers among which every kind of attention occurs."""
+    kinds = layer_kinds(text_config)
+    return 1 + max(kinds.index(kind) for kind in set(kinds) - {RECURRENT})
+
+
+def lowest_split(config: PretrainedConfig) -> int:
+    """The lowest split that `check_decoder` allows a model."""
+    return max(1, deepstack_layers(config), layers_until_every_attention(config.get_text_config()))
+
+
 def check_decoder(config: PretrainedConfig, split_layer: int) -> None:
     """Raise ValueError, with the reason, if a model's decoder cannot run a plan with this split.
 
@@ -76,15 +93,14 @@ def check_decoder(config: PretrainedConfig, split_layer: int) -> None:
             f"{config.model_type!r} reads images by cross-attention, so that no image token runs through its decoder "
             "and there is nothing to skip: use a model that puts image tokens into the prompt, such as LLaVA."
         )
-    tower = getattr(config, "vision_config", None)
-    stacked = len(getattr(tower, "deepstack_visual_indexes", None) or ())
+    stacked = deepstack_layers(config)
     if split_layer < stacked:
         raise ValueError(
             f"split_layer is {split_layer}, but this model adds features of its tower to the image's states after "
             f"each of its first {stacked} layers (DeepStack): choose {stacked} or more."
         )
     kinds = layer_kinds(text)
-    needed = 1 + max(kinds.index(kind) for kind in set(kinds) - {RECURRENT})
+    needed = layers_until_every_attention(text)
     if split_layer < needed and not (split_layer == 0 and needed == 1):
         raise ValueError(
             f"split_layer is {split_layer}, but {kinds[needed - 1]!r} first occurs in layer {needed - 1} of this "

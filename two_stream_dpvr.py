@@ -112,6 +112,7 @@ class TwoStreamPass:
         self.states: list[torch.Tensor] | None = [] if keep_states else None
         self.streams: Streams | None = None
         self.picked: dict[tuple, tuple[Any, Any]] = {}
+        self.causal = True  # whether the kernel of the layer that runs is causal where it gets no mask
 
     # -- before the first layer ---------------------------------------------------------------------------------------
 

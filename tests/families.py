@@ -242,11 +242,17 @@ PRESENT = [name for name, family in FAMILIES.items() if family.exists]
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0) -> nn.Module:
-    """A tiny random model of a family, in evaluation mode."""
-    family = FAMILIES[name]
+    """A tiny random model of a family, in evaluation mode, without a token that ends an answer."""
+    model = make_from(name, FAMILIES[name].config, dtype, attention, seed)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
+    return model
+
+
+def make_from(name: str, fields: dict[str, Any], dtype: torch.dtype, attention: str, seed: int) -> nn.Module:
+    """A random model of a family with these fields of its config."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family.model_type](
-        **{"image_token_id": IMAGE, "tie_word_embeddings": False} | family.config
+    config = CONFIG_MAPPING[FAMILIES[name].model_type](
+        **{"image_token_id": IMAGE, "tie_word_embeddings": False} | fields
     )
     experts = {"experts_implementation": "eager"} if "moe" in name and not LINE_4 else {}
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention, **experts)
@@ -258,7 +264,6 @@ def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa",
                 weight.normal_(0, 0.15)
             elif "norm" in key or "bias" in key:
                 weight.add_(0.2 * torch.randn_like(weight))
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
     return model.to(dtype).eval()
 
 

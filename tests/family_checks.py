@@ -1,28 +1,39 @@
 """What every routing must do on every family of models; each check returns the largest difference that it saw.
 
-    python -m tests.family_checks        runs all of them and writes results/families.json
+    python -m tests.family_checks        runs all of them, and writes them to results/families.json under the name of
+                                         the installed release of transformers
 
 `all_joint` compares bits. The others compare logits at text tokens in float64, between the product and the naive
 derivation (naive_families.py), or between two ways through the product.
 """
 
+import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import DynamicCache
+
+sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
+
 from families import FAMILIES, IMAGE, MARKED, PRESENT, VIDEO, VISION_END, VISION_START, forget, make, make_prompts
 from families import text_places as text_of
 from naive_families import exact, naive_text_logits
-from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import DynamicCache
 
 from adapter_dpvr import DpvrConfig
 from configuration_dpvr import JOINT, LayerPlan
 from decoders_dpvr import decoder_of, recurrent_layers
+from dpvr.command_line import Parser
+from dpvr.command_line import run as run_command
+from dpvr.record import publish, run_record
 from forward_dpvr import routed_forward
 from versions_dpvr import cache_name
 
@@ -30,6 +41,7 @@ RAGGED = [[3, 4], [2, 3, 4], [5]]  # one image, two images, none
 EVEN = [[2, 3], [2, 3], [2, 3]]
 TWO_EACH = [[3, 20, 4], [2, 19, 3], [1, 22, 5]]
 NUM_NEW = 4
+RECORD = Path("results/families.json")
 
 
 def plans(name: str) -> list[dict[str, Any]]:
@@ -370,13 +382,27 @@ def cells() -> list[tuple[str, str]]:
     ]
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--output", type=Path, default=RECORD, help="the file to add this release's results to")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    document = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     found: dict[str, dict[str, float]] = {}
-    for name, check in cells():
+    for name, check in tqdm(cells(), unit="check"):
         found.setdefault(name, {})[check] = CHECKS[check][0](name)
-        print(name, check, found[name][check], flush=True)
-    Path("results/families.json").write_text(json.dumps(found, indent=1) + "\n")
+    allowed = {check: most for check, (_, most) in CHECKS.items()}
+    document[transformers.__version__] = {
+        **run_record("-m tests.family_checks"),
+        "allowed": allowed,
+        "largest_difference": found,
+    }
+    publish(dict(sorted(document.items())), args.output)
+    if wrong := [f"{name} {check}" for name, check in cells() if not found[name][check] <= allowed[check]]:
+        raise ValueError(f"These checks found more than is allowed: {', '.join(wrong)}.")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, parse_args())

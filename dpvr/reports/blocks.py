@@ -1,12 +1,13 @@
 """Which block stands in which document, and where the figures go.
 
-results/ --> mini, latency, accuracy, front: {block: text} --> documents.fill
+results/ --> mini, latency, accuracy, families, front: {block: text} --> documents.fill
          --> pareto, latency_figures: pictures
 """
 
 from pathlib import Path
 
 from dpvr.reports import accuracy, latency, latency_figures, mini, pareto
+from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
 
@@ -21,6 +22,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "accuracy": mini.render_accuracy(results),
             "pretraining": mini.render_pretraining(results),
         },
+        "docs/families.md": {"families": render_families(results)},
         "docs/training.md": {"training": mini.render_training(results)},
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
         "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),

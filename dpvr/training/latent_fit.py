@@ -51,14 +51,6 @@ class BasePass(TwoStreamPass):
 
     branch_has_run = with_gradient = False
 
-    @property
-    def states(self) -> None:
-        return None
-
-    @states.setter
-    def states(self, value: None) -> None:
-        pass
-
     def image_states(self) -> torch.Tensor:
         """The states (N, D) of the image tokens of all rows, in the order of the rows."""
         return self.image[self.streams.image >= 0]
