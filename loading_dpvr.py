@@ -38,11 +38,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
-    from .latent_dpvr import reset_latent
+    from .latent_dpvr import Latent, reset_latent
     from .side_branch_dpvr import reset_side_branch
 except ImportError:
     from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
-    from latent_dpvr import reset_latent
+    from latent_dpvr import Latent, reset_latent
     from side_branch_dpvr import reset_side_branch
 
 try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
@@ -142,6 +142,26 @@ class SideBranchLoading:
         """Initialise the side branch anew, as `config.side_branch_init` says."""
         config = self.config
         reset_side_branch(self.side_branch, self.model.language_model, config.split_layer, config.side_branch_init)
+        self.reset_latent()
+
+    def new_latent(self, *, latent_rank: int, **fields: Any) -> None:
+        """Give the model a new latent, to be fitted, in place of the one it has.
+
+        Args:
+            latent_rank, **fields: fields of `DpvrLlavaConfig`.
+
+        Raises:
+            ValueError: for a contradiction among the fields; the model then stays as it was.
+        """
+        config, base = copy.deepcopy(self.config), self.model.language_model
+        for name, value in {"latent_rank": latent_rank, **fields}.items():
+            setattr(config, name, value)
+        config.check_dpvr_fields()
+        latent = Latent(base, config.layer_plan("latent"), latent_rank, config.latent_side_layers)
+        like = next(weight for weight in base.layers[-1].parameters() if weight.is_floating_point())
+        self.side_branch.latent = latent.to(like.device, like.dtype)
+        for name in ("latent_rank", *fields):
+            setattr(self.config, name, getattr(config, name))
         self.reset_latent()
 
     def reset_latent(self) -> None:

@@ -32,6 +32,7 @@ try:
     from .loading_dpvr import SideBranchLoading, is_side_branch
     from .self_check_dpvr import check_untested  # noqa: F401
     from .side_branch_dpvr import make_side_branch
+    from .stream_arguments_dpvr import StreamArguments  # noqa: F401
     from .streams_dpvr import Streams  # noqa: F401
     from .twins_dpvr import RoutedLayer  # noqa: F401
     from .two_stream_dpvr import TwoStreamPass  # noqa: F401
@@ -49,6 +50,7 @@ except ImportError:
     from loading_dpvr import SideBranchLoading, is_side_branch
     from self_check_dpvr import check_untested  # noqa: F401
     from side_branch_dpvr import make_side_branch
+    from stream_arguments_dpvr import StreamArguments  # noqa: F401
     from streams_dpvr import Streams  # noqa: F401
     from twins_dpvr import RoutedLayer  # noqa: F401
     from two_stream_dpvr import TwoStreamPass  # noqa: F401

@@ -25,6 +25,7 @@ COMMANDS = [
     "-m dpvr.pretraining.assemble",
     "-m dpvr.pretraining.train",
     "-m dpvr.reports",
+    "-m dpvr.training.fit",
     "-m minibench.export",
 ]
 HELP_SECONDS = 2.0

@@ -10,7 +10,7 @@
                U s V' = the first r components of cov(n)^(1/2) [S_1 ... S_L]     reduced-rank regression
                A = U' cov(n)^(-1/2),  W_l = cov(T_l, n) A',  b_l = mean(T_l) - W_l A mean(n)
 
-Reduced-rank regression: Izenman 1975. Axes: N image tokens of all pictures, D width, W width of keys or values, r rank.
+Reduced-rank regression: Izenman 1975. Axes: N image tokens of all pictures, D width, W that of keys or values, r rank.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from configuration_dpvr import CONTEXT, LayerPlan
-from decoders_dpvr import RECURRENT, decoder_of
+from decoders_dpvr import DECODER_NAMES, RECURRENT, decoder_of
 from forward_dpvr import routed_forward, stock_class
 from latent_dpvr import Latent, normalised, projections_of
 from side_branch_dpvr import SideBranch
@@ -122,7 +122,7 @@ class Target:
 
 
 def _has_decoder(module: nn.Module) -> bool:
-    return any(name in module._modules for name in ("language_model", "text_model")) and "lm_head" not in module._modules
+    return any(name in module._modules for name in DECODER_NAMES)
 
 
 def _take(taken: dict, key: tuple[int, str]):
@@ -264,7 +264,9 @@ def fit_latent(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], *, 
     return solution
 
 
-def match_loss(target: Target, inputs: dict[str, torch.Tensor], deviations: dict[tuple[int, str], float]) -> torch.Tensor:
+def match_loss(
+    target: Target, inputs: dict[str, torch.Tensor], deviations: dict[tuple[int, str], float]
+) -> torch.Tensor:
     """The mean over layers of |(W_l c + b_l - T_l) / deviation of T_l|², with gradients for side layers and maps."""
     image_states, targets = target.run(inputs, with_gradient=True)
     latent, losses = target.latent, []
