@@ -41,10 +41,14 @@ class DecoderShape(NamedTuple):
             config.vocab_size,
         )
 
-    def layer_flops(self, queries: int, keys: int) -> int:
-        """FLOPs of a layer: q, o and the MLP for `queries` tokens, k and v for `keys` tokens, and attention."""
+    def layer_flops(self, queries: int, keys: int, *, from_latent: int = 0, rank: int = 0) -> int:
+        """FLOPs of a layer: q, o and the MLP for `queries` tokens, k and v for `keys` tokens, and attention.
+
+        The keys and values of `from_latent` of these tokens are made from a latent of this rank.
+        """
         per_query = 2 * self.width * (2 * self.query_width + 3 * self.mlp_width)
-        return queries * (per_query + 4 * keys * self.query_width) + keys * 4 * self.width * self.key_width
+        projected = (keys - from_latent) * self.width + from_latent * rank
+        return queries * (per_query + 4 * keys * self.query_width) + projected * 4 * self.key_width
 
     def head_flops(self, tokens: int) -> int:
         """FLOPs of the logits of `tokens` tokens."""
@@ -62,6 +66,7 @@ def prefill_flops(
     num_text_tokens: int,
     *,
     num_side_layers: int = 1,
+    latent_rank: int = 0,
     logits_to_keep: int = 1,
 ) -> int:
     """FLOPs of the language model's matrix products in the prefill of one row without padding (a multiply-add is 2).
@@ -71,6 +76,7 @@ def prefill_flops(
 
     Args:
         num_image_tokens, num_text_tokens: V and X.
+        num_side_layers, latent_rank: of the side branch, or of the latent if the plan reads one.
         logits_to_keep: the number of last tokens that get logits; 0 for all.
     """
     text, image, total = num_text_tokens, num_image_tokens, num_text_tokens + num_image_tokens
@@ -82,23 +88,33 @@ def prefill_flops(
         if mode == TEXT:
             flops += shape.layer_flops(queries, keys=text)
         elif mode == CONTEXT:
-            flops += shape.layer_flops(queries, keys=total)
+            read = tokens_read(plan, index, image)
+            latent = {"from_latent": read, "rank": latent_rank} if plan.latent_stride else {}
+            flops += shape.layer_flops(queries, keys=text + read, **latent)
         else:
             flops += shape.layer_flops(total, keys=total)
     if two_stream and plan.reads_side_branch:
         flops += num_side_layers * shape.layer_flops(image, keys=image)
+        flops += 2 * image * shape.width * latent_rank if plan.latent_stride else 0
     return flops
+
+
+def tokens_read(plan: LayerPlan, layer: int, num_image_tokens: int) -> int:
+    """The number of image tokens whose keys a context layer holds, of a row with so many."""
+    return num_image_tokens if layer == 0 else -(-num_image_tokens // (plan.latent_stride or 1))
 
 
 def kv_entries(plan: LayerPlan, num_image_tokens: int, num_text_tokens: int, *, num_side_layers: int = 1) -> int:
     """Number of tokens whose keys and values a cache holds after a prompt, summed over layers.
 
-    A joint or context layer holds V + X, a text layer X, a side layer V. For a static cache V + X is its
-    `max_cache_len`.
+    A joint layer holds V + X, a text layer X, a side layer V, a context layer X and the image tokens that it reads.
+    For a static cache V + X is its `max_cache_len`.
     """
-    total = num_image_tokens + num_text_tokens
-    entries = sum(num_text_tokens if mode == TEXT else total for mode in plan.modes)
-    return entries + (num_side_layers * num_image_tokens if plan.reads_side_branch else 0)
+    entries = num_side_layers * num_image_tokens if plan.reads_side_branch else 0
+    for index, mode in enumerate(plan.modes):
+        image = tokens_read(plan, index, num_image_tokens) if mode == CONTEXT else num_image_tokens
+        entries += num_text_tokens + (0 if mode == TEXT else image)
+    return entries
 
 
 class CostFormulas:
@@ -118,12 +134,14 @@ class CostFormulas:
         Args:
             routing: used in place of the configured one ("none" is vanilla LLaVA).
         """
+        plan = self.config.layer_plan(routing)
         return batch_size * prefill_flops(
             DecoderShape.of(self.config.text_config),
-            self.config.layer_plan(routing),
+            plan,
             num_image_tokens,
             num_text_tokens,
-            num_side_layers=len(self.side_branch),
+            num_side_layers=self._side_layers(plan),
+            latent_rank=self.config.latent_rank or 0,
             logits_to_keep=logits_to_keep,
         )
 
@@ -142,6 +160,10 @@ class CostFormulas:
             routing: used in place of the configured one ("none" is vanilla LLaVA).
             dtype: None: the model's.
         """
-        plan, side = self.config.layer_plan(routing), len(self.side_branch)
+        plan = self.config.layer_plan(routing)
+        side = self._side_layers(plan)
         entries = batch_size * kv_entries(plan, num_image_tokens, num_text_tokens, num_side_layers=side)
         return DecoderShape.of(self.config.text_config).key_bytes(entries, dtype or self.dtype)
+
+    def _side_layers(self, plan: LayerPlan) -> int:
+        return self.config.latent_side_layers if plan.latent_stride else self.config.num_side_layers

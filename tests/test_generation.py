@@ -24,6 +24,7 @@ VARIANTS = [
     {"num_fusion_layers": 2},
     {"fusion_layers": [2]},
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
+    {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0, "latent_stride": 3},
 ]
 
 
@@ -329,9 +330,11 @@ def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, o
     image, text = 2 * TOKENS_PER_IMAGE, 5
     layers = [layer for layer in prefill(model, batch).layers if layer.is_initialized]  # without the record
     plan = model.config.layer_plan()
-    expected = [text if mode == "text" else image + text for mode in plan.modes]
+    read = [-(-image // (plan.latent_stride or 1)) if index else image for index in range(len(plan.modes))]
+    held = {"text": lambda index: text, "context": lambda index: text + read[index]}
+    expected = [held.get(mode, lambda index: image + text)(index) for index, mode in enumerate(plan.modes)]
     if model.config.routing not in ("none", "text_only"):
-        expected += [image] * num_side_layers
+        expected += [image] * (model.config.latent_side_layers if plan.latent_stride else num_side_layers)
     assert [layer.keys.shape[-2] for layer in layers] == expected
     assert [layer.values.shape[-2] for layer in layers] == expected
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

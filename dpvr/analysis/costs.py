@@ -22,10 +22,14 @@ class PromptCosts:
         self.tokens = num_image_tokens, num_text_tokens
         self.vanilla = self.flops(make_plan(self.depth, routing="none"))
 
-    def flops(self, plan: LayerPlan, num_side_layers: int = 1) -> int:
-        return prefill_flops(self.shape, plan, *self.tokens, num_side_layers=num_side_layers)
+    def flops(self, plan: LayerPlan, num_side_layers: int = 1, latent_rank: int = 0) -> int:
+        return prefill_flops(self.shape, plan, *self.tokens, num_side_layers=num_side_layers, latent_rank=latent_rank)
 
     def share(self, **fields: Any) -> float:
         """The FLOPs of a plan, given by the fields of `make_plan`, as a share of vanilla's."""
         plan = make_plan(self.depth, **fields)
-        return self.flops(plan, fields.get("num_side_layers", 1)) / self.vanilla
+        if plan.latent_stride:
+            side, rank = fields.get("latent_side_layers", 0), fields["latent_rank"]
+        else:
+            side, rank = fields.get("num_side_layers", 1), 0
+        return self.flops(plan, side, rank) / self.vanilla
