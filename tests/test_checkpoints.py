@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.test_train_sft import NEEDS_TRAINING, losses, run
+from tests.test_train_sft import NEEDS_TRAINING, run
 
 SHORT = ["--eval_questions", "0", "--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1"]
 
