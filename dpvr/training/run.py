@@ -5,6 +5,7 @@ processor, rows, model --> scores before --> SFTTrainer --> output_dir --> score
                                               training.json: what was trained, on what, how, and the loss curve
 """
 
+import copy
 import os
 import time
 from pathlib import Path
@@ -59,6 +60,7 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
     refuse_another_run(checkpoint, run_identity(describe(args, training, base)))
     refuse_another_plan(checkpoint, args, check_plan(args, base))
     processor = with_ended_replies(load_processor(base.model_name_or_path, base.model_revision))
+    as_loaded = copy.deepcopy(processor)  # a tokenizer notes how it last padded, and would save that
     rows = load_rows(args, training.seed)
     if args.split_layer == AUTO and args.method == "dpvr":
         args.split_layer = find_split(base, processor, rows.rows)
@@ -92,7 +94,7 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
         "log": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],  # of this process alone
         "accuracy": scores.rows,
     }
-    save(trainer, processor, args.method, record, training.output_dir)
+    save(trainer, as_loaded, args.method, record, training.output_dir)
     tell(f"Saved in {training.output_dir} after {record['train_seconds']:.0f} s of training.")
     if scores.after():
         write_record(record, training.output_dir)
