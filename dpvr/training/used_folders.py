@@ -3,12 +3,13 @@
 can it be written to? -> is it an earlier run's? -> does anything that no run wrote lie in the way?
 """
 
+import os
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from dpvr.training.checkpoints import MANIFEST_NAME, checkpoint_folders, delete_checkpoint
-from dpvr.training.manifests import digest, is_from_a_run
+from dpvr.training.manifests import digest, is_empty, is_from_a_run
 
 STAGING, LIST_NAME, RECORD_NAME = ".saving", "saved.sha256", "training.json"
 ADAPTER = "adapter"
@@ -76,13 +77,14 @@ def check_output_folder(output_dir: str, base: str, *, resumed: bool, overwrite:
         raise ValueError(
             f"{output_dir!r} is the folder of the base, and its weights would be overwritten: save to a new folder."
         )
+    ours = Ours(folder)
     if not (resumed or overwrite) and (found := traces(folder)):
         raise ValueError(
             f"--output_dir {output_dir!r} is used: an earlier run wrote {found[0]} there. Go on with that run with "
             "--resume_from_checkpoint last, name another folder, or give --overwrite_output_dir, which deletes that "
             "run's checkpoints and, once the new model is saved, its model; other files are left alone."
         )
-    refuse_what_is_in_the_way(folder, Ours(folder))
+    refuse_what_is_in_the_way(folder, ours)
     for checkpoint in [] if resumed else checkpoint_folders(folder):
         if not is_from_a_run(checkpoint, MANIFEST_NAME):
             raise _in_the_way(checkpoint)
@@ -90,9 +92,9 @@ def check_output_folder(output_dir: str, base: str, *, resumed: bool, overwrite:
 
 def traces(folder: Path) -> list[str]:
     """What shows that an earlier run used a folder."""
-    found = [name for name in (LIST_NAME, STAGING) if (folder / name).exists()]
-    checkpoints = [path for path in checkpoint_folders(folder) if is_from_a_run(path, MANIFEST_NAME)]
-    return found + [path.name for path in checkpoints if any(path.iterdir())]
+    lists = [(folder / STAGING, LIST_NAME), *((path, MANIFEST_NAME) for path in checkpoint_folders(folder))]
+    found = [path for path, name in lists if is_from_a_run(path, name) and not is_empty(path)]
+    return [LIST_NAME] * (folder / LIST_NAME).exists() + [path.name for path in found]
 
 
 def refuse_what_is_in_the_way(folder: Path, ours: Ours) -> None:
@@ -125,14 +127,20 @@ def is_weights(name: str) -> bool:
 
 
 def _check_writable(folder: Path, output_dir: str) -> None:
-    there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
     try:
+        if not output_dir:
+            raise ValueError("it has no name")
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x" * 4096)
-    except OSError as error:
+        if there != folder:  # whose name may be too long, or none
+            with tempfile.TemporaryDirectory(dir=there) as beside:
+                Path(beside, *folder.relative_to(there).parts).mkdir(parents=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"--output_dir {output_dir!r} cannot be written to ({error.strerror}): name a folder that can, with free "
-            "space for the checkpoints and the result."
+            f"--output_dir {output_dir!r} cannot be written to ({reason}): name a folder that can, with free space "
+            "for the checkpoints and the result."
         ) from error
 
 
