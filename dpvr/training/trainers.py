@@ -57,7 +57,7 @@ class WholeModelTrainer(CardlessTrainer):
         self.model.load_state_dict(saved.state_dict())
 
 
-class LoraTrainer(WholeCheckpoints, SFTTrainer):
+class LoraTrainer(CardlessTrainer):
     """TRL's own, which saves and resumes PEFT's files."""
 
 
