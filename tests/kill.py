@@ -11,7 +11,7 @@ in a folder that holds another run's model. Each is killed by SIGKILL
 
 then continued with --resume_from_checkpoint last (begun again, if no checkpoint was whole), perhaps killed once more,
 and in the end compared: every file, the last checkpoint's optimizer and random state included, and the loss curve, bit
-by bit. Written to the section "kills" of results/reliability.json. 20 kills take about 3 minutes on one core.
+by bit. Written to the section "kills" of results/reliability.json. 20 kills take 5 to 8 minutes on one core.
 """
 
 import json
