@@ -37,6 +37,12 @@ def publish(document: dict[str, Any], path: str | Path | None, as_json: bool = F
         print(json.dumps(document))
 
 
+def publish_section(name: str, section: dict[str, Any], path: str | Path) -> None:
+    """Put what a command found into its own section of a file that other commands write to as well."""
+    document = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+    publish({**document, name: section}, path)
+
+
 def commit(folder: Path = Path(__file__).parent) -> str | None:
     """The commit of the code in a folder, with "+" if files differ from it; None outside a repository."""
     git = ["git", "-C", str(folder)]

@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-from dpvr.record import commit, publish, run_record
+from dpvr.record import commit, publish, publish_section, run_record
 
 
 def git(folder, *words: str) -> str:
@@ -37,3 +37,10 @@ def test_a_document_goes_to_its_file_and_only_when_asked_to_standard_output(tmp_
     assert capsys.readouterr().out == f"Written to {tmp_path / 'new' / 'a.json'}.\n"
     publish({"a": 1}, None, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_a_section_is_replaced_and_the_others_stay(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    for name, value in (("one", 1), ("two", 2), ("one", 3)):
+        publish_section(name, {"a": value}, path)
+    assert json.loads(path.read_text()) == {"one": {"a": 3}, "two": {"a": 2}}

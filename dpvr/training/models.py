@@ -11,22 +11,36 @@ from datasets import Dataset, IterableDataset
 from transformers import LlavaProcessor
 from trl import get_quantization_config
 
-from configuration_dpvr import DPVR_FIELDS
+from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig, LayerPlan
 from dpvr.analysis.plan_search import TOLERANCE, causal_split
 from dpvr.data.prompts import AnsweredPrompts, in_batches
 from dpvr.training.arguments import BaseArguments
-from dpvr.training.options import DpvrArguments
+from dpvr.training.options import AUTO, DpvrArguments
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 AUTO_PROMPTS, AUTO_BATCH = 128, 8
 
 
-def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
-    """The model of a method. A side branch starts afresh, so that a run does not depend on an earlier one.
+def check_plan(args: DpvrArguments, base: BaseArguments) -> LayerPlan:
+    """The layer plan that a run will have, from the base's config alone: nothing else is read.
+
+    With `--split_layer auto` the plan is the one with the lowest split, which allows whatever any other one does.
 
     Raises:
-        ValueError: for fields and types that the method does not train with.
+        ValueError: for fields that contradict each other or the base, and that the method does not train with.
     """
+    fields = _fields(args, base)
+    if fields.get("split_layer") == AUTO:
+        fields["split_layer"] = 1
+    values, _ = DpvrLlavaConfig.get_config_dict(base.model_name_or_path, revision=base.model_revision)
+    config = DpvrLlavaConfig.from_dict({**values, **fields, "model_type": DpvrLlavaConfig.model_type})
+    plan = config.layer_plan()
+    if args.method == "dpvr":
+        _require_side_branch(config)
+    return plan
+
+
+def _fields(args: DpvrArguments, base: BaseArguments) -> dict[str, object]:
     fields = {name: value for name in DPVR_FIELDS if (value := vars(args).get(name)) is not None}
     if args.method != "dpvr":
         if fields:
@@ -40,6 +54,31 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
             f"--method full needs --dtype float32, as small steps are lost in {base.dtype}: use --dtype float32 with "
             "--bf16 true, which computes in bfloat16."
         )
+    return fields
+
+
+def refuse_another_plan(checkpoint: str | None, args: DpvrArguments, plan: LayerPlan) -> None:
+    """
+    Raises:
+        ValueError: if a side branch that was trained under another plan is to be trained on.
+    """
+    if checkpoint is None or args.method != "dpvr" or args.split_layer == AUTO:
+        return
+    saved = DpvrLlavaConfig.from_pretrained(checkpoint).layer_plan()
+    if saved != plan:
+        raise ValueError(
+            f"The checkpoint has the layer plan {saved} and this run {plan}: resume with the routing and layers of "
+            "the run that was stopped."
+        )
+
+
+def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditionalGeneration:
+    """The model of a method. A side branch starts afresh, so that a run does not depend on an earlier one.
+
+    Raises:
+        ValueError: for fields and types that the method does not train with.
+    """
+    fields = _fields(args, base)
     model = _from_pretrained(base, new_side_branch=True, **fields)
     if args.method == "dpvr":
         _prepare_side_branch(model)
@@ -49,12 +88,16 @@ def load_model(args: DpvrArguments, base: BaseArguments) -> DpvrLlavaForConditio
     return model
 
 
-def _prepare_side_branch(model: DpvrLlavaForConditionalGeneration) -> None:
-    if not model.config.layer_plan().reads_side_branch:
+def _require_side_branch(config: DpvrLlavaConfig) -> None:
+    if not config.layer_plan().reads_side_branch:
         raise ValueError(
-            f"Under the routing {model.config.routing!r} no layer reads the side branch, so there is nothing to "
+            f"Under the routing {config.routing!r} no layer reads the side branch, so there is nothing to "
             "train: use late_fusion, persistent_context or kv_substitution."
         )
+
+
+def _prepare_side_branch(model: DpvrLlavaForConditionalGeneration) -> None:
+    _require_side_branch(model.config)
     model.side_branch.float()  # small steps are lost in half precision; the base keeps its own
     model.freeze_base()
     model.is_quantized = False  # to Trainer: what it trains is not, whatever the base is held in

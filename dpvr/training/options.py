@@ -107,6 +107,10 @@ class RecipeOptions:
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logged losses."})
     save_strategy: str = field(default="no", metadata={"help": "steps: checkpoints to resume from, every save_steps."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew in a used output_dir: deletes what earlier runs wrote there, nothing else."},
+    )
     accelerator_config: dict | str | None = field(
         default_factory=lambda: {"dispatch_batches": False},
         metadata={"help": "Every process reads its own rows: those of a stream differ in length and cannot be sent."},
@@ -136,7 +140,7 @@ TRAINER_OPTIONS = {  # title -> option -> (what its value is called, help)
         "hub_private_repo": (None, "Make a new repository private."),
     },
 }
-OUTPUT_FIELDS = ("output_dir", "logging_steps", "save_strategy")
+OUTPUT_FIELDS = ("output_dir", "overwrite_output_dir", "logging_steps", "save_strategy")
 NOT_IN_HELP = ("gradient_checkpointing", "dataloader_pin_memory", "accelerator_config", "assistant_only_loss")
 
 

@@ -5,6 +5,7 @@ processor, rows, model --> scores before --> SFTTrainer --> output_dir --> score
                                               training.json: what was trained, on what, how, and the loss curve
 """
 
+import copy
 import os
 import time
 from pathlib import Path
@@ -21,11 +22,12 @@ from dpvr.data.templates import with_ended_replies
 from dpvr.inference.evaluation import evaluate
 from dpvr.record import run_record, without_folders
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
-from dpvr.training.checkpoints import check_output_folder, find_checkpoint, refuse_another_run, run_identity
-from dpvr.training.models import find_split, load_model
+from dpvr.training.checkpoints import find_checkpoint, refuse_another_run, run_identity
+from dpvr.training.models import check_plan, find_split, load_model, refuse_another_plan
 from dpvr.training.options import AUTO, MINIBENCH, DpvrArguments
-from dpvr.training.output_folder import save, write_record
+from dpvr.training.output_folder import finish_move, save, write_record
 from dpvr.training.trainers import make_trainer
+from dpvr.training.used_folders import check_output_folder, delete_checkpoints
 from hub_dpvr import make_repository, require_hub_base, upload
 from loading_dpvr import load_processor
 from minibench.data import to_hf_dataset
@@ -43,6 +45,9 @@ RECIPE = (
     "max_steps",
     "seed",
     "data_seed",
+    "optim",
+    "max_grad_norm",
+    "max_length",
     "bf16",
 )
 
@@ -51,24 +56,33 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
     """Train, save, score before and after, push if asked to; returns what training.json holds."""
     transformers.set_seed(training.seed)
     unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
-    check_output_folder(training.output_dir)
-    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    checkpoint = find_place(training, base)
+    refuse_another_run(checkpoint, run_identity(describe(args, training, base)))
+    refuse_another_plan(checkpoint, args, check_plan(args, base))
     processor = with_ended_replies(load_processor(base.model_name_or_path, base.model_revision))
+    as_loaded = copy.deepcopy(processor)  # a tokenizer notes how it last padded, and would save that
     rows = load_rows(args, training.seed)
     if args.split_layer == AUTO and args.method == "dpvr":
         args.split_layer = find_split(base, processor, rows.rows)
+        refuse_another_plan(checkpoint, args, check_plan(args, base))
     model = load_model(args, base)
     if args.data != MINIBENCH:
         room = model.config.text_config.max_position_embeddings
         rows = readable(rows, RowCheck(processor, room, training.max_length), args.data, args.skip_bad_rows)
+    record = describe(args, training, base, rows)
+    run = run_identity(record)
+    refuse_another_run(checkpoint, run)
     model.side_branch_base(training.output_dir)  # refuses the base's own folder now, not after the training
     repo_id = claim_repository(model, args, training)
     scores = Scores(model, processor, args)
     scores.before()
     trainer = make_trainer(model, processor, rows.rows, args, training, base)
-    record = describe(model, args, training, base, rows)
-    trainer.run = run_identity(record)
-    refuse_another_run(checkpoint, trainer.run)
+    trainer.run = run
+    record |= {
+        "dpvr": model.config.dpvr_fields(),
+        "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+    }
+    clear_place(training)
     tell(f"Training {record['trainable_parameters']:,} of {model.num_parameters():,} parameters; "
          f"plan {model.config.layer_plan()}")  # fmt: skip
     start = time.perf_counter()
@@ -77,16 +91,40 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
         "train_seconds": time.perf_counter() - start,
         "resumed_from": os.path.basename(checkpoint) if checkpoint else None,
         "samples_per_second": None if checkpoint else result.metrics["train_samples_per_second"],
-        "log": trainer.state.log_history,
+        "log": [entry for entry in trainer.state.log_history if "train_runtime" not in entry],  # of this process alone
         "accuracy": scores.rows,
     }
-    save(trainer, processor, args.method, record, training.output_dir)
+    save(trainer, as_loaded, args.method, record, training.output_dir)
     tell(f"Saved in {training.output_dir} after {record['train_seconds']:.0f} s of training.")
     if scores.after():
         write_record(record, training.output_dir)
     if repo_id:
         print(f"Pushed to {upload(training.output_dir, repo_id, token=training.hub_token)}")
     return record
+
+
+def find_place(training: SideBranchSFTConfig, base: BaseArguments) -> str | None:
+    """Make sure that `output_dir` can be used; returns the checkpoint to go on from, None for a new run.
+
+    Raises:
+        ValueError: if the folder cannot be used, or if there is no whole checkpoint to go on from.
+    """
+    resumed = training.resume_from_checkpoint is not None
+    options = {"resumed": resumed, "overwrite": training.overwrite_output_dir}
+    check_output_folder(training.output_dir, base.model_name_or_path, **options)
+    PartialState().wait_for_everyone()
+    if resumed and PartialState().is_main_process and finish_move(Path(training.output_dir)):
+        print(f"A run was killed as it moved its files into {training.output_dir}; they are in place now.", flush=True)
+    PartialState().wait_for_everyone()
+    return find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+
+
+def clear_place(training: SideBranchSFTConfig) -> None:
+    """Delete the checkpoints of an earlier run, for a new one that was told to."""
+    if training.overwrite_output_dir and training.resume_from_checkpoint is None and PartialState().is_main_process:
+        finish_move(Path(training.output_dir))
+        delete_checkpoints(training.output_dir)
+    PartialState().wait_for_everyone()
 
 
 def tell(line: str) -> None:
@@ -147,14 +185,9 @@ class Scores:
 
 
 def describe(
-    model: DpvrLlavaForConditionalGeneration,
-    args: DpvrArguments,
-    training: SideBranchSFTConfig,
-    base: BaseArguments,
-    rows: Conversations,
+    args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArguments, rows: Conversations | None = None
 ) -> dict[str, Any]:
-    """The part of the record that is known before the training."""
-    from_minibench = [args.num_rows, QUESTIONS_PER_ROW, training.seed]
+    """The part of the record that is known before the model is read; without rows, before those are."""
     lora = {"r": base.lora_r, "alpha": base.lora_alpha, "dropout": base.lora_dropout}
     return {
         **run_record("train_sft.py"),
@@ -165,20 +198,23 @@ def describe(
             "dtype": base.dtype,
             "bits": 4 if base.load_in_4bit else 8 if base.load_in_8bit else None,
         },
-        "dpvr": model.config.dpvr_fields(),
         "lora": lora if args.method == "lora" else None,
         "recipe": {
             **{name: value for name in RECIPE if (value := training.to_dict().get(name)) is not None},
             "processes": training.world_size,
         },
-        "data": {
-            "name": without_folders(args.data),
-            "on_the_hub": args.data != MINIBENCH and not Path(args.data).exists(),
-            "fingerprint": from_minibench if args.data == MINIBENCH else data_fingerprint(rows.rows),
-            "bad_rows": rows.bad_rows,
-        },
-        "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         "seed": training.seed,
+        **({"data": describe_rows(args, training.seed, rows)} if rows is not None else {}),
+    }
+
+
+def describe_rows(args: DpvrArguments, seed: int, rows: Conversations) -> dict[str, Any]:
+    from_minibench = [args.num_rows, QUESTIONS_PER_ROW, seed]
+    return {
+        "name": without_folders(args.data),
+        "on_the_hub": args.data != MINIBENCH and not Path(args.data).exists(),
+        "fingerprint": from_minibench if args.data == MINIBENCH else data_fingerprint(rows.rows),
+        "bad_rows": rows.bad_rows,
     }
 
 

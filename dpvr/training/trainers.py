@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import LlavaProcessor
 from trl import SFTTrainer, get_peft_config
 
-from configuration_dpvr import DpvrLlavaConfig
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
 from dpvr.training.checkpoints import WholeCheckpoints
 from dpvr.training.collators import AlwaysAPicture, ReplyCollator, WithoutImageLabels
@@ -45,12 +44,6 @@ class SideBranchTrainer(CardlessTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        saved = DpvrLlavaConfig.from_pretrained(resume_from_checkpoint).layer_plan()
-        if saved != model.config.layer_plan():
-            raise ValueError(
-                f"The checkpoint has the layer plan {saved} and this run {model.config.layer_plan()}: resume with the "
-                "routing and layers of the run that was stopped."
-            )
         if self.is_fsdp_enabled:  # which keeps its shards beside the side branch
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model.load_side_branch(load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
@@ -64,7 +57,7 @@ class WholeModelTrainer(CardlessTrainer):
         self.model.load_state_dict(saved.state_dict())
 
 
-class LoraTrainer(WholeCheckpoints, SFTTrainer):
+class LoraTrainer(CardlessTrainer):
     """TRL's own, which saves and resumes PEFT's files."""
 
 
