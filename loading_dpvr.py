@@ -63,7 +63,8 @@ PUBLISHED_NAMES = {  # weight names of llava-hf's checkpoints, which both versio
     "vision_tower.vision_model": "model.vision_tower",
 }
 
-WEIGHTS_NAME, VIDEO_SETTINGS = "model.safetensors", "video_preprocessor_config.json"
+WEIGHTS_NAME = "model.safetensors"
+VIDEO_SETTINGS, IMAGE_SETTINGS = "video_preprocessor_config.json", "preprocessor_config.json"
 SIDE_BRANCH = "model.side_branch"
 LATENT = ".side_branch.latent."
 QUANTISATION_FIELDS = ("quantization_config", "_pre_quantization_dtype")  # of the config of a quantised base
@@ -407,11 +408,13 @@ class NoVideos(PushToHubMixin):
 
 
 def _video_settings(name_or_path: str, fields: dict[str, Any], **where: Any) -> dict[str, Any]:
-    """The settings of a video processor: in processor_config.json, `fields`, or in a file of their own."""
+    """The settings of a video processor: in processor_config.json, `fields`, a file of their own, or the pictures'."""
     if "video_processor" in fields:
         return fields["video_processor"]
-    path = cached_file(name_or_path, VIDEO_SETTINGS, _raise_exceptions_for_missing_entries=False, **where)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    where["_raise_exceptions_for_missing_entries"] = False
+    paths = (cached_file(name_or_path, name, **where) for name in (VIDEO_SETTINGS, IMAGE_SETTINGS))
+    path = next((path for path in paths if path is not None), None)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -41,7 +41,7 @@ RAGGED = [[3, 4], [2, 3, 4], [5]]  # one image, two images, none
 EVEN = [[2, 3], [2, 3], [2, 3]]
 TWO_EACH = [[3, 20, 4], [2, 19, 3], [1, 22, 5]]
 NUM_NEW = 4
-RECORD = Path("results/families.json")
+RECORD = Path(__file__).parent.parent / "results" / "families.json"
 
 
 def plans(name: str) -> list[dict[str, Any]]:

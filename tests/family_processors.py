@@ -25,7 +25,7 @@ from transformers.utils import is_num2words_available, is_torchvision_available
 
 from dpvr.data.templates import CHAT_TEMPLATE
 from dpvr.pretraining.processor import train_tokenizer
-from loading_dpvr import NoVideos, for_pictures_alone, has_videos
+from loading_dpvr import NoVideos, for_pictures_alone
 from versions_dpvr import LINE_4
 
 BASE_TOKENS = ("<s>", "</s>", "<pad>", "<unk>", "<image>")
@@ -74,6 +74,13 @@ IDEFICS = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+COHERE = (
+    "<BOS_TOKEN>{% for message in messages %}<|START_OF_TURN_TOKEN|>"
+    "{{ '<|CHATBOT_TOKEN|>' if message['role'] == 'assistant' else '<|USER_TOKEN|>' }}"
+    + parts("<|IMG_PATCH|>")
+    + "<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
+)
 GEMMA = (
     "<bos>{% for message in messages %}"
     "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
@@ -96,7 +103,7 @@ class Kind:
         other: further tokens.
         marks: fields of the model's config, and the tokens that they are the ids of.
         template: the chat template; None as PaliGemma's, which has none.
-        config: fields of the model's config that differ from those of families.py.
+        video_processor: the name of a class, for where torchvision is installed.
     """
 
     processor: str
@@ -108,7 +115,7 @@ class Kind:
     named: dict[str, str] = field(default_factory=dict)
     other: tuple[str, ...] = ()
     marks: dict[str, str] = field(default_factory=lambda: {"image_token_id": "<image>"})
-    config: dict[str, Any] = field(default_factory=dict)
+    video_processor: str | None = None
 
 
 def square(side: int) -> dict[str, Any]:
@@ -137,14 +144,16 @@ QWEN_MARKS = {
 }
 
 
-def qwen(processor: str, template: str) -> Kind:
+def qwen(processor: str, template: str, video_processor: str = "Qwen2VLVideoProcessor") -> Kind:
     size = {"shortest_edge": 16 * 16, "longest_edge": 32 * 32}  # numbers of pixels
     patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": size}
     tokens = {"special": CHAT_ML_TOKENS["special"], "other": (IM_START, *QWEN_MARKS.values())}
-    return Kind(processor, "Qwen2VLImageProcessor", patches, template, marks=QWEN_MARKS, **tokens)
+    tokens |= {"marks": QWEN_MARKS, "video_processor": video_processor}
+    return Kind(processor, "Qwen2VLImageProcessor", patches, template, **tokens)
 
 
-HELPFUL = "You are a helpful assistant."
+HELPFUL, NO_THOUGHT = "You are a helpful assistant.", "<think>\n\n</think>\n\n"
+QWEN3_VIDEOS = "Qwen3VLVideoProcessor"
 KINDS = {
     "llava": Kind(
         "LlavaProcessor",
@@ -169,6 +178,7 @@ KINDS = {
         special=CHAT_ML_TOKENS["special"],
         other=(IM_START, "<video>"),
         marks={"image_token_id": "<image>", "video_token_id": "<video>"},
+        video_processor="LlavaOnevisionVideoProcessor",
     ),
     "internvl": Kind(
         "InternVLProcessor",
@@ -183,19 +193,26 @@ KINDS = {
             "video_token": "<video>",
         },
         marks={"image_token_id": "<IMG_CONTEXT>"},
+        video_processor="InternVLVideoProcessor",
         **CHAT_ML_TOKENS,
     ),
     "idefics3": Kind(
         "Idefics3Processor", "Idefics3ImageProcessor", TILED, IDEFICS, fields={"image_seq_len": 4}, **IDEFICS_TOKENS
     ),
     "smolvlm": Kind(
-        "SmolVLMProcessor", "SmolVLMImageProcessor", TILED, IDEFICS, fields={"image_seq_len": 4}, **IDEFICS_TOKENS
+        "SmolVLMProcessor",
+        "SmolVLMImageProcessor",
+        TILED,
+        IDEFICS,
+        fields={"image_seq_len": 4},
+        video_processor="SmolVLMVideoProcessor",
+        **IDEFICS_TOKENS,
     ),
     "qwen2_vl": qwen("Qwen2VLProcessor", chat_ml(QWEN_PICTURE, system=HELPFUL)),
     "qwen2_5_vl": qwen("Qwen2_5_VLProcessor", chat_ml(QWEN_PICTURE, system=HELPFUL)),
-    "qwen3_vl": qwen("Qwen3VLProcessor", chat_ml(QWEN_PICTURE)),
-    "qwen3_vl_moe": qwen("Qwen3VLProcessor", chat_ml(QWEN_PICTURE)),
-    "qwen3_5": qwen("Qwen3VLProcessor", chat_ml(QWEN_PICTURE, before_reply="<think>\n\n</think>\n\n")),
+    "qwen3_vl": qwen("Qwen3VLProcessor", chat_ml(QWEN_PICTURE), QWEN3_VIDEOS),
+    "qwen3_vl_moe": qwen("Qwen3VLProcessor", chat_ml(QWEN_PICTURE), QWEN3_VIDEOS),
+    "qwen3_5": qwen("Qwen3VLProcessor", chat_ml(QWEN_PICTURE, before_reply=NO_THOUGHT), QWEN3_VIDEOS),
     "mistral3": Kind(
         "PixtralProcessor",
         "PixtralImageProcessor",
@@ -228,6 +245,21 @@ KINDS = {
             "eoi_token_index": "<end_of_image>",
         },
     ),
+    "cohere2_vision": Kind(
+        "Cohere2VisionProcessor",
+        "Cohere2VisionImageProcessor",
+        {**square(16), "max_patches": 2, "patch_size": 2},
+        COHERE,
+        special={"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"},
+        named={
+            "image_token": "<|IMG_PATCH|>",
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        },
+        other=("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+        marks={"image_token_id": "<|IMG_PATCH|>"},
+    ),
 }
 # No form of Cohere's image processor and of Pixtral's processor, which Mistral 3 has, runs without torchvision.
 HAS_TORCHVISION, NEEDS_TORCHVISION = is_torchvision_available(), ("cohere2_vision", "mistral3")
@@ -235,7 +267,7 @@ HAS_TORCHVISION, NEEDS_TORCHVISION = is_torchvision_available(), ("cohere2_visio
 
 def can_be_made(name: str) -> bool:
     """Whether a family's processor can be made with what is installed."""
-    if name not in KINDS or (name in NEEDS_TORCHVISION and not HAS_TORCHVISION):
+    if name in NEEDS_TORCHVISION and not HAS_TORCHVISION:
         return False
     return name != "smolvlm" or (is_num2words_available() and (HAS_TORCHVISION or not LINE_4))
 
@@ -270,10 +302,12 @@ def make_tokenizer(kind: Kind) -> PreTrainedTokenizerFast:
 def make_processor_of(name: str) -> ProcessorMixin:
     """The tiny processor of a family."""
     kind = KINDS[name]
-    image_class = getattr(transformers, kind.image_processor + ("" if LINE_4 else "Pil"))
+    image_class = getattr(transformers, kind.image_processor + ("" if LINE_4 or HAS_TORCHVISION else "Pil"))
     processor_class = getattr(transformers, kind.processor)
     parts = {"image_processor": image_class(**kind.image), "tokenizer": make_tokenizer(kind)}
-    if has_videos(processor_class) and not HAS_TORCHVISION:
+    if kind.video_processor and HAS_TORCHVISION:
+        parts["video_processor"] = getattr(transformers, kind.video_processor)()
+    elif kind.video_processor:
         processor_class, parts["video_processor"] = for_pictures_alone(processor_class), NoVideos({})
     return processor_class(**parts, chat_template=kind.template, **kind.fields)
 
@@ -288,7 +322,7 @@ def make_with_processor(
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     begin = tokenizer.bos_token_id
     fields["text_config"] |= {"vocab_size": len(tokenizer), "bos_token_id": begin, **end}
-    fields |= {mark: ids(token) for mark, token in kind.marks.items()} | kind.config
+    fields |= {mark: ids(token) for mark, token in kind.marks.items()}
     if "pad_token_id" in fields:
         fields["pad_token_id"] = tokenizer.pad_token_id
     model = make_from(name, fields, dtype, attention, seed)

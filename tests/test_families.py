@@ -1,9 +1,12 @@
 """Every routing on every family of models: see family_checks.py."""
 
+import json
+
 import pytest
 import torch
+import transformers
 from families import FAMILIES, PRESENT, VISION_START, make, make_prompts
-from family_checks import CHECKS, cells, plans, with_adapter
+from family_checks import CHECKS, RECORD, cells, plans, with_adapter
 from peft import get_peft_model
 from transformers import CONFIG_MAPPING
 
@@ -20,6 +23,15 @@ from versions_dpvr import cache_in, cache_name
 def test_the_method_holds_on_every_family(name, check):
     function, allowed = CHECKS[check]
     assert function(name) <= allowed
+
+
+def test_the_record_has_every_family_and_check_of_this_release_and_nothing_beyond_what_is_allowed():
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    if transformers.__version__ not in record:
+        pytest.skip("the record was not made with this release")
+    found = record[transformers.__version__]["largest_difference"]
+    assert {(name, check) for name, checks in found.items() for check in checks} == set(cells())
+    assert all(found[name][check] <= CHECKS[check][1] for name, check in cells())
 
 
 # -- what no plan can be made for -------------------------------------------------------------------------------------
