@@ -257,8 +257,9 @@ class TwoStreamPass(StreamArguments):
             projections = self.side_branch.latent.projections(layer.index) if self.plan.latent_stride else None
             if self.read_index is not None:
                 image = image.gather(1, self.read_index[..., None].expand(-1, -1, image.shape[-1]))
-            without_mask = {name: value for name, value in arguments.items() if name != MASK}
-            others.append((image, self.arguments(without_mask, "read"), projections))
+            if image.shape[1] > 0:  # with a stride, a chunk may have no image token that is read
+                without_mask = {name: value for name, value in arguments.items() if name != MASK}
+                others.append((image, self.arguments(without_mask, "read"), projections))
         if tail is not None:
             others.append((text[:, :-tail], self.arguments(arguments, kind, slice(None, -tail)), None))
             text = text[:, -tail:]
