@@ -20,6 +20,7 @@ alike, and LoRA may be added before or after. Paper section 3.4.
 """
 
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -29,15 +30,22 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
+from adapter_files_dpvr import (
+    Shapes,
+    check_shapes,
+    find_weights,
+    read_adapter_config,
+    read_shapes,
+    shapes_of,
+)
 from configuration_dpvr import JOINT, METHOD_FIELDS, SIDE_BRANCH_INITS, LayerPlan, check_choice, make_plan
 from decoders_dpvr import check_decoder, decoder_of, recurrent_layers
 from forward_dpvr import check_attention, routed_model
 from generation_dpvr import routed
-from hub_dpvr import ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
+from hub_dpvr import ADAPTER_KEY_PREFIX
 from latent_dpvr import Latent, reset_latent
-from loading_dpvr import open_weights
+from loading_dpvr import check_finite
 from side_branch_dpvr import SideBranch, make_side_branch, reset_side_branch
 
 
@@ -55,12 +63,9 @@ class PeftTypeName(str):
 
 
 PEFT_TYPE = PeftTypeName("DPVR")
-PICKLE_NAME = "adapter_model.bin"
 TARGET = "model"  # what a model with a head calls the model without it
 SIDE_BRANCH_MLPS = ("copy", "dense")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -105,11 +110,13 @@ class DpvrConfig(PeftConfig):
         """Read the config of a saved adapter, and the shapes of its weights, to check them before the base is changed.
 
         Raises:
-            ValueError: if the weights are missing, pickled or damaged.
+            ValueError: if config or weights are missing, damaged, or of another method; pickles are not opened.
         """
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {"subfolder": subfolder or ""}
+        fields = [each.name for each in dataclass_fields(cls)]
+        read_adapter_config(pretrained_model_name_or_path, PEFT_TYPE, fields, **where)
+        path = find_weights(pretrained_model_name_or_path, **where)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        path = find_weights(pretrained_model_name_or_path, subfolder=subfolder or "", **hub)
         config.saved_shapes = read_shapes(path)
         return config
 
@@ -290,7 +297,7 @@ class DpvrModel(BaseTuner):
             )
         decoder_of(base)
         self._check_name(next(name for name, known in self.peft_config.items() if known is config))
-        _check_base(config, base)
+        _check_base(config, self.model)
 
     def _check_name(self, adapter_name: str) -> None:
         """Refuse a name that occurs in the weights' names already, where PEFT looks for the names of adapters."""
@@ -321,7 +328,7 @@ class DpvrModel(BaseTuner):
         """Put a new side branch, with its own plan, in place of the adapter of this name."""
         owner = getattr(self.model, TARGET)
         peft_config.inference_mode = self.peft_config[adapter_name].inference_mode
-        _check_base(peft_config, owner)
+        _check_base(peft_config, self.model)
         dtype = next(owner.side_branch[adapter_name].parameters()).dtype  # chosen by PEFT for training
         owner.side_branch.update_layer(
             adapter_name, self._prepare_adapter_config(peft_config, self.get_model_config(self.model)), owner
@@ -367,20 +374,26 @@ class DpvrModel(BaseTuner):
             ADAPTER_KEY_PREFIX + name.removeprefix(ADAPTER_KEY_PREFIX): tuple(weight.shape)
             for name, weight in state_dict.items()
         }
-        check_shapes(shapes, layer[adapter_name], config.base_model_name_or_path)
+        base = shapes_of(model.base_model.model) if isinstance(model, PeftModel) else shapes_of(model)
+        check_shapes(shapes, layer[adapter_name], WEIGHTS_PREFIX, base, config.base_model_name_or_path)
+        check_finite(state_dict)
         config.loaded = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _check_base(config: DpvrConfig, owner: PreTrainedModel) -> None:
+def _check_base(config: DpvrConfig, model: PreTrainedModel) -> None:
     """Raise ValueError unless a base fits the config and its saved weights."""
+    owner = getattr(model, TARGET)
     plan = config.plan_for(owner.config)
     with torch.device("meta"):
         side_branch = config.new_side_branch(decoder_of(owner)[1], plan)
     if config.saved_shapes is not None:
-        check_shapes(config.saved_shapes, side_branch, config.base_model_name_or_path)
+        check_shapes(
+            config.saved_shapes, side_branch, WEIGHTS_PREFIX, shapes_of(model), config.base_model_name_or_path
+        )
 
 
+WEIGHTS_PREFIX = f"{ADAPTER_KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DpvrConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DpvrModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DpvrModel.prefix
@@ -419,45 +432,3 @@ def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable
 
 mixed_model._check_config_compatible = _check_config_compatible
 PeftModel.load_adapter = load_adapter
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The saved weights of an adapter
-
-
-def find_weights(repository: str, **where: Any) -> str:
-    """The path of an adapter's safetensors file, local or from the Hub.
-
-    Raises:
-        ValueError: if there is none. A pickle is not opened.
-    """
-    found = {
-        name: cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
-        for name in (ADAPTER_WEIGHTS_NAME, PICKLE_NAME)
-    }
-    if found[ADAPTER_WEIGHTS_NAME] is None:
-        pickle = f", only {PICKLE_NAME}, a pickle that could run code" if found[PICKLE_NAME] else ""
-        raise ValueError(
-            f"There is no {ADAPTER_WEIGHTS_NAME} in {repository!r}{pickle}: save the adapter again with "
-            "save_pretrained, which writes safetensors."
-        )
-    return found[ADAPTER_WEIGHTS_NAME]
-
-
-def read_shapes(path: str) -> Shapes:
-    """The names and shapes in a safetensors file, without reading the weights."""
-    with open_weights(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-
-
-def check_shapes(saved: Shapes, side_branch: nn.ModuleList, base_name: str | None) -> None:
-    """Raise ValueError unless the saved weights are exactly those of this side branch, in name and shape."""
-    prefix = f"{ADAPTER_KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
-    expected = {prefix + name: tuple(weight.shape) for name, weight in side_branch.state_dict().items()}
-    if wrong := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
-        name = wrong[0]
-        raise ValueError(
-            f"{len(wrong)} weights of the adapter do not fit the {len(expected)} of {len(side_branch)} side layers on "
-            f"this base, such as {name!r}: its shape is {saved.get(name)}, and {expected.get(name)} is needed. Load "
-            f"it on the base it was made for ({base_name!r}), with the config it was saved with."
-        )

@@ -265,10 +265,10 @@ def _check_side_branch(depth: int, routing: str, split: object, num_side_layers:
             f"splits 32 layers after 18; the same share here is {max(1, round(depth * 18 / 32))})."
         )
     fewest = 0 if routing == "text_only" else 1
-    if not (_is_count(num_side_layers) and num_side_layers >= fewest):
+    if not (_is_count(num_side_layers) and fewest <= num_side_layers <= depth):
         raise ValueError(
-            f"num_side_layers is {num_side_layers!r}, but routing {routing!r} needs a number of layers from {fewest} "
-            "on. Without a side branch choose routing='text_only' (with 0 side layers that is VTW)."
+            f"num_side_layers is {num_side_layers!r}, but routing {routing!r} needs {fewest} to {depth}, the depth of "
+            "the decoder. Without a side branch choose routing='text_only' (with 0 side layers that is VTW)."
         )
 
 
@@ -302,10 +302,10 @@ def _check_latent(depth: int, split: object, rank: object, num_side_layers: obje
         raise ValueError(
             f"The latent's split is {split!r}, but this decoder has {depth} layers: choose 0 to {depth - 1}."
         )
-    if not _is_count(num_side_layers) or not (_is_count(stride) and stride >= 1):
+    if not (_is_count(num_side_layers) and num_side_layers <= depth) or not (_is_count(stride) and stride >= 1):
         raise ValueError(
-            f"latent_side_layers is {num_side_layers!r} and latent_stride {stride!r}: choose a number of layers from "
-            "0 on, and read every k-th image token with k from 1 on."
+            f"latent_side_layers is {num_side_layers!r} and latent_stride {stride!r}: choose 0 to {depth} "
+            "layers, and read every k-th image token with k from 1 on."
         )
 
 

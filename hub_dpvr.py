@@ -30,10 +30,12 @@ from transformers import ProcessorMixin
 
 try:
     from .configuration_dpvr import DpvrLlavaConfig
-    from .loading_dpvr import is_side_branch, load_processor
+    from .loading_dpvr import is_side_branch
+    from .processors_dpvr import load_processor
 except ImportError:
     from configuration_dpvr import DpvrLlavaConfig
-    from loading_dpvr import is_side_branch, load_processor
+    from loading_dpvr import is_side_branch
+    from processors_dpvr import load_processor
 
 CONFIG_NAME, RECORD_NAME, CARD_NAME = "config.json", "training.json", "README.md"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

@@ -9,31 +9,18 @@ the paper trains (section 3.4).
 """
 
 import copy
-import inspect
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
     BitsAndBytesConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PretrainedConfig,
-    ProcessorMixin,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import PushToHubMixin, cached_file, is_torchvision_available
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
@@ -137,6 +124,7 @@ class SideBranchLoading:
         base_weight = next(llava.model.language_model.layers[-1].parameters())
         model.side_branch.to(base_weight.dtype).to_empty(device=base_weight.device)
         model.reset_side_branch()
+        model.remember_base()
         return model.train(llava.training)
 
     def reset_side_branch(self) -> None:
@@ -222,6 +210,7 @@ class SideBranchLoading:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         model._check_loaded(base, info, branch, new_side_branch)
+        model.remember_base()
         return (model, info) if wants_info else model
 
     def load_custom_generate(self, name_or_path: str, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
@@ -250,7 +239,8 @@ class SideBranchLoading:
                 f"{base!r} is not a full LLaVA: it lacks {len(of_base)} of the weights, such as {of_base[:3]}. Load a "
                 "full LLaVA; in a repository with the side branch alone, set base_model_name_or_path to one."
             )
-        own = [name for name in self.state_dict() if is_side_branch(name)]
+        own = {name: weight for name, weight in self.state_dict().items() if is_side_branch(name)}
+        check_finite({name: weight for name, weight in own.items() if name not in info["missing_keys"]})
         surplus = sorted(name for name in info["unexpected_keys"] if is_side_branch(name))
         if branch is not None:
             self.load_side_branch(branch)
@@ -281,16 +271,40 @@ class SideBranchLoading:
                 f"{name!r}: its shape is {got.get(name)}, and {shapes.get(name)} is needed. Load it on the base and "
                 "with the num_side_layers that it was trained with."
             )
+        check_finite(weights)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
+
+    def remember_base(self) -> None:
+        """Note the base's weights as they are in the base's own repository; PyTorch counts what is written to them."""
+        self._base_as_loaded = {
+            name: (weight._version, tuple(weight.shape))
+            for name, weight in self.named_parameters()
+            if not is_side_branch(name)
+        }
+
+    def _refuse_changed_base(self) -> None:
+        known = vars(self).get("_base_as_loaded", {})
+        changed = [
+            name
+            for name, weight in self.named_parameters()
+            if name in known and (weight._version > known[name][0] or tuple(weight.shape) != known[name][1])
+        ]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} weights of the base were changed since it was loaded, such as {changed[0]!r}, and "
+                "saving the side branch alone would lose them: save all weights, with side_branch_only=False."
+            )
 
     def side_branch_base(self, save_directory: str | os.PathLike) -> str:
         """The base to name in the config of a side branch that is saved in `save_directory`: a Hub id or full path.
 
         Raises:
-            ValueError: if the model does not know its base, or if `save_directory` is the folder of the base.
+            ValueError: if the model does not know its base, if `save_directory` is the folder of the base, and if
+                weights of the base were changed, as a projector that was trained.
         """
+        self._refuse_changed_base()
         base = self.config.base_model_name_or_path or self.config._name_or_path
         if not base:
             raise ValueError(
@@ -321,7 +335,13 @@ class SideBranchLoading:
         """
         base = self.side_branch_base(save_directory) if side_branch_only else None
         if side_branch_only:
-            kwargs.setdefault("max_shard_size", "1TB")  # a side branch is read back as one file
+            for name in ("max_shard_size", "variant"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"{name}={kwargs[name]!r} does not go with side_branch_only=True, as a side branch is read "
+                        f"back as the one file {WEIGHTS_NAME}: leave it out."
+                    )
+            kwargs["max_shard_size"] = "1TB"
             weights = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {name: tensor for name, tensor in weights.items() if is_side_branch(name)}
         to_save = self._copy_to_save(base, side_branch_only)
@@ -344,77 +364,15 @@ class SideBranchLoading:
         return new
 
 
-def load_processor(name_or_path: str, revision: str = "main", token: str | bool | None = None) -> ProcessorMixin:
-    """Load the processor of a vision-language model; code beside it is not run, as a processor needs none.
-
-    Where torchvision is missing, which many video processors need, the processor takes pictures alone.
-    """
-    AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
-    AutoProcessor.register(DpvrLlavaConfig, LlavaProcessor, exist_ok=True)
-    where = {"revision": revision, "token": token, "trust_remote_code": False}
-    kind = _processor_class(name_or_path, **where)
-    if kind is None or not has_videos(kind) or is_torchvision_available():
-        return AutoProcessor.from_pretrained(name_or_path, **where)
-    fields, _ = kind.get_processor_dict(name_or_path, **where)
-    image_processor = AutoImageProcessor.from_pretrained(name_or_path, **where)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
-    videos = NoVideos(_video_settings(name_or_path, fields, **where))
-    return for_pictures_alone(kind).from_args_and_dict([image_processor, tokenizer, videos], fields)
-
-
-def _processor_class(name_or_path: str, **where: Any) -> type | None:
-    """The class of a repository's processor, by the type of its model; None for a type that transformers lacks."""
-    kind = PretrainedConfig.get_config_dict(name_or_path, **where)[0].get("model_type")
-    return PROCESSOR_MAPPING.get(CONFIG_MAPPING[kind], None) if kind in CONFIG_MAPPING else None
-
-
-def has_videos(processor: type) -> bool:
-    """Whether a class of processors takes videos."""
-    return "video_processor" in inspect.signature(processor.__init__).parameters
-
-
-@lru_cache
-def for_pictures_alone(processor: type) -> type:
-    """A subclass of a processor's class, with the same name, which takes `NoVideos` for its video processor."""
-
-    def check(self, argument_name: str, argument: Any) -> type:
-        if isinstance(argument, NoVideos):
-            return NoVideos
-        return processor.check_argument_for_proper_class(self, argument_name, argument)
-
-    own = {"check_argument_for_proper_class": check, "__module__": processor.__module__}
-    return type(processor.__name__, (processor,), own)
-
-
-class NoVideos(PushToHubMixin):
-    """Stands in for a video processor where torchvision is missing: keeps the settings, and takes no video."""
-
-    model_input_names: list[str] = []
-    num_frames = fps = None  # SmolVLM's processor reads them for every prompt
-    _auto_class = None
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        raise ValueError("Videos need torchvision, which is not installed: pip install torchvision, or give pictures.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.settings
-
-    def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:
-        """Write the settings to a file of their own, as transformers 4 does."""
-        Path(folder, VIDEO_SETTINGS).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
-
-
-def _video_settings(name_or_path: str, fields: dict[str, Any], **where: Any) -> dict[str, Any]:
-    """The settings of a video processor: in processor_config.json, `fields`, a file of their own, or the pictures'."""
-    if "video_processor" in fields:
-        return fields["video_processor"]
-    where["_raise_exceptions_for_missing_entries"] = False
-    paths = (cached_file(name_or_path, name, **where) for name in (VIDEO_SETTINGS, IMAGE_SETTINGS))
-    path = next((path for path in paths if path is not None), None)
-    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+def check_finite(weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError if a weight is NaN or infinite: the model would answer nothing."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and weight.device.type != "meta" and not bool(weight.isfinite().all()):
+            broken = int((~weight.isfinite()).sum())
+            raise ValueError(
+                f"{broken} of {weight.numel()} numbers of the weight {name!r} are NaN or infinite: the training that "
+                "wrote it diverged, or the file is damaged. Take an earlier checkpoint, or save it again."
+            )
 
 
 @contextmanager

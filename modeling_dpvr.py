@@ -30,6 +30,7 @@ try:
     from .images_dpvr import image_marks  # noqa: F401
     from .latent_dpvr import Latent
     from .loading_dpvr import SideBranchLoading, is_side_branch
+    from .processors_dpvr import load_processor  # noqa: F401
     from .self_check_dpvr import check_untested  # noqa: F401
     from .side_branch_dpvr import make_side_branch
     from .stream_arguments_dpvr import StreamArguments  # noqa: F401
@@ -48,6 +49,7 @@ except ImportError:
     from images_dpvr import image_marks  # noqa: F401
     from latent_dpvr import Latent
     from loading_dpvr import SideBranchLoading, is_side_branch
+    from processors_dpvr import load_processor  # noqa: F401
     from self_check_dpvr import check_untested  # noqa: F401
     from side_branch_dpvr import make_side_branch
     from stream_arguments_dpvr import StreamArguments  # noqa: F401

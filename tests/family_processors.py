@@ -25,7 +25,7 @@ from transformers.utils import is_num2words_available, is_torchvision_available
 
 from dpvr.data.templates import CHAT_TEMPLATE
 from dpvr.pretraining.processor import train_tokenizer
-from loading_dpvr import NoVideos, for_pictures_alone
+from processors_dpvr import NoVideos, for_pictures_alone
 from versions_dpvr import LINE_4
 
 BASE_TOKENS = ("<s>", "</s>", "<pad>", "<unk>", "<image>")

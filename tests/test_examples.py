@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adapter_dpvr import DpvrConfig
-from loading_dpvr import NoVideos, load_processor
+from processors_dpvr import NoVideos, load_processor
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}

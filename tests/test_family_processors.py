@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText
 
 from dpvr.data.prompts import Conversation, prompt_inputs
 from images_dpvr import mark_ids
-from loading_dpvr import load_processor
 from minibench.scenes import make_scene
+from processors_dpvr import load_processor
 from versions_dpvr import LINE_4
 
 

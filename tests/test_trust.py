@@ -19,8 +19,8 @@ from dpvr.inference.chat import load
 from dpvr.models import load_model
 from dpvr.training.arguments import parse
 from hub_dpvr import save_adapter
-from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 from train_sft import main as train
 from versions_dpvr import LINE_4
 

@@ -30,7 +30,7 @@ from dpvr.analysis.probe_samples import (
 from dpvr.data.prompts import AnsweredPrompts, Batch, in_batches
 from dpvr.models import load_model
 from dpvr.record import publish, run_record, without_folders
-from loading_dpvr import load_processor
+from processors_dpvr import load_processor
 
 
 def probe(args: argparse.Namespace) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from dpvr.analysis.attention import TextToImage, text_to_image_attention
 from dpvr.data.prompts import Conversation, prompt_inputs
 from dpvr.models import load_model, load_stock
 from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
-from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 from versions_dpvr import cache_in
 
 MAX_CHARACTERS = 20_000

@@ -23,8 +23,8 @@ from dpvr.record import publish, run_record, without_folders
 from dpvr.training.fit import AUTO
 from dpvr.training.latent_fit import Moments, Solution, Target, collect, solve
 from generation_dpvr import IGNORED_LABEL
-from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 SHOWN_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
