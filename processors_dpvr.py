@@ -29,7 +29,7 @@ try:
 except ImportError:
     from configuration_dpvr import DpvrLlavaConfig
 
-VIDEO_SETTINGS = "video_preprocessor_config.json"
+VIDEO_SETTINGS, IMAGE_SETTINGS = "video_preprocessor_config.json", "preprocessor_config.json"
 
 
 def load_processor(name_or_path: str, revision: str = "main", token: str | bool | None = None) -> ProcessorMixin:

@@ -20,12 +20,12 @@ from dpvr.analysis.probe_samples import MINIBENCH, load_rows
 from dpvr.data.prompts import AnsweredPrompts, Batch, in_batches
 from dpvr.models import load_model
 from dpvr.record import publish, run_record, without_folders
-from dpvr.training.fit import AUTO
 from dpvr.training.latent_fit import Moments, Solution, Target, collect, solve
 from generation_dpvr import IGNORED_LABEL
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 
+AUTO = "auto"  # of --latent_rank
 SHOWN_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
