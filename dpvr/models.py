@@ -57,12 +57,14 @@ def stock_model(kind: str | None) -> type | None:
 def load_stock(name: str, *, revision: str = "main", **loading: Any) -> Any:
     """Load a vision-language model with transformers' class; arguments and result are those of `from_pretrained`.
 
+    A DPVR repository with all weights is loaded as the LLaVA that it is based on.
+
     Raises:
         ValueError: if transformers has no vision-language model of its type, or this release would run code in the
             folder while it loads the weights.
     """
     kind = PretrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-    model = stock_model(kind)
+    model = stock_model("llava" if kind == DpvrLlavaForConditionalGeneration.config_class.model_type else kind)
     if model is None:
         raise ValueError(
             f"{name!r} holds a model of type {kind!r}, which is neither a DPVR model nor a vision-language model of "

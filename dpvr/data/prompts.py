@@ -15,6 +15,7 @@ from transformers import BatchFeature, ProcessorMixin
 from dpvr.data.conversations import Row
 from dpvr.data.pictures import to_rgb
 from dpvr.data.templates import check_template, reply_spans, tokenized
+from dpvr.data.texts import fault_of_part, fault_of_text, special_tokens
 from generation_dpvr import IGNORED_LABEL
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # a processor's inputs, and labels (B, T)
@@ -27,29 +28,36 @@ class Conversation(NamedTuple):
     pictures: Sequence[Image.Image] = ()
 
 
-def prompt_inputs(processor: ProcessorMixin, conversations: Sequence[Conversation]) -> BatchFeature:
+def prompt_inputs(
+    processor: ProcessorMixin, conversations: Sequence[Conversation], room: int | None = None
+) -> BatchFeature:
     """The inputs of a batch of conversations, each of which waits for its answer.
 
+    Args:
+        room: how many positions the model has.
+
     Raises:
-        ValueError: if there is no chat template, a text holds the mark that stands for a picture, or a picture is
-            beyond the limits.
+        ValueError: if there is no chat template, a text holds a special token or is far too long, a part is neither
+            text nor picture, or a picture is beyond the limits.
     """
     check_template(processor)
+    special = special_tokens(processor)
     for conversation in conversations:
-        _refuse_marks(conversation, processor.image_token)
+        _check(conversation, special, room)
     prompts = processor.apply_chat_template([c.messages for c in conversations], add_generation_prompt=True)
     pictures = [to_rgb(picture) for conversation in conversations for picture in conversation.pictures]
     return tokenized(processor, prompts, pictures or None, padding=True, padding_side="left")
 
 
-def _refuse_marks(conversation: Conversation, mark: str) -> None:
+def _check(conversation: Conversation, special: list[str], room: int | None) -> None:
     for message in conversation.messages:
-        for part in message["content"]:
-            if mark in (part.get("text") or ""):
-                raise ValueError(
-                    f"The text {part['text'][:200]!r} holds {mark!r}, the mark that the chat template puts in for "
-                    "every picture: take it out of the text."
-                )
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            fault = fault_of_part(part)
+            if fault is None and part["type"] == "text":
+                fault = fault_of_text(part["text"], special, room)
+            if fault is not None:
+                raise ValueError(f"A message cannot be asked: {fault}. Take it out; pictures come by themselves.")
 
 
 class AnsweredPrompts:
