@@ -142,13 +142,14 @@ def test_a_batch_of_prompts_with_pictures_of_many_sizes_gives_what_they_give_alo
     assert len({own.shape[1] for _, own in prompts}) > 1
 
 
-@pytest.mark.parametrize("name", ["mllama", "blip-2"])
-def test_models_without_image_tokens_in_a_decoder_of_theirs_are_refused(name):
+@pytest.mark.skipif(LINE_4, reason="transformers 4 does not build these from their default configs")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mllama", "'mllama' reads images by cross-attention"), ("blip-2", "no head on a model|has no decoder")],
+)
+def test_models_without_image_tokens_in_a_decoder_of_theirs_are_refused(name, message):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name]())
-    message = (
-        "'mllama' reads images by cross-attention" if name == "mllama" else "is no head on a model|has no decoder"
-    )
     with pytest.raises(ValueError, match=message):
         ProbeBatch(model, {}, torch.zeros(1, 2))
 
