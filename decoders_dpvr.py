@@ -38,6 +38,22 @@ def decoder_of(owner: nn.Module) -> tuple[str, nn.Module]:
     )
 
 
+def owner_of(model: nn.Module) -> nn.Module:
+    """What holds tower, projector and decoder in a vision-language model with its head.
+
+    Raises:
+        ValueError: if the model has another form.
+    """
+    owner = model._modules.get("model")
+    if owner is None:
+        raise ValueError(
+            f"{type(model).__name__} is no head on a model under the name 'model': use a vision-language model of "
+            "transformers, such as LLaVA, Qwen3-VL or InternVL."
+        )
+    decoder_of(owner)
+    return owner
+
+
 def layer_kinds(text_config: PretrainedConfig) -> tuple[str, ...]:
     """The kind of every decoder layer: `RECURRENT`, or the name of its attention, as "full_attention"."""
     types = getattr(text_config, "layer_types", None)

@@ -5,16 +5,19 @@ import json
 import pytest
 import torch
 from families import FAMILIES, PRESENT, forget, make, make_prompts, text_places
-from family_processors import WITH_PROCESSOR, save_family
+from family_processors import KINDS, WITH_PROCESSOR, make_with_processor, save_family
 from naive_families import Watched, exact
 from peft import get_peft_model
 from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from adapter_dpvr import DpvrConfig
 from decoders_dpvr import check_decoder, decoder_of, lowest_split
 from dpvr.analysis.plan_search import Plan, effects, readers, splits
 from dpvr.analysis.probe import main, parse_args
-from dpvr.analysis.saturation import Sample, measure
+from dpvr.analysis.saturation import ProbeBatch, Sample, measure
+from dpvr.data.prompts import AnsweredPrompts, in_batches
+from minibench.data import to_hf_dataset
 from versions_dpvr import LINE_4
 
 LAYOUT, ANSWER, TOLERANCE = [[2, 5], [1, 2, 6], [6, 4]], 2, 1e-9
@@ -119,6 +122,36 @@ def test_the_effects_of_plans_are_those_of_untrained_adapters(name):
         for plan in plans:
             assert found[plan].kl == pytest.approx(effect_of_adapter(name, plan, alone), abs=TOLERANCE)
     assert len({round(effect.kl, 8) for effect in found.values()}) == len(plans)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_PROCESSOR if KINDS[name].template])
+@torch.no_grad()
+def test_a_batch_of_prompts_with_pictures_of_many_sizes_gives_what_they_give_alone(name):
+    model, processor = make_with_processor(name)
+    rows = list(to_hf_dataset("validation", 6, questions_per_row=1))
+    for row, size in zip(rows, [(96, 96), (96, 40), (30, 96)] * 2, strict=True):
+        row["images"] = [picture.resize(size) for picture in row["images"]]
+    prompts = list(AnsweredPrompts(processor, rows, 6))
+    ((inputs, labels),) = in_batches(prompts, 6)
+    together = model(**inputs).logits
+    for got, label, (alone, own) in zip(together, labels, prompts, strict=True):
+        length = own.shape[1]
+        forget(model)
+        assert torch.allclose(got[:length], model(**alone).logits[0], atol=1e-4)
+        assert torch.equal(label[:length], own[0]) and bool((label[length:] == -100).all())
+    assert len({own.shape[1] for _, own in prompts}) > 1
+
+
+@pytest.mark.skipif(LINE_4, reason="transformers 4 does not build these from their default configs")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mllama", "'mllama' reads images by cross-attention"), ("blip-2", "no head on a model|has no decoder")],
+)
+def test_models_without_image_tokens_in_a_decoder_of_theirs_are_refused(name, message):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[name]())
+    with pytest.raises(ValueError, match=message):
+        ProbeBatch(model, {}, torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("name", PRESENT)

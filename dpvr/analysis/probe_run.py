@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from decoders_dpvr import check_decoder, lowest_split, owner_of
 from dpvr.analysis.costs import PromptCosts
 from dpvr.analysis.curves import PAPERS_MARGIN, draw, layer_table, summarise, summarise_routed
 from dpvr.analysis.plan_report import draw_frontier, find_plans, share, table, write_plans
@@ -28,6 +29,7 @@ from dpvr.analysis.probe_samples import (
     settings_of,
 )
 from dpvr.data.prompts import AnsweredPrompts, Batch, in_batches
+from dpvr.data.templates import check_template
 from dpvr.models import load_model
 from dpvr.record import publish, run_record, without_folders
 from processors_dpvr import load_processor
@@ -39,7 +41,10 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     options = {"dtype": getattr(torch, args.dtype), "attn_implementation": "sdpa"}
     model = load_model(args.model, trust_remote_code=args.trust_remote_code, **options).eval().to(args.device)
+    owner_of(model)
+    check_decoder(model.config, lowest_split(model.config))
     processor, rows = load_processor(args.model), load_rows(args)
+    check_template(processor)
     settings = settings_of(args, model)
     read_samples(args.output_dir / "samples.jsonl", settings)  # refuses another run's samples before any work
     prompts = AnsweredPrompts(processor, rows, args.num_samples, skip=0 if args.data == MINIBENCH else args.tuned_lens)

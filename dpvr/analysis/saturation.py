@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from configuration_dpvr import JOINT, LayerPlan
-from decoders_dpvr import RECURRENT, check_decoder, decoder_of, lowest_split, recurrent_layers, side_sources
+from decoders_dpvr import RECURRENT, check_decoder, decoder_of, lowest_split, owner_of, recurrent_layers, side_sources
 from dpvr.analysis.attention import attention_inputs, text_to_image_attention
 from dpvr.data.prompts import IGNORED_LABEL
 from forward_dpvr import stock_class
@@ -176,7 +176,7 @@ class ProbeBatch:
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
         """Take a batch as `measure` does, and raise the same errors."""
-        self._model, owner = model, model.model
+        self._model, owner = model, owner_of(model)
         check_decoder(model.config, lowest_split(model.config))
         self.decoder = decoder_of(owner)[1]
         text = self.decoder.config
