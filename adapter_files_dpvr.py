@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from hub_dpvr import ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
-from loading_dpvr import open_weights
+from loading_dpvr import check_finite, open_weights
 
 CONFIG_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.bin"
 
@@ -80,9 +80,18 @@ def find_weights(repository: str, **where: Any) -> str:
 
 
 def read_shapes(path: str) -> Shapes:
-    """The names and shapes in a safetensors file, without reading the weights."""
+    """The names and shapes in a safetensors file.
+
+    Raises:
+        ValueError: if a weight in it is NaN or infinite.
+    """
+    shapes = {}
     with open_weights(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        for name in file.keys():
+            weight = file.get_tensor(name)
+            check_finite({name: weight})
+            shapes[name] = tuple(weight.shape)
+    return shapes
 
 
 def check_shapes(saved: Shapes, side_branch: nn.ModuleList, prefix: str, base: Shapes, base_name: str | None) -> None:

@@ -134,10 +134,14 @@ class LlavaGeneration(RoutedGeneration):
             inputs["pixel_values"] = pixel_values
         return inputs
 
-    def _images_per_row(self, input_ids: torch.Tensor, kwargs: dict) -> list[int] | None:
+    def _images_per_row(self, input_ids: torch.Tensor | None, kwargs: dict) -> list[int] | None:
         """The number of images in each row; None if images differ in their numbers of tokens."""
-        tokens = tokens_per_image(self.config, kwargs)
-        return None if tokens is None else images_per_row(input_ids == self.config.image_token_id, tokens)
+        tokens, embeds = tokens_per_image(self.config, kwargs), kwargs.get("inputs_embeds")
+        if tokens is None:
+            return None
+        if input_ids is None or input_ids.shape[1] == 0:  # `generate` started from embeddings
+            return None if embeds is None else images_per_row(image_marks(self.model, None, embeds), tokens)
+        return images_per_row(input_ids == self.config.image_token_id, tokens)
 
     def _pixels_of_chunk(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, chunk: torch.Tensor, kwargs: dict
@@ -162,7 +166,7 @@ class LlavaGeneration(RoutedGeneration):
     ) -> tuple[torch.Tensor, dict]:
         """Repeat rows for beams and samples, and the images of each row with it, which stock LLaVA may get wrong."""
         pixel_values = model_kwargs.pop("pixel_values", None)
-        images = None if input_ids is None or pixel_values is None else self._images_per_row(input_ids, model_kwargs)
+        images = None if pixel_values is None else self._images_per_row(input_ids, model_kwargs)
         repeated = pixel_values
         if expand_size > 1 and images is not None and sum(images) == len(pixel_values):  # else forward refuses it
             repeated = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(images)])
