@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import CONFIG_MAPPING
 
 import self_check_dpvr
-import two_stream_dpvr
+import stream_arguments_dpvr
 from adapter_dpvr import DpvrConfig
 from decoders_dpvr import check_decoder
 from self_check_dpvr import TESTED_MODELS
@@ -125,7 +125,7 @@ def test_an_untested_model_on_which_the_method_fails_is_an_error(place, monkeypa
         taken = RoutedLayer.keys_and_values
         monkeypatch.setattr(RoutedLayer, "keys_and_values", lambda *args: tuple(2 * t for t in taken(*args)))
     else:  # as if the layer got its positions under a name that is not known
-        monkeypatch.delitem(two_stream_dpvr.TOKEN_AXES, "position_embeddings")
+        monkeypatch.delitem(stream_arguments_dpvr.TOKEN_AXES, "position_embeddings")
     model = with_adapter("internvl", dtype=torch.float32, **plans("internvl")[0])
     inputs, _ = make_prompts("internvl", model.base_model.model, [[3, 4]])
     message = "The method does not run on InternVLModel" if place == "keys" else "shape|size|must match"
