@@ -1,6 +1,6 @@
 """Which block stands in which document, and where the figures go.
 
-results/ --> mini, latency, accuracy, families, front: {block: text} --> documents.fill
+results/ --> mini, latency, accuracy, families, latents, front: {block: text} --> documents.fill
          --> pareto, latency_figures: pictures
 """
 
@@ -10,6 +10,7 @@ from dpvr.reports import accuracy, latency, latency_figures, mini, pareto
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
+from dpvr.reports.latents import render_latents
 
 RESULTS, DOCS = Path("results"), Path("docs")
 
@@ -23,6 +24,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "pretraining": mini.render_pretraining(results),
         },
         "docs/families.md": {"families": render_families(results)},
+        "docs/latent.md": {"latents": render_latents(results)},
         "docs/training.md": {"training": mini.render_training(results)},
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
         "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),
