@@ -25,6 +25,12 @@ VARIANTS = [
     {"fusion_layers": [2]},
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
 ]
+COUNTED = [  # kinds of the latent, beside the variants
+    {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0},
+    {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0, "latent_side_layers": 2, "latent_stride": 3},
+    {"routing": "latent", "latent_rank": 6, "latent_stride": 3, "latent_layers": [2]},
+    {"routing": "latent", "latent_rank": 6, "latent_stride": 100, "latent_side_layers": 2},
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -322,7 +328,7 @@ def prefill(model: DpvrLlavaForConditionalGeneration, batch: Prompts) -> Cache:
 
 
 @pytest.mark.parametrize("num_side_layers", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + COUNTED, ids=str)
 @torch.no_grad()
 def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, object], num_side_layers: int) -> None:
     model, batch = make_dpvr(**variant, num_side_layers=num_side_layers), Prompts([[3, 0, 2]] * 2)
@@ -330,7 +336,13 @@ def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, o
     layers = [layer for layer in prefill(model, batch).layers if layer.is_initialized]  # without the record
     plan = model.config.layer_plan()
     expected = [text if mode == "text" else image + text for mode in plan.modes]
-    if model.config.routing not in ("none", "text_only"):
+    if model.config.routing == "latent":
+        read = [image, *[-(-image // model.config.latent_stride)] * (len(plan.modes) - 1)]
+        reading = [
+            text + count if mode == "context" else keys for count, mode, keys in zip(read, plan.modes, expected, strict=True)
+        ]
+        expected = reading + [image] * model.config.latent_side_layers
+    elif model.config.routing not in ("none", "text_only"):
         expected += [image] * num_side_layers
     assert [layer.keys.shape[-2] for layer in layers] == expected
     assert [layer.values.shape[-2] for layer in layers] == expected
@@ -339,7 +351,7 @@ def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, o
 
 
 @pytest.mark.parametrize("logits_to_keep", [1, 0])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + COUNTED, ids=str)
 @torch.no_grad()
 def test_prefill_flops_are_what_torch_counts(variant: dict[str, object], logits_to_keep: int) -> None:
     """With eager attention, whose products are counted on CPUs; the vision tower's and projector's are taken off."""
