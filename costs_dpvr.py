@@ -64,6 +64,9 @@ class Branch(NamedTuple):
     dense_mlp: bool = False
 
 
+ONE_LAYER = Branch()
+
+
 class Count(NamedTuple):
     """What one call of a layer did."""
 
@@ -211,8 +214,8 @@ def _fit(one: Count, two: Count, three: Count) -> LayerCosts:
     costs = LayerCosts(one.flops - per_pair, one.flops_of_keys, per_pair, one.key_width)
     if costs.flops(3, 3) != three.flops or 3 * costs.per_key != three.flops_of_keys:
         raise ValueError(
-            f"The FLOPs of a layer for 1, 2 and 3 tokens, {one.flops}, {two.flops} and {three.flops}, are not a cost of "
-            "queries, keys and pairs of them, so those of a longer prompt cannot be told."
+            f"The FLOPs of a layer for 1, 2 and 3 tokens, {one.flops}, {two.flops} and {three.flops}, are not a cost "
+            "of queries, keys and pairs of them, so those of a longer prompt cannot be told."
         )
     return costs
 
@@ -229,7 +232,7 @@ def prefill_flops(
     num_image_tokens: int,
     num_text_tokens: int,
     *,
-    branch: Branch = Branch(),  # noqa: B008
+    branch: Branch = ONE_LAYER,
     logits_to_keep: int = 1,
     short_vanilla: bool = False,
 ) -> int:
@@ -274,7 +277,7 @@ def num_read(plan: LayerPlan, layer: int, num_image_tokens: int) -> int:
 
 
 def kv_numbers(
-    costs: DecoderCosts, plan: LayerPlan, num_image_tokens: int, num_text_tokens: int, *, branch: Branch = Branch()
+    costs: DecoderCosts, plan: LayerPlan, num_image_tokens: int, num_text_tokens: int, *, branch: Branch = ONE_LAYER
 ) -> int:
     """How many numbers a growing cache holds as keys and values after a prompt, summed over layers.
 

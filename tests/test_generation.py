@@ -338,10 +338,9 @@ def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, o
     expected = [text if mode == "text" else image + text for mode in plan.modes]
     if model.config.routing == "latent":
         read = [image, *[-(-image // model.config.latent_stride)] * (len(plan.modes) - 1)]
-        reading = [
-            text + count if mode == "context" else keys for count, mode, keys in zip(read, plan.modes, expected, strict=True)
-        ]
-        expected = reading + [image] * model.config.latent_side_layers
+        reads = [mode == "context" for mode in plan.modes]
+        expected = [text + new if reading else keys for new, reading, keys in zip(read, reads, expected, strict=True)]
+        expected += [image] * model.config.latent_side_layers
     elif model.config.routing not in ("none", "text_only"):
         expected += [image] * num_side_layers
     assert [layer.keys.shape[-2] for layer in layers] == expected
