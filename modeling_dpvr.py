@@ -22,7 +22,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 try:
     from .cache_dpvr import DecodeStep
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
-    from .costs_dpvr import CostFormulas
+    from .costs_dpvr import CountedCosts
     from .decoders_dpvr import decoder_of  # noqa: F401
     from .forward_dpvr import check_support, routed_model
     from .generation_dpvr import routed
@@ -41,7 +41,7 @@ try:
 except ImportError:
     from cache_dpvr import DecodeStep
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
-    from costs_dpvr import CostFormulas
+    from costs_dpvr import CountedCosts
     from decoders_dpvr import decoder_of  # noqa: F401
     from forward_dpvr import check_support, routed_model
     from generation_dpvr import routed
@@ -95,7 +95,7 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
 
 
 class DpvrLlavaForConditionalGeneration(
-    Sharing, SideBranchLoading, CostFormulas, routed(LlavaForConditionalGeneration)
+    Sharing, SideBranchLoading, CountedCosts, routed(LlavaForConditionalGeneration)
 ):
     """LLaVA whose image tokens leave the decoder after `split_layer` layers; see `from_llava` and `set_routing`.
 

@@ -26,6 +26,12 @@ VARIANTS = [
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0, "latent_stride": 3},
 ]
+COUNTED = [  # kinds of the latent, beside the variants
+    {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0},
+    {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0, "latent_side_layers": 2, "latent_stride": 3},
+    {"routing": "latent", "latent_rank": 6, "latent_stride": 3, "latent_layers": [2]},
+    {"routing": "latent", "latent_rank": 6, "latent_stride": 100, "latent_side_layers": 2},
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -323,18 +329,21 @@ def prefill(model: DpvrLlavaForConditionalGeneration, batch: Prompts) -> Cache:
 
 
 @pytest.mark.parametrize("num_side_layers", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + COUNTED, ids=str)
 @torch.no_grad()
 def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, object], num_side_layers: int) -> None:
     model, batch = make_dpvr(**variant, num_side_layers=num_side_layers), Prompts([[3, 0, 2]] * 2)
     image, text = 2 * TOKENS_PER_IMAGE, 5
     layers = [layer for layer in prefill(model, batch).layers if layer.is_initialized]  # without the record
     plan = model.config.layer_plan()
-    read = [-(-image // (plan.latent_stride or 1)) if index else image for index in range(len(plan.modes))]
-    held = {"text": lambda index: text, "context": lambda index: text + read[index]}
-    expected = [held.get(mode, lambda index: image + text)(index) for index, mode in enumerate(plan.modes)]
-    if model.config.routing not in ("none", "text_only"):
-        expected += [image] * (model.config.latent_side_layers if plan.latent_stride else num_side_layers)
+    expected = [text if mode == "text" else image + text for mode in plan.modes]
+    if model.config.routing == "latent":
+        read = [image, *[-(-image // model.config.latent_stride)] * (len(plan.modes) - 1)]
+        reads = [mode == "context" for mode in plan.modes]
+        expected = [text + new if reading else keys for new, reading, keys in zip(read, reads, expected, strict=True)]
+        expected += [image] * model.config.latent_side_layers
+    elif model.config.routing not in ("none", "text_only"):
+        expected += [image] * num_side_layers
     assert [layer.keys.shape[-2] for layer in layers] == expected
     assert [layer.values.shape[-2] for layer in layers] == expected
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
@@ -342,7 +351,7 @@ def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, o
 
 
 @pytest.mark.parametrize("logits_to_keep", [1, 0])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + COUNTED, ids=str)
 @torch.no_grad()
 def test_prefill_flops_are_what_torch_counts(variant: dict[str, object], logits_to_keep: int) -> None:
     """With eager attention, whose products are counted on CPUs; the vision tower's and projector's are taken off."""

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from dpvr.reports.documents import read, table
 
-HEADINGS = ["plan", "rank", "side layers", "explained of keys and values", "answers equal", "tokens equal", "KL (nats)"]
+HEADINGS = [
+    "plan",
+    "rank",
+    "side layers",
+    "explained of keys and values",
+    "answers equal",
+    "tokens equal",
+    "KL (nats)",
+]
 
 
 def render_latents(results: Path) -> str:
