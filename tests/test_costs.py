@@ -34,7 +34,7 @@ def flops_of(decoder: type[nn.Module]):
     def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
             output = stock(self, *args, **kwargs)
-        rotary = [flops for name, flops in counter.get_flop_counts().items() if ".rotary_emb" in name]
+        rotary = [flops for name, flops in counter.get_flop_counts().items() if "rotary" in name.lower()]
         found.append(counter.get_total_flops() - sum(sum(flops.values()) for flops in rotary))  # products in release 4
         return output
 
