@@ -42,7 +42,7 @@ WRONG = {  # a command line of each kind of error, and what is said
     "-m dpvr.analysis.probe --model gone": "Error: We couldn't connect to",
     "-m dpvr.push gone me/x": "gone",
     "-m dpvr.costs gone --split_layer 4 --image_tokens 9": "gone",
-    "-m dpvr.costs configs/shapes/qwen3-vl-2b.json --split_layer 4 --image_tokens 9 --budget 2": "give a number above 0",
+    "-m dpvr.costs x --split_layer 4 --image_tokens 9 --budget 2": "give a number above 0",
     "-m minibench.export --output_dir x --format datasets --split train --size 0": "0",
 }
 
