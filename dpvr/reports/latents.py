@@ -38,7 +38,7 @@ def render_latents(results: Path) -> str:
         *table(HEADINGS, rows),
         "",
         f"dpvr-mini, fitted on {first['num_samples']} pictures of MiniBench and measured on {first['eval_samples']} "
-        f"others of the same split, with the rows' own answers given; `{first['command']}`, {first['hardware']}, torch "
-        f"{first['versions']['torch']}, transformers {first['versions']['transformers']}. One seed.",
+        f"others of the same split, with the rows' own answers given; `{first['command']}`, {first['hardware']}, "
+        f"torch {first['versions']['torch']}, transformers {first['versions']['transformers']}. One seed.",
     ]
     return "\n".join(lines) + "\n"
