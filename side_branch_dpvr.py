@@ -80,7 +80,7 @@ def reset_side_branch(side_branch: nn.ModuleList, decoder: nn.Module, split_laye
     sources = side_sources(decoder.config, split_layer, len(side_branch))
     for side_layer, source in zip(side_branch, sources, strict=True):
         copied = {} if how == "random" else _plain_weights(decoder.layers[source], side_layer)
-        if new := side_layer.state_dict().keys() - copied.keys():
+        if new := [name for name in side_layer.state_dict() if name not in copied]:
             fresh = type(side_layer)(side_layer.self_attn.config, source).state_dict()
             std = decoder.config.initializer_range
             copied |= {name: _random(name, side_layer.state_dict()[name], fresh, std) for name in new}
