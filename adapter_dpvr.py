@@ -1,14 +1,16 @@
-"""DPVR as a PEFT method: a side branch on a stock LLaVA that is added, trained, saved, switched and removed again.
+"""DPVR as a PEFT method: a side branch on a stock model that is added, trained, saved, switched and removed again.
 
-    LlavaForConditionalGeneration                  get_peft_model(llava, DpvrConfig(split_layer=18))
-        model: LlavaModel            ->            model: the same, frozen, its class routed (forward_dpvr.py)
+    Qwen3VLForConditionalGeneration                get_peft_model(qwen, DpvrConfig(split_layer=4))
+        model: Qwen3VLModel          ->            model: the same, frozen, its class routed (forward_dpvr.py)
         lm_head                                        side_branch: DpvrLayer
                                                            <adapter>       only this is trained and saved
 
-No module is wrapped or renamed. Instead the class of the LlavaModel, and that of the model with the head, is replaced
-by a subclass of the same name that runs the adapter's layer plan; unloading the adapter restores it. So the logits are
-those of `DpvrLlavaForConditionalGeneration`, an adapter fits a stock LLaVA and a DPVR model alike, and LoRA may be
-added before or after. Paper section 3.4.
+The base is any vision-language model whose images are tokens of its prompt: docs/families.md lists those tested.
+
+No module is wrapped or renamed. Instead the class of the model without its head, and that of the model with it, is
+replaced by a subclass of the same name that runs the adapter's layer plan; unloading the adapter restores it. So on a
+LLaVA the logits are those of `DpvrLlavaForConditionalGeneration`, an adapter fits a stock LLaVA and a DPVR model
+alike, and LoRA may be added before or after. Paper section 3.4.
 
     import adapter_dpvr                                      # registers the method "DPVR" with PEFT
     model = PeftModel.from_pretrained(llava, "me/branch")    # checked against the base before anything is changed
@@ -18,6 +20,7 @@ added before or after. Paper section 3.4.
 """
 
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -26,16 +29,24 @@ from peft import PeftConfig, PeftModel, mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from transformers import LlavaConfig
-from transformers.models.llava.modeling_llava import LlavaModel
-from transformers.utils import cached_file
+from transformers import PretrainedConfig, PreTrainedModel
 
-from configuration_dpvr import JOINT, METHOD_FIELDS, DpvrLlavaConfig, LayerPlan
-from forward_dpvr import check_support, routed_model
+from adapter_files_dpvr import (
+    Shapes,
+    check_shapes,
+    find_weights,
+    read_adapter_config,
+    read_shapes,
+    shapes_of,
+)
+from configuration_dpvr import JOINT, METHOD_FIELDS, SIDE_BRANCH_INITS, LayerPlan, check_choice, make_plan
+from decoders_dpvr import check_decoder, decoder_of, recurrent_layers
+from forward_dpvr import check_attention, routed_model
 from generation_dpvr import routed
-from hub_dpvr import ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
-from loading_dpvr import make_side_branch, open_weights, reset_side_branch
-from twins_dpvr import decoder_of
+from hub_dpvr import ADAPTER_KEY_PREFIX
+from latent_dpvr import Latent, reset_latent
+from loading_dpvr import check_finite
+from side_branch_dpvr import SideBranch, make_side_branch, reset_side_branch
 
 
 class PeftTypeName(str):
@@ -52,11 +63,9 @@ class PeftTypeName(str):
 
 
 PEFT_TYPE = PeftTypeName("DPVR")
-PICKLE_NAME = "adapter_model.bin"
-TARGET = "model"  # what LlavaForConditionalGeneration calls its LlavaModel
+TARGET = "model"  # what a model with a head calls the model without it
+SIDE_BRANCH_MLPS = ("copy", "dense")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -71,6 +80,17 @@ class DpvrConfig(PeftConfig):
     num_fusion_layers: int = field(default=1, metadata={"help": "Last layers that fuse the streams again."})
     fusion_layers: list[int] | None = field(default=None, metadata={"help": "Deep layers that read the image."})
     side_branch_init: str = field(default="split_layer", metadata={"help": "split_layer, identity or random."})
+    side_branch_mlp: str = field(
+        default="copy",
+        metadata={"help": "copy: of the decoder's layers; dense: one MLP in place of a mixture of experts."},
+    )
+    latent_rank: int | None = field(default=None, metadata={"help": "Width of the latent that `latent` reads."})
+    latent_split_layer: int | None = field(
+        default=None, metadata={"help": "Where `latent` splits, from 0 on; None: at split_layer."}
+    )
+    latent_layers: list[int] | None = field(default=None, metadata={"help": "Layers that read the latent; None: all."})
+    latent_side_layers: int = field(default=0, metadata={"help": "Decoder layers that make the latent's states."})
+    latent_stride: int = field(default=1, metadata={"help": "Only every k-th image token is read."})
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Depth of the base's decoder; filled in from the base."}
     )
@@ -90,11 +110,13 @@ class DpvrConfig(PeftConfig):
         """Read the config of a saved adapter, and the shapes of its weights, to check them before the base is changed.
 
         Raises:
-            ValueError: if the weights are missing, pickled or damaged.
+            ValueError: if config or weights are missing, damaged, or of another method; pickles are not opened.
         """
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {"subfolder": subfolder or ""}
+        fields = [each.name for each in dataclass_fields(cls)]
+        read_adapter_config(pretrained_model_name_or_path, PEFT_TYPE, fields, **where)
+        path = find_weights(pretrained_model_name_or_path, **where)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        path = find_weights(pretrained_model_name_or_path, subfolder=subfolder or "", **hub)
         config.saved_shapes = read_shapes(path)
         return config
 
@@ -102,27 +124,40 @@ class DpvrConfig(PeftConfig):
         """The fields that this shares with `DpvrLlavaConfig`, by name."""
         return {name: vars(self)[name] for name in METHOD_FIELDS}
 
-    def for_base(self, base: LlavaConfig) -> DpvrLlavaConfig:
-        """Return the DPVR config of a base with this adapter.
+    def plan_for(self, base: PretrainedConfig) -> LayerPlan:
+        """The layer plan of a base with this adapter.
+
+        Args:
+            base: the config of the whole vision-language model.
 
         Raises:
             ValueError: if the adapter does not fit the base, or has the routing "none".
         """
-        if self.saved_shapes is not None and self.num_hidden_layers != base.text_config.num_hidden_layers:
+        text = base.get_text_config()
+        if self.saved_shapes is not None and self.num_hidden_layers != text.num_hidden_layers:
             raise ValueError(
                 f"This adapter was made for a base of {self.num_hidden_layers} decoder layers, and this one has "
-                f"{base.text_config.num_hidden_layers}: load it on {self.base_model_name_or_path!r}."
+                f"{text.num_hidden_layers}: load it on {self.base_model_name_or_path!r}."
             )
-        values = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "auto_map")}
-        config = DpvrLlavaConfig(**{**values, **self.dpvr_fields()})
-        config.text_config, config.vision_config = base.text_config, base.vision_config
-        check_support(config)
-        if config.routing == "none":
+        if self.routing == "none":
             raise ValueError(
                 "The routing of this adapter is 'none', which is the base without it: choose another, such as "
                 "late_fusion, and run the base with disable_adapter()."
             )
-        return config
+        check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
+        check_choice("side_branch_mlp", self.side_branch_mlp, SIDE_BRANCH_MLPS)
+        fields = {name: value for name, value in self.dpvr_fields().items() if name != "side_branch_init"}
+        plan = make_plan(text.num_hidden_layers, **fields, recurrent=recurrent_layers(text))
+        check_decoder(base, plan.split_layer)
+        check_attention(base)
+        return plan
+
+    def new_side_branch(self, decoder: nn.Module, plan: LayerPlan) -> SideBranch:
+        """A side branch of this config for a decoder, not yet initialised."""
+        if plan.latent_stride:
+            return SideBranch(latent=Latent(decoder, plan, self.latent_rank, self.latent_side_layers))
+        dense = self.side_branch_mlp == "dense"
+        return make_side_branch(decoder, plan.split_layer, self.num_side_layers, dense_mlp=dense)
 
 
 class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
@@ -147,14 +182,18 @@ class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, peft_config: DpvrConfig, owner: nn.Module) -> None:
         """Add a side branch for the decoder of `owner`, initialised as the config says."""
-        config, layers = peft_config.for_base(owner.config), decoder_of(owner)[1].layers
-        like = next(weight for weight in layers[config.split_layer].parameters() if weight.is_floating_point())
-        side_branch = make_side_branch(layers, config)
+        plan, decoder = peft_config.plan_for(owner.config), decoder_of(owner)[1]
+        source = decoder.layers[plan.split_layer]
+        like = next(weight for weight in source.parameters() if weight.is_floating_point())
+        side_branch = peft_config.new_side_branch(decoder, plan)
         if all(weight.device.type != "meta" for weight in side_branch.parameters()):  # meta with low_cpu_mem_usage
             side_branch.to(like.device, like.dtype)
-            reset_side_branch(side_branch, layers, config)
+            if side_branch.has_latent:
+                reset_latent(side_branch.latent, decoder, plan, peft_config.side_branch_init)
+            else:
+                reset_side_branch(side_branch, decoder, plan.split_layer, peft_config.side_branch_init)
         self[adapter_name] = side_branch
-        self.plans[adapter_name] = config.layer_plan()
+        self.plans[adapter_name] = plan
         self.device = like.device
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -183,7 +222,7 @@ class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
 
 
 class WithSideBranches:
-    """A mixin that `with_side_branches` puts before the class of a LlavaModel that has adapters.
+    """A mixin that `with_side_branches` puts before the class of a model without its head that has adapters.
 
     The own side branch of a DPVR model is kept at `own_branch` meanwhile, and runs when no adapter is active.
     """
@@ -207,14 +246,14 @@ class WithSideBranches:
 
 @lru_cache
 def with_side_branches(own: type) -> type:
-    """The class for a LlavaModel with adapters, a subclass of its own class with the same name."""
+    """The class for a model without its head that has adapters, a subclass of its own class with the same name."""
     base = own if hasattr(own, "stock") else routed_model(own)
     named = {"own": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
     return type(own.__name__, (WithSideBranches, base), named)
 
 
 def attach(head: nn.Module, owner: nn.Module) -> DpvrLayer:
-    """Replace the class of a LlavaModel `owner`, and of the model with the head, by ones that run adapters' plans."""
+    """Replace the class of a model, `owner`, and that of the model with its head by ones that run adapters' plans."""
     if "side_branch" in owner._modules:
         owner.own_branch = owner._modules.pop("side_branch").requires_grad_(False)
     owner.side_branch = DpvrLayer()
@@ -236,28 +275,29 @@ def detach(head: nn.Module, owner: nn.Module) -> None:
 
 
 class DpvrModel(BaseTuner):
-    """The tuner, as PEFT calls it: adds side branches to a LLaVA and removes them."""
+    """The tuner, as PEFT calls it: adds side branches to a vision-language model and removes them."""
 
     prefix = "side_branch"
     tuner_layer_cls = DpvrLayer
     target_module_mapping: dict = {}
 
     def _prepare_adapter_config(self, peft_config: DpvrConfig, model_config: dict) -> DpvrConfig:
-        peft_config.num_hidden_layers = model_config["text_config"]["num_hidden_layers"]
+        peft_config.num_hidden_layers = self.model.config.get_text_config().num_hidden_layers
         return peft_config
 
     def _check_new_adapter_config(self, config: DpvrConfig) -> None:
         """Refuse a base that does not fit the adapter, before anything is changed."""
         BaseTuner._check_new_adapter_config(self, config)
         base = dict(self.model.named_children()).get(TARGET)
-        if not isinstance(base, LlavaModel):
+        if not isinstance(self.model, PreTrainedModel) or not isinstance(base, PreTrainedModel):
             raise ValueError(
-                f"A side branch needs a LlavaForConditionalGeneration, and this is a {type(self.model).__name__}: "
-                "load the LLaVA with its class or AutoModelForImageTextToText. To combine it with LoRA, first call "
-                "inject_adapter_in_model(lora, llava)."
+                f"A side branch needs a vision-language model with its head, and this is a "
+                f"{type(self.model).__name__}: load the model with AutoModelForImageTextToText. To combine it with "
+                "LoRA, first call inject_adapter_in_model(lora, model)."
             )
+        decoder_of(base)
         self._check_name(next(name for name, known in self.peft_config.items() if known is config))
-        _check_base(config, base)
+        _check_base(config, self.model)
 
     def _check_name(self, adapter_name: str) -> None:
         """Refuse a name that occurs in the weights' names already, where PEFT looks for the names of adapters."""
@@ -288,7 +328,7 @@ class DpvrModel(BaseTuner):
         """Put a new side branch, with its own plan, in place of the adapter of this name."""
         owner = getattr(self.model, TARGET)
         peft_config.inference_mode = self.peft_config[adapter_name].inference_mode
-        _check_base(peft_config, owner)
+        _check_base(peft_config, self.model)
         dtype = next(owner.side_branch[adapter_name].parameters()).dtype  # chosen by PEFT for training
         owner.side_branch.update_layer(
             adapter_name, self._prepare_adapter_config(peft_config, self.get_model_config(self.model)), owner
@@ -334,20 +374,26 @@ class DpvrModel(BaseTuner):
             ADAPTER_KEY_PREFIX + name.removeprefix(ADAPTER_KEY_PREFIX): tuple(weight.shape)
             for name, weight in state_dict.items()
         }
-        check_shapes(shapes, layer[adapter_name], config.base_model_name_or_path)
+        base = shapes_of(model.base_model.model) if isinstance(model, PeftModel) else shapes_of(model)
+        check_shapes(shapes, layer[adapter_name], WEIGHTS_PREFIX, base, config.base_model_name_or_path)
+        check_finite(state_dict)
         config.loaded = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _check_base(config: DpvrConfig, owner: LlavaModel) -> None:
+def _check_base(config: DpvrConfig, model: PreTrainedModel) -> None:
     """Raise ValueError unless a base fits the config and its saved weights."""
-    full = config.for_base(owner.config)
+    owner = getattr(model, TARGET)
+    plan = config.plan_for(owner.config)
+    with torch.device("meta"):
+        side_branch = config.new_side_branch(decoder_of(owner)[1], plan)
     if config.saved_shapes is not None:
-        with torch.device("meta"):
-            side_branch = make_side_branch(owner.language_model.layers, full)
-        check_shapes(config.saved_shapes, side_branch, config.base_model_name_or_path)
+        check_shapes(
+            config.saved_shapes, side_branch, WEIGHTS_PREFIX, shapes_of(model), config.base_model_name_or_path
+        )
 
 
+WEIGHTS_PREFIX = f"{ADAPTER_KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DpvrConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DpvrModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DpvrModel.prefix
@@ -365,7 +411,7 @@ def _check_config_compatible(peft_config: PeftConfig) -> None:
     if isinstance(peft_config, DpvrConfig):
         raise ValueError(
             "A PeftMixedModel cannot hold a side branch, as it takes LoRA and similar methods alone: call "
-            "inject_adapter_in_model(lora, llava), then get_peft_model(llava, DpvrConfig(...))."
+            "inject_adapter_in_model(lora, model), then get_peft_model(model, DpvrConfig(...))."
         )
     _check_mixed(peft_config)
 
@@ -374,6 +420,8 @@ def _check_config_compatible(peft_config: PeftConfig) -> None:
 def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
     """As PEFT's, which keeps the config if the name is in use: a side branch needs the plan saved with its weights."""
     present = self.peft_config.get(adapter_name)
+    if isinstance(present, DpvrConfig):  # saved under the model's own names, not those of its old checkpoints
+        kwargs["key_mapping"] = None
     # a new one was made by `from_pretrained` just before, with the saved config or with one that the caller passed
     is_new = isinstance(present, DpvrConfig) and not present.loaded and present.inference_mode != is_trainable
     if isinstance(present, DpvrConfig) and not is_new:
@@ -384,45 +432,3 @@ def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable
 
 mixed_model._check_config_compatible = _check_config_compatible
 PeftModel.load_adapter = load_adapter
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The saved weights of an adapter
-
-
-def find_weights(repository: str, **where: Any) -> str:
-    """The path of an adapter's safetensors file, local or from the Hub.
-
-    Raises:
-        ValueError: if there is none. A pickle is not opened.
-    """
-    found = {
-        name: cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
-        for name in (ADAPTER_WEIGHTS_NAME, PICKLE_NAME)
-    }
-    if found[ADAPTER_WEIGHTS_NAME] is None:
-        pickle = f", only {PICKLE_NAME}, a pickle that could run code" if found[PICKLE_NAME] else ""
-        raise ValueError(
-            f"There is no {ADAPTER_WEIGHTS_NAME} in {repository!r}{pickle}: save the adapter again with "
-            "save_pretrained, which writes safetensors."
-        )
-    return found[ADAPTER_WEIGHTS_NAME]
-
-
-def read_shapes(path: str) -> Shapes:
-    """The names and shapes in a safetensors file, without reading the weights."""
-    with open_weights(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-
-
-def check_shapes(saved: Shapes, side_branch: nn.ModuleList, base_name: str | None) -> None:
-    """Raise ValueError unless the saved weights are exactly those of this side branch, in name and shape."""
-    prefix = f"{ADAPTER_KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
-    expected = {prefix + name: tuple(weight.shape) for name, weight in side_branch.state_dict().items()}
-    if wrong := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
-        name = wrong[0]
-        raise ValueError(
-            f"{len(wrong)} weights of the adapter do not fit the {len(expected)} of {len(side_branch)} side layers on "
-            f"this base, such as {name!r}: its shape is {saved.get(name)}, and {expected.get(name)} is needed. Load "
-            f"it on the base it was made for ({base_name!r}), with the config it was saved with."
-        )

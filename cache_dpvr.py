@@ -16,16 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 try:
-    from .configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from .configuration_dpvr import LayerPlan
     from .versions_dpvr import LINE_4, cache_name
 except ImportError:
-    from configuration_dpvr import CONTEXT, JOINT, RESET, TEXT, LayerPlan
+    from configuration_dpvr import LayerPlan
     from versions_dpvr import LINE_4, cache_name
-
-KINDS = {JOINT: "joint", RESET: "joint", TEXT: "text", CONTEXT: "context"}  # mode of a layer -> whose keys it holds
 
 
 class ExtraLayer(DynamicLayer):
@@ -56,11 +54,13 @@ class ChunkNotes:
 
     Attributes:
         places: "text" and "context" -> int64 (B, K), the slots of the keys in layers of this kind.
+        end: the number of tokens up to the end of the chunk; 0 with a static cache, whose masks have all its places.
         masks: (stock mask, kind of layer, the mask for the keys of this kind), so that each is made once.
         states: the hidden states before each layer, if they are wanted.
     """
 
     places: dict[str, torch.Tensor]
+    end: int
     masks: list[tuple[Any, str, Any]] = field(default_factory=list)
     states: list[torch.Tensor] | None = None
 
@@ -128,8 +128,10 @@ class CacheRecord(ExtraLayer):
                 f"The cache was cropped to {past} tokens, into its last image, which ends at {self.last_image}: crop "
                 "the text after it at most, or start with a new cache."
             )
-        for index, mode in enumerate(self.plan.modes if self.tables else ()):
-            expected, got = self.num_keys[KINDS[mode]] + past - self.length, cache.get_seq_length(index)
+        for index in range(len(self.plan.modes) if self.tables else 0):
+            if not isinstance(cache.layers[index], CacheLayerMixin):  # a recurrent layer's, which holds no keys
+                continue
+            expected, got = self.num_keys[self.plan.keys_in(index)] + past - self.length, cache.get_seq_length(index)
             if got != expected:
                 raise ValueError(
                     f"Layer {index} of a cache of {past} tokens holds {got} keys in place of {expected}: start with a "
@@ -152,6 +154,8 @@ class CacheRecord(ExtraLayer):
         if isinstance(cache.layers[-1], CacheRecord):
             cache.layers.pop()
         self.layers = cache.layers
+        if LINE_4 and any(layer.is_sliding for layer in cache.layers):
+            self.is_initialized = True  # its Gemma 3 takes a cache for an empty one until all layers are
         cache.layers.append(self)
 
     # -- what a cache does to all its layers --------------------------------------------------------------------------
@@ -274,8 +278,8 @@ def fit_static_layers(
             f"The static cache has max_cache_len={room}, but the sequence has {past + length} tokens already: make a "
             "cache with a larger max_cache_len."
         )
-    for index, mode in enumerate(plan.modes):
-        kind, layer = KINDS[mode], cache.layers[index]
+    for index in range(len(plan.modes)):
+        kind, layer = plan.keys_in(index), cache.layers[index]
         held = past if record is None else record.num_keys[kind] + past - record.length
         needed = held + new_keys[kind] + room - past - length
         if not isinstance(layer, StaticKeys) or layer.max_cache_len != needed:
@@ -284,13 +288,31 @@ def fit_static_layers(
 
 def let_line_4_crop(cache: Cache, plan: LayerPlan, num_keys: dict[str, int], length: int) -> None:
     """Let transformers 4 crop a growing cache: its layers have to know how many more keys than tokens they hold."""
-    for index, mode in enumerate(plan.modes if LINE_4 else ()):
+    for index in range(len(plan.modes) if LINE_4 else 0):
         layer = cache.layers[index]
         if type(layer) is DynamicLayer:
             cache.layers[index] = ShorterLayer()
             vars(cache.layers[index]).update(vars(layer))
         if isinstance(cache.layers[index], ShorterLayer):
-            cache.layers[index].surplus = num_keys[KINDS[mode]] - length
+            cache.layers[index].surplus = num_keys[plan.keys_in(index)] - length
+
+
+def let_windows_grow(cache: Cache, plan: LayerPlan, past: int) -> None:
+    """Let the text and context layers with a sliding window keep all their keys, in a growing cache.
+
+    A window is one of tokens, and these layers hold other numbers of keys; the masks hide what lies outside of it.
+
+    Args:
+        past: the number of tokens in the cache. Where a layer holds fewer, zeros stand for those left of the window.
+    """
+    for index in range(len(plan.modes)):
+        layer = cache.layers[index]
+        if not isinstance(layer, DynamicSlidingWindowLayer) or plan.keys_in(index) == "joint":
+            continue
+        cache.layers[index] = grown = DynamicLayer()
+        if layer.is_initialized and past:
+            left = past - layer.keys.shape[-2]
+            grown.update(*(nn.functional.pad(held, (0, 0, left, 0)) for held in (layer.keys, layer.values)))
 
 
 class DecodeStep(nn.Module):

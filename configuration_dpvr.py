@@ -20,9 +20,11 @@ With L layers, split s and K fusion layers (o = joint, . = text, c = context, r 
     kv_substitution        o o o o o o o | c c c c c c c     DPVR-KV
     persistent_context     o o o o o o o | r r r r r r r     DPVR-PC, the same function as DPVR-KV
     text_only              o o o o o o o | . . . . . . .     DPVR-LF-ideal; VTW when there is no side branch
+    latent                 o | l l l l l l l l l l l l l     context whose keys and values are made from a low-rank
+                                                             latent of the image's states (latent_dpvr.py)
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -44,7 +46,7 @@ check_transformers()  # here because the Auto classes load the configuration fir
 
 JOINT, TEXT, CONTEXT, RESET = "joint", "text", "context", "reset"
 LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}
-ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "none")
+ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "latent", "none")
 SIDE_BRANCH_INITS = ("split_layer", "identity", "random")
 METHOD_FIELDS = (
     "routing",
@@ -53,9 +55,14 @@ METHOD_FIELDS = (
     "num_fusion_layers",
     "fusion_layers",
     "side_branch_init",
+    "latent_rank",
+    "latent_split_layer",
+    "latent_layers",
+    "latent_side_layers",
+    "latent_stride",
 )
 DPVR_FIELDS = (*METHOD_FIELDS, "base_model_name_or_path")
-PLAN_FIELDS = ("depth", "routing", "split_layer", "num_side_layers", "num_fusion_layers", "fusion_layers")
+PLAN_FIELDS = ("depth", *(name for name in METHOD_FIELDS if name != "side_branch_init"))
 AUTO_MAP = {
     "AutoConfig": "configuration_dpvr.DpvrLlavaConfig",
     "AutoModel": "modeling_dpvr.DpvrLlavaForConditionalGeneration",
@@ -70,11 +77,22 @@ class LayerPlan(NamedTuple):
 
     split_layer: int
     modes: tuple[str, ...]  # one of JOINT, TEXT, CONTEXT, RESET per layer
+    latent_stride: int = 0  # 0: context comes from the side branch; k: from a latent of every k-th image token
 
     def __str__(self) -> str:
         """The plan as drawn above, such as "ooooooo|....c"."""
         letters = "".join(LETTERS[mode] for mode in self.modes)
+        if self.latent_stride:
+            letters = letters.replace(LETTERS[CONTEXT], "l")
         return f"{letters[: self.split_layer]}|{letters[self.split_layer :]}"
+
+    def keys_in(self, layer: int) -> str:
+        """Whose keys a layer holds after a prompt: "joint", all tokens'; "text"; or "context", both in turn.
+
+        Layer 0 always holds one key per token, in their order, as a cache is asked there how long the sequence is.
+        """
+        mode = self.modes[layer]
+        return "joint" if layer == 0 or mode == RESET else mode
 
     @property
     def is_vanilla(self) -> bool:
@@ -100,6 +118,11 @@ class DpvrLlavaConfig(LlavaConfig):
             None: the last `num_fusion_layers`. With a list, leave `num_fusion_layers` at 1 or set it to the length.
         side_branch_init: how a new side branch starts: "split_layer" (a copy of the base layers from the split on),
             "identity" (the same with its output projections at zero) or "random".
+        latent_rank: r, the width of the latent that "latent" reads; None: the model has no latent.
+        latent_split_layer: the split of "latent", from 0 on; None: `split_layer`.
+        latent_layers: the layers that read the latent; None: all from that split on.
+        latent_side_layers: decoder layers that image states run through before the latent.
+        latent_stride: k: only every k-th image token of a row is read, its first among them; in layer 0 all are.
         base_model_name_or_path: the frozen LLaVA, if this repository holds the side branch alone; None if it holds
             all weights.
         **kwargs: the fields of `LlavaConfig`.
@@ -118,6 +141,11 @@ class DpvrLlavaConfig(LlavaConfig):
         num_fusion_layers: int = 1,
         fusion_layers: list[int] | None = None,
         side_branch_init: str = "split_layer",
+        latent_rank: int | None = None,
+        latent_split_layer: int | None = None,
+        latent_layers: list[int] | None = None,
+        latent_side_layers: int = 0,
+        latent_stride: int = 1,
         base_model_name_or_path: str | None = None,
         **kwargs,
     ):
@@ -133,6 +161,11 @@ class DpvrLlavaConfig(LlavaConfig):
         self.num_fusion_layers = num_fusion_layers
         self.fusion_layers = fusion_layers
         self.side_branch_init = side_branch_init
+        self.latent_rank = latent_rank
+        self.latent_split_layer = latent_split_layer
+        self.latent_layers = latent_layers
+        self.latent_side_layers = latent_side_layers
+        self.latent_stride = latent_stride
         self.base_model_name_or_path = base_model_name_or_path
         self.check_dpvr_fields()
 
@@ -155,20 +188,15 @@ class DpvrLlavaConfig(LlavaConfig):
     @property
     def plan_fields(self) -> tuple:
         """The values of `PLAN_FIELDS`; while they are equal, so is the plan."""
-        layers = self.fusion_layers
-        return (
-            self.text_config.num_hidden_layers,
-            self.routing,
-            self.split_layer,
-            self.num_side_layers,
-            self.num_fusion_layers,
-            tuple(layers) if isinstance(layers, list) else layers,  # a copy, as a list may be changed in place
-        )
+        values = (self.text_config.num_hidden_layers, *(vars(self)[name] for name in PLAN_FIELDS[1:]))
+        return tuple(tuple(value) if isinstance(value, list) else value for value in values)  # lists may be changed
 
     def check_dpvr_fields(self) -> None:
         """Raise ValueError for a contradiction among the fields."""
-        _check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
+        check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
         self.layer_plan()
+        if self.latent_rank is not None:
+            self.layer_plan("latent")
 
 
 def make_plan(
@@ -179,30 +207,53 @@ def make_plan(
     num_side_layers: int = 1,
     num_fusion_layers: int = 1,
     fusion_layers: Sequence[int] | None = None,
+    latent_rank: int | None = None,
+    latent_split_layer: int | None = None,
+    latent_layers: Sequence[int] | None = None,
+    latent_side_layers: int = 0,
+    latent_stride: int = 1,
+    recurrent: Collection[int] = (),
 ) -> LayerPlan:
     """The layer plan of a decoder of `depth` layers; the fields are `DpvrLlavaConfig`'s.
+
+    Args:
+        recurrent: layers that keep no keys, in which text cannot read the image (decoders_dpvr.py).
 
     Raises:
         ValueError: for a contradiction among the fields.
     """
-    _check_choice("routing", routing, ROUTINGS)
+    check_choice("routing", routing, ROUTINGS)
     if routing == "none":
         return LayerPlan(depth, (JOINT,) * depth)
+    if routing == "latent":
+        split = split_layer if latent_split_layer is None else latent_split_layer
+        _check_latent(depth, split, latent_rank, latent_side_layers, latent_stride)
+        readers = [layer for layer in range(split, depth) if layer not in recurrent]
+        _check_layers("latent_layers", depth, readers, split, latent_layers)
+        if split == 0 and 0 not in (readers if latent_layers is None else latent_layers):
+            raise ValueError(
+                f"The latent's split is 0 and layer 0 does not read it (latent_layers is {latent_layers!r}): let it "
+                "read, as its cache says how long a sequence is, or split at 1."
+            )
+        read = set(readers if latent_layers is None else latent_layers)
+        deep = tuple(CONTEXT if layer in read else TEXT for layer in range(split, depth))
+        return LayerPlan(split, (JOINT,) * split + deep, latent_stride)
     _check_side_branch(depth, routing, split_layer, num_side_layers)
-    _check_fusion_layers(depth, split_layer, num_fusion_layers, fusion_layers)
-    deep = {"persistent_context": RESET, "kv_substitution": CONTEXT}.get(routing, TEXT)
-    plan = [JOINT] * split_layer + [deep] * (depth - split_layer)
-    if routing == "late_fusion":
-        if fusion_layers is not None:
-            for layer in fusion_layers:
-                plan[layer] = CONTEXT
-        else:
-            plan[depth - num_fusion_layers : -1] = [JOINT] * (num_fusion_layers - 1)
-            plan[-1] = CONTEXT
+    readers = [layer for layer in range(split_layer, depth) if layer not in recurrent]
+    _check_fusion_layers(depth, readers, split_layer, num_fusion_layers, fusion_layers)
+    plan = [JOINT] * split_layer + [TEXT] * (depth - split_layer)
+    if routing == "late_fusion" and fusion_layers is None:
+        first, last = readers[-num_fusion_layers], readers[-1]
+        plan[first:last] = [JOINT] * (last - first)
+        plan[last] = CONTEXT
+    elif routing != "text_only":
+        for layer in fusion_layers if routing == "late_fusion" else readers:
+            plan[layer] = RESET if routing == "persistent_context" else CONTEXT
     return LayerPlan(split_layer, tuple(plan))
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a field has one of these values."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}.")
 
@@ -214,37 +265,68 @@ def _check_side_branch(depth: int, routing: str, split: object, num_side_layers:
             f"splits 32 layers after 18; the same share here is {max(1, round(depth * 18 / 32))})."
         )
     fewest = 0 if routing == "text_only" else 1
-    if not (_is_count(num_side_layers) and num_side_layers >= fewest):
+    if not (_is_count(num_side_layers) and fewest <= num_side_layers <= depth):
         raise ValueError(
-            f"num_side_layers is {num_side_layers!r}, but routing {routing!r} needs a number of layers from {fewest} "
-            "on. Without a side branch choose routing='text_only' (with 0 side layers that is VTW)."
+            f"num_side_layers is {num_side_layers!r}, but routing {routing!r} needs {fewest} to {depth}, the depth of "
+            "the decoder. Without a side branch choose routing='text_only' (with 0 side layers that is VTW)."
         )
 
 
-def _check_fusion_layers(depth: int, split: int, count: object, layers: object) -> None:
-    if not (_is_count(count) and 1 <= count <= depth - split):
+def _check_fusion_layers(depth: int, readers: list[int], split: int, count: object, layers: object) -> None:
+    if not readers:
         raise ValueError(
-            f"num_fusion_layers is {count!r}, but {depth - split} layers follow the split at {split}: choose 1 to "
-            f"{depth - split}. For no fusion at all choose routing='text_only'."
+            f"split_layer is {split}, and no layer after it has attention, so that nothing could read the image: "
+            "choose an earlier split."
         )
+    if not (_is_count(count) and 1 <= count <= len(readers)):
+        kind = "layers" if len(readers) == depth - split else "layers of attention"
+        raise ValueError(
+            f"num_fusion_layers is {count!r}, but {len(readers)} {kind} follow the split at {split}: choose 1 to "
+            f"{len(readers)}. For no fusion at all choose routing='text_only'."
+        )
+    _check_layers("fusion_layers", depth, readers, split, layers)
+    if layers is not None and count not in (1, len(layers)):
+        raise ValueError(
+            f"num_fusion_layers is {count}, but fusion_layers lists {len(layers)} layers, {list(layers)}: set one of "
+            "the two and leave the other out."
+        )
+
+
+def _check_latent(depth: int, split: object, rank: object, num_side_layers: object, stride: object) -> None:
+    if rank is None or not (_is_count(rank) and rank >= 1):
+        raise ValueError(
+            f"latent_rank is {rank!r}, and routing 'latent' needs a latent: choose a rank from 1 on and fit it with "
+            "python -m dpvr.training.fit."
+        )
+    if not (_is_count(split) and 0 <= split < depth):
+        raise ValueError(
+            f"The latent's split is {split!r}, but this decoder has {depth} layers: choose 0 to {depth - 1}."
+        )
+    if not (_is_count(num_side_layers) and num_side_layers <= depth) or not (_is_count(stride) and stride >= 1):
+        raise ValueError(
+            f"latent_side_layers is {num_side_layers!r} and latent_stride {stride!r}: choose 0 to {depth} "
+            "layers, and read every k-th image token with k from 1 on."
+        )
+
+
+def _check_layers(name: str, depth: int, readers: list[int], split: int, layers: object) -> None:
+    """Raise ValueError unless the field `name` lists deep layers that can read the image, or is None."""
     if layers is None:
         return
     layers = list(layers) if isinstance(layers, tuple) else layers
     allowed = isinstance(layers, list) and all(_is_count(layer) and split <= layer < depth for layer in layers)
     if not allowed or len(layers) == 0:
         raise ValueError(
-            f"fusion_layers is {layers!r}, but the image can be read from split_layer={split} to {depth - 1}: list "
+            f"{name} is {layers!r}, but the image can be read from split_layer={split} to {depth - 1}: list "
             "layers of this range. For no fusion at all choose routing='text_only'."
         )
+    if blind := sorted(set(layers) - set(readers)):
+        raise ValueError(
+            f"{name} names {blind}, which are recurrent and keep no keys, so that text cannot read the image "
+            f"there: list some of {readers}."
+        )
     if layers != sorted(set(layers)):
-        raise ValueError(
-            f"fusion_layers is {layers!r}: list each layer once, in ascending order, as {sorted(set(layers))}."
-        )
-    if count not in (1, len(layers)):
-        raise ValueError(
-            f"num_fusion_layers is {count}, but fusion_layers lists {len(layers)} layers, {layers}: set one of the "
-            "two and leave the other out."
-        )
+        raise ValueError(f"{name} is {layers!r}: list each layer once, in ascending order, as {sorted(set(layers))}.")
 
 
 def _is_count(value: object) -> bool:

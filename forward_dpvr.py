@@ -16,24 +16,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 try:
-    from .cache_dpvr import KINDS, CacheRecord, ChunkNotes, continue_cache, is_static
+    from .cache_dpvr import CacheRecord, ChunkNotes, continue_cache, is_static
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
+    from .decoders_dpvr import RECURRENT, decoder_of, layer_kinds
     from .images_dpvr import find_images
-    from .streams_dpvr import mask_of_keys
-    from .twins_dpvr import MASK, RoutedLayer, decoder_of, routed_twin
+    from .self_check_dpvr import check_untested
+    from .streams_dpvr import mask_of_keys, shifted
+    from .twins_dpvr import MASK, RoutedLayer, routed_twin
     from .two_stream_dpvr import TwoStreamPass, eagerly
     from .versions_dpvr import LINE_4, argument_names, cache_in
 except ImportError:
-    from cache_dpvr import KINDS, CacheRecord, ChunkNotes, continue_cache, is_static
+    from cache_dpvr import CacheRecord, ChunkNotes, continue_cache, is_static
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
+    from decoders_dpvr import RECURRENT, decoder_of, layer_kinds
     from images_dpvr import find_images
-    from streams_dpvr import mask_of_keys
-    from twins_dpvr import MASK, RoutedLayer, decoder_of, routed_twin
+    from self_check_dpvr import check_untested
+    from streams_dpvr import mask_of_keys, shifted
+    from twins_dpvr import MASK, RoutedLayer, routed_twin
     from two_stream_dpvr import TwoStreamPass, eagerly
     from versions_dpvr import LINE_4, argument_names, cache_in
 
@@ -132,6 +137,7 @@ def _image_chunk(
     make_pass: Callable[..., TwoStreamPass],
 ) -> ModelOutput:
     """Run a chunk with images, on a twin made for it. This function is not compiled, the stock layers may be."""
+    check_untested(owner)
     if arguments.get("use_cache") is None and owner.training:
         arguments["use_cache"] = False
     mask, wanted = arguments.get(MASK), _states_wanted(owner, arguments)
@@ -147,10 +153,15 @@ def _image_chunk(
     _text_twin(owner)  # made now because decoding may be compiled, and making it cannot be traced
     image_twin = routed_twin(owner, two_stream_pass)
     output = stock_forward(image_twin, **arguments)
-    for name, value in vars(image_twin).items():  # attributes that a stock forward sets on its model, as rope_deltas
-        if not name.startswith("_") and name in vars(owner) and vars(owner)[name] is not value and not callable(value):
-            vars(owner)[name] = value
+    _hand_on(image_twin, owner)
     return _with_states(output, two_stream_pass.states, wanted)
+
+
+def _hand_on(giver: nn.Module, taker: nn.Module) -> None:
+    """Set the attributes of one model that its stock forward sets or reads, as rope_deltas, on a twin of it."""
+    for name, value in vars(giver).items():
+        if not name.startswith("_") and name in vars(taker) and vars(taker)[name] is not value and not callable(value):
+            vars(taker)[name] = value
 
 
 def _text_chunk(
@@ -167,13 +178,14 @@ def _text_chunk(
     if not static and length > 1 and record.plain and mask is not None:
         record.plain = flat and bool(mask.all())
     config = decoder_of(owner)[1].config
-    if length == 1 and flat and not static and config._attn_implementation == "sdpa":
+    without_windows = not set(layer_kinds(config)) - {"full_attention", RECURRENT}
+    if length == 1 and flat and not static and without_windows and config._attn_implementation == "sdpa":
         if record.plain:
             return stock_forward(owner, **{**arguments, MASK: None})
-        if mask is not None and not set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
+        if mask is not None and RECURRENT not in layer_kinds(config) and "rope_deltas" not in vars(owner):
             # the mask of the stock decoder, which would check for padding first and so synchronise with the device
             arguments[MASK] = mask.bool()[:, None, None, :]
-    places = record.tables
+    places, end = record.tables, 0
     if static:
         if LINE_4 and arguments.get("cache_position") is None:  # the stock decoder would synchronise to make it
             arguments["cache_position"] = cache.get_seq_length() + torch.arange(length, device=places["text"].device)
@@ -181,9 +193,12 @@ def _text_chunk(
         past = cache.get_seq_length()
         new = torch.arange(past, past + length, device=places["text"].device).expand(len(places["text"]), -1)
         places = {kind: torch.cat([record.slots(kind, past), new], dim=1) for kind in ("text", "context")}
-    wanted = _states_wanted(owner, arguments)
-    record.step = ChunkNotes(places, states=[] if wanted else None)
-    output = stock_forward(_text_twin(owner), **arguments)
+        end = past + length
+    wanted, text_twin = _states_wanted(owner, arguments), _text_twin(owner)
+    record.step = ChunkNotes(places, end=end, states=[] if wanted else None)
+    _hand_on(owner, text_twin)
+    output = stock_forward(text_twin, **arguments)
+    _hand_on(text_twin, owner)
     states, record.step = record.step.states, None
     return _with_states(output, states, wanted)
 
@@ -235,10 +250,10 @@ def text_after_images(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Run a layer for text on a cache that has seen images, with the mask columns of the keys that the layer holds."""
     record = CacheRecord.find(cache)
-    kind, full = KINDS[record.plan.modes[layer.index]], arguments.get(MASK)
+    kind, full = record.plan.keys_in(layer.index), arguments.get(MASK)
     if record.step.states is not None:
         record.step.states.append(hidden)
-    if kind != "joint":
+    if kind != "joint" and layer.kind != RECURRENT:
         arguments = {**arguments, MASK: _columns(record, kind, full, hidden.shape[1])}
     return layer.call(hidden, arguments, cache)
 
@@ -249,7 +264,8 @@ def _columns(record: CacheRecord, kind: str, full: Any, length: int) -> Any:
             return mask
     places = record.step.places[kind]
     if full is not None:
-        mask = mask_of_keys(full, None, places)
+        first = max(0, record.step.end - full.shape[-1])  # the mask of a sliding window may start later
+        mask = mask_of_keys(full, None, shifted(first, places))
     else:  # a single token, which attends to all keys but those of padding slots
         mask = None if record.plain else (places >= 0)[:, None, None, :].expand(-1, -1, length, -1)
     record.step.masks.append((full, kind, mask))
@@ -302,7 +318,12 @@ def check_support(config: DpvrLlavaConfig) -> None:
             f"image_token_id is {config.image_token_id}, but the vocabulary has {text.vocab_size} tokens: set it to "
             "the tokenizer's id of '<image>'."
         )
-    for part in (config, text):
+    check_attention(config)
+
+
+def check_attention(config: PretrainedConfig) -> None:
+    """Raise ValueError if a vision-language model was loaded with an attention that takes no masks."""
+    for part in (config, config.get_text_config()):
         if "flash" in (implementation := str(part._attn_implementation)):
             raise ValueError(_unsupported_attention(implementation))
 
@@ -332,12 +353,18 @@ def _check(owner: nn.Module, plan: LayerPlan, arguments: dict[str, Any], cache: 
     if arguments.get("output_attentions") or owner.config.output_attentions:
         raise ValueError(
             f"output_attentions is not supported under the plan {plan}, whose layers have different keys: leave it "
-            "out, or run vanilla LLaVA with set_routing('none') or disable_adapter()."
+            "out, or run the base with set_routing('none') or disable_adapter()."
         )
     if decoder.training and any(layer.gradient_checkpointing for layer in decoder.layers):
         raise ValueError(
             "Gradient checkpointing is on and not supported: set gradient_checkpointing=False. It would save nothing "
             "here, as no activation is stored below the first layer that attends to the side branch."
+        )
+    kinds = set(layer_kinds(decoder.config))
+    if is_static(cache) and kinds != {"full_attention"}:
+        raise ValueError(
+            f"A static cache is not supported under a layer plan with layers of {' and '.join(sorted(kinds))}, as its "
+            "windows and states have sizes of their own: leave cache_implementation out."
         )
     if mask is not None and _is_flat(mask) and not is_static(cache):
         expected = (tokens.shape[0], (0 if cache is None else cache.get_seq_length()) + tokens.shape[1])

@@ -1,8 +1,9 @@
 """The model with its head under a routing: loss, logits and `generate` with images.
 
-    routed(LlavaForConditionalGeneration)        a subclass of the stock class, in which
+    routed(Qwen3VLForConditionalGeneration)      a subclass of the stock class, in which
         loss            leaves out labels at image tokens and those that image tokens would predict
         logits_to_keep  is passed to the decoder, whose last layer then has only these tokens as queries
+    routed(LlavaForConditionalGeneration)        also
         generate        repeats a row's pixels with the row, and passes on the pixels of the chunk that runs
 
 `DpvrLlavaForConditionalGeneration` (modeling_dpvr.py) and a stock model with a PEFT adapter (adapter_dpvr.py) both are
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 from transformers.cache_utils import Cache
 
 try:
@@ -42,7 +43,8 @@ def routed(stock: type) -> type:
         return stock.forward(self, **arguments)
 
     own = {"forward": forward, "own": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    return type(stock.__name__, (RoutedGeneration, stock), own)
+    mixin = LlavaGeneration if issubclass(stock, LlavaForConditionalGeneration) else RoutedGeneration
+    return type(stock.__name__, (mixin, stock), own)
 
 
 def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[st
 
 
 class RoutedGeneration:
-    """A mixin that `routed` puts before the class of a stock model with its head."""
+    """The mixin that `routed` puts before the class of a stock model with its head."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called as any module. Labels are ignored here too, for trainers that replace `forward`, as TRL's do."""
@@ -67,59 +69,10 @@ class RoutedGeneration:
             args, kwargs = (), without_image_labels(self.model, dict(zip(names, args, strict=False)) | kwargs)
         return super().__call__(*args, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        *args: Any,
-        pixel_values: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict:
-        """The stock inputs, with the pixels of the images in this chunk: any turn of a dialogue may bring more."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
-        )
-        inputs.pop("pixel_values", None)
-        chunk, cache = inputs.get("input_ids"), cache_in(inputs)
-        decoding = cache is not None and cache.get_seq_length() > 0 and chunk is not None and chunk.shape[1] == 1
-        if pixel_values is None or decoding:
-            return inputs
-        if chunk is not None:
-            pixel_values = self._pixels_of_chunk(pixel_values, input_ids, chunk, kwargs)
-        if pixel_values is not None:
-            inputs["pixel_values"] = pixel_values
-        return inputs
-
-    def _images_per_row(self, input_ids: torch.Tensor, kwargs: dict) -> list[int] | None:
-        """The number of images in each row; None if images differ in their numbers of tokens."""
-        tokens = tokens_per_image(self.config, kwargs)
-        return None if tokens is None else images_per_row(input_ids == self.config.image_token_id, tokens)
-
-    def _pixels_of_chunk(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, chunk: torch.Tensor, kwargs: dict
-    ) -> torch.Tensor | None:
-        """The pixels of the images in the chunk: the last ones of each row, of all pixels (N, ...) of the rows."""
-        if chunk.shape[1] == input_ids.shape[1]:
-            return pixel_values
-        images, new = self._images_per_row(input_ids, kwargs), self._images_per_row(chunk, kwargs)
-        if new is not None and sum(new) == 0:
-            return None
-        if new is None or len(pixel_values) != sum(images):
-            return pixel_values  # those of the new images alone, or a wrong number, which forward refuses
-        rows = pixel_values.split(images)
-        return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
-
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
+        self, *args: Any, input_ids: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, dict]:
-        """Repeat rows for beams and samples, and the images of each row with it, which stock LLaVA may get wrong.
-
-        `generate` calls this once, with the prompt, before any computation.
-        """
+        """Called once by `generate`, with the prompt, before any computation."""
         ends_in_image = input_ids is not None and bool(image_marks(self.model, input_ids[:, -1:], None).any())
         if ends_in_image and not self.model.plan.is_vanilla:
             raise ValueError(
@@ -127,15 +80,7 @@ class RoutedGeneration:
                 "image, such as the question, or use the chat template."
             )
         self._drop_half_filled_cache()
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        images = None if input_ids is None or pixel_values is None else self._images_per_row(input_ids, model_kwargs)
-        repeated = pixel_values
-        if expand_size > 1 and images is not None and sum(images) == len(pixel_values):  # else forward refuses it
-            repeated = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(images)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, model_kwargs | ({} if repeated is None else {"pixel_values": repeated})
+        return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **kwargs)
 
     # -- static caches ------------------------------------------------------------------------------------------------
 
@@ -161,6 +106,74 @@ class RoutedGeneration:
                 "flex_attention does not run with a static cache, for which generate makes masks as tensors: call "
                 "set_attn_implementation('sdpa'), or leave cache_implementation out."
             )
+
+
+class LlavaGeneration(RoutedGeneration):
+    """The mixin for a LLaVA, whose images all have the same number of tokens."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        pixel_values: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict:
+        """The stock inputs, with the pixels of the images in this chunk: any turn of a dialogue may bring more."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        inputs.pop("pixel_values", None)
+        chunk, cache = inputs.get("input_ids"), cache_in(inputs)
+        decoding = cache is not None and cache.get_seq_length() > 0 and chunk is not None and chunk.shape[1] == 1
+        if pixel_values is None or decoding:
+            return inputs
+        if chunk is not None:
+            pixel_values = self._pixels_of_chunk(pixel_values, input_ids, chunk, kwargs)
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+    def _images_per_row(self, input_ids: torch.Tensor | None, kwargs: dict) -> list[int] | None:
+        """The number of images in each row; None if images differ in their numbers of tokens."""
+        tokens, embeds = tokens_per_image(self.config, kwargs), kwargs.get("inputs_embeds")
+        if tokens is None:
+            return None
+        if input_ids is None or input_ids.shape[1] == 0:  # `generate` started from embeddings
+            return None if embeds is None else images_per_row(image_marks(self.model, None, embeds), tokens)
+        return images_per_row(input_ids == self.config.image_token_id, tokens)
+
+    def _pixels_of_chunk(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, chunk: torch.Tensor, kwargs: dict
+    ) -> torch.Tensor | None:
+        """The pixels of the images in the chunk: the last ones of each row, of all pixels (N, ...) of the rows."""
+        if chunk.shape[1] == input_ids.shape[1]:
+            return pixel_values
+        images, new = self._images_per_row(input_ids, kwargs), self._images_per_row(chunk, kwargs)
+        if new is not None and sum(new) == 0:
+            return None
+        if new is None or len(pixel_values) != sum(images):
+            return pixel_values  # those of the new images alone, or a wrong number, which forward refuses
+        rows = pixel_values.split(images)
+        return torch.cat([row[len(row) - count :] for row, count in zip(rows, new, strict=True)])
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict]:
+        """Repeat rows for beams and samples, and the images of each row with it, which stock LLaVA may get wrong."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        images = None if pixel_values is None else self._images_per_row(input_ids, model_kwargs)
+        repeated = pixel_values
+        if expand_size > 1 and images is not None and sum(images) == len(pixel_values):  # else forward refuses it
+            repeated = torch.cat([row.repeat(expand_size, 1, 1, 1) for row in pixel_values.split(images)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | ({} if repeated is None else {"pixel_values": repeated})
 
     # -- a prefill in chunks ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@
         |
     me/x             from_pretrained("me/x", trust_remote_code=True); the base is loaded from its own repository
 
-The command `python -m dpvr.push` does the same for the folder of a saved model (dpvr/push.py).
+The command `python -m dpvr.push` does the same for the folder of a saved model, or of a PEFT adapter on any
+vision-language model, whose two files go to the top of the repository (dpvr/push.py).
 """
 
 import inspect
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ from transformers import ProcessorMixin
 
 try:
     from .configuration_dpvr import DpvrLlavaConfig
-    from .loading_dpvr import is_side_branch, load_processor
+    from .loading_dpvr import is_side_branch
+    from .processors_dpvr import load_processor
 except ImportError:
     from configuration_dpvr import DpvrLlavaConfig
-    from loading_dpvr import is_side_branch, load_processor
+    from loading_dpvr import is_side_branch
+    from processors_dpvr import load_processor
 
 CONFIG_NAME, RECORD_NAME, CARD_NAME = "config.json", "training.json", "README.md"
 ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -70,6 +74,40 @@ not measured.
 
 {mark}
 """
+ADAPTER_CARD = """\
+# {name}
+
+A side branch for [{base}](https://huggingface.co/{base}), as a PEFT adapter. It was made with DPVR
+([Late-Layer Fusion is Enough](https://arxiv.org/abs/2606.09131)): image tokens leave the decoder after {split} of its
+{depth} layers for a side branch of {side}, and text reads its output under the routing `{routing}`{layers}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from dpvr import DpvrConfig  # importing it registers the method with PEFT
+
+base = AutoModelForImageTextToText.from_pretrained("{base}")
+processor = AutoProcessor.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+```
+
+## Training
+
+{training}
+
+## Scores
+
+{scores}
+
+## Limits
+
+This adapter has the limits of its base and of the data it was trained on. Logits at image tokens mean nothing under
+its routing. What is not listed under Scores was not measured.
+
+{mark}
+"""
+UNWRITTEN = "[More Information Needed]"  # in the card that PEFT saves beside an adapter
 SIDE_BRANCH_ONLY = """\
 A side branch for [{base}](https://huggingface.co/{base}), which is loaded from its own repository. `adapter/` holds
 the same side branch for PEFT."""
@@ -81,6 +119,10 @@ the side branch)."""
 NOT_ROUTED = "Its routing is `{routing}`: the side branch is not used."
 MARK = "<!-- made by hub_dpvr.py; remove this line from a card that you edit, and the next push keeps the card -->"
 OUR_CARD = re.compile(r"<!-- made by (hub|sharing)_dpvr\.py;")  # cards on the Hub may bear the file's former name
+
+
+SHARE_ALL = "share all weights with model.push_to_hub(..., side_branch_only=False)"
+NAME_BASE = f"put its id into base_model_name_or_path of {ADAPTER_CONFIG_NAME}"
 
 
 class Sharing:
@@ -169,7 +211,7 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
     )
 
 
-def require_hub_base(base: str) -> None:
+def require_hub_base(base: str, remedy: str = SHARE_ALL) -> None:
     """Raise ValueError unless `base` is a Hub id: others cannot load a base from a local path."""
     try:
         validate_repo_id(base)
@@ -179,7 +221,7 @@ def require_hub_base(base: str) -> None:
     if local:
         raise ValueError(
             f"The base of this side branch is the local folder {base!r}, which others cannot load: push the base to "
-            "the Hub and load it by its id, or share all weights with model.push_to_hub(..., side_branch_only=False)."
+            f"the Hub and load it by its id, or {remedy}."
         )
 
 
@@ -214,33 +256,26 @@ def upload(
 ) -> str:
     """Commit a saved model to the Hub: the files at the top of its folder and those in `adapter/`.
 
-    A card is added, unless the folder has one or somebody wrote the repository's by hand. Weights that are in the
-    repository and no longer in the folder are deleted in the same commit.
+    A card is added, unless somebody wrote one, in the folder or in the repository. Weights that are in the repository
+    and no longer in the folder are deleted in the same commit.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        ValueError: if the folder holds no model, or one whose base is a local folder.
+        ValueError: if the folder holds no model and no adapter of this method, or one whose base is a local folder.
         OSError: if the push failed; the repository is then as it was before.
     """
-    if not Path(folder, CONFIG_NAME).is_file():
-        raise ValueError(
-            f"There is no {CONFIG_NAME} in {str(folder)!r}: give the output_dir of train_sft.py, or a folder that "
-            "save_pretrained wrote."
-        )
-    config = DpvrLlavaConfig.from_pretrained(folder)
-    if config.base_model_name_or_path is not None:
-        require_hub_base(config.base_model_name_or_path)
+    make_card = _card_of(Path(folder))
     repo_id = make_repository(repo_id, private=private, token=token)
     api, files = HfApi(token=token), files_to_share(Path(folder))
     try:
         present = set(api.list_repo_files(repo_id))
+        if CARD_NAME in files and UNWRITTEN in files[CARD_NAME].read_text(encoding="utf-8"):
+            del files[CARD_NAME]
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         if CARD_NAME not in files and (CARD_NAME not in present or _may_replace_card(api, repo_id)):
-            record = Path(folder, RECORD_NAME)
-            record = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
-            operations.append(CommitOperationAdd(CARD_NAME, str(model_card(repo_id, config, record)).encode()))
+            operations.append(CommitOperationAdd(CARD_NAME, str(make_card(repo_id)).encode()))
         operations += [CommitOperationDelete(name) for name in sorted(present - set(files)) if _is_replaced(name)]
         message = commit_message or "Upload DPVR model"
         return api.create_commit(repo_id, operations, commit_message=message).commit_url
@@ -249,6 +284,37 @@ def upload(
             f"The push of {str(folder)!r} to {repo_id!r} failed ({_in_one_line(error)}). The repository was not "
             f"changed. Push again; for the output_dir of a run: python -m dpvr.push <output_dir> {repo_id}"
         ) from None
+
+
+def _card_of(folder: Path) -> Callable[[str], ModelCard]:
+    """What makes the card of a saved model or adapter, from the name of its repository.
+
+    Raises:
+        ValueError: as `upload`.
+    """
+    record = folder / RECORD_NAME
+    record = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+    if (folder / CONFIG_NAME).is_file():
+        config = DpvrLlavaConfig.from_pretrained(folder)
+        if config.base_model_name_or_path is not None:
+            require_hub_base(config.base_model_name_or_path)
+        return lambda name: model_card(name, config, record)
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ValueError(
+            f"There is no {CONFIG_NAME} and no {ADAPTER_CONFIG_NAME} in {str(folder)!r}: give the output_dir of "
+            "train_sft.py, or a folder that save_pretrained wrote."
+        )
+    fields = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    kind, base = fields.get("peft_type"), fields.get("base_model_name_or_path")
+    if kind != "DPVR" or not (folder / ADAPTER_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter of type {kind!r}, and one of type 'DPVR' with {ADAPTER_WEIGHTS_NAME} "
+            "is needed: push others with the push_to_hub of their PeftModel."
+        )
+    if not base:
+        raise ValueError(f"The adapter in {str(folder)!r} does not name its base, which others need: {NAME_BASE}.")
+    require_hub_base(base, NAME_BASE)
+    return lambda name: adapter_card(name, fields, record)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -291,6 +357,37 @@ def model_card(repo_id: str, config: DpvrLlavaConfig, record: dict[str, Any] | N
         training=_training(record) if record else "There is no record of the training.",
         scores=_scores(record["accuracy"]) if record and record["accuracy"] else "Not measured.",
         limits="Logits at image tokens mean nothing under its routing. " if plan.reads_side_branch else "",
+        mark=MARK,
+    )
+    return ModelCard(f"---\n{metadata}\n---\n\n{text}")
+
+
+def adapter_card(repo_id: str, fields: dict[str, Any], record: dict[str, Any] | None) -> ModelCard:
+    """Return the card of a PEFT adapter.
+
+    Args:
+        fields: the content of its adapter_config.json.
+        record: as `model_card`.
+    """
+    base, layers = fields["base_model_name_or_path"], fields.get("fusion_layers")
+    metadata = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        pipeline_tag="image-text-to-text",
+        datasets=[record["data"]["name"]] if record and record["data"]["on_the_hub"] else None,
+        tags=["dpvr", "late-fusion"],
+    )
+    text = ADAPTER_CARD.format(
+        name=repo_id,
+        base=base,
+        split=fields["split_layer"],
+        depth=fields["num_hidden_layers"],
+        side=fields["num_side_layers"],
+        routing=fields["routing"],
+        layers=f" in the layers {', '.join(map(str, layers))}, counted from 0" if layers else "",
+        training=_training(record) if record else "There is no record of the training.",
+        scores=_scores(record["accuracy"]) if record and record["accuracy"] else "Not measured.",
         mark=MARK,
     )
     return ModelCard(f"---\n{metadata}\n---\n\n{text}")

@@ -16,14 +16,19 @@ try:
 except ImportError:
     from versions_dpvr import cache_in
 
-MARKS = ("image_token_id", "video_token_id")
+MARKS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+LLAVAS = ("llava", "dpvr_llava")
 FIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")  # every image has the same number of tokens
+
+
+def mark_ids(config: PretrainedConfig) -> list[int]:
+    """The ids of the tokens that stand for images and videos in a prompt."""
+    return sorted({getattr(config, name, None) for name in MARKS} - {None})
 
 
 def image_marks(owner: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
     """bool (B, T), True at the tokens of images and videos, given as ids or as embeddings."""
-    marks = [getattr(owner.config, name, None) for name in MARKS]
-    marks = [mark for mark in marks if mark is not None]
+    marks = mark_ids(owner.config)
     if input_ids is not None:
         return torch.stack([input_ids == mark for mark in marks]).any(0)
     embed = owner.get_input_embeddings()
@@ -58,7 +63,7 @@ def find_images(owner: nn.Module, arguments: dict[str, Any]) -> torch.Tensor | N
         return None
     if num_tokens == 0 or not (pixels or encoded):
         given = sum(map(len, pixels)) + sum(len(output.pooler_output) for output in encoded)
-        marks = " or ".join(str(getattr(owner.config, name)) for name in MARKS if hasattr(owner.config, name))
+        marks = " or ".join(map(str, mark_ids(owner.config)))
         raise ValueError(
             f"The prompt has {num_tokens} image tokens (id {marks}), and {given} images came with it: make both with "
             "the processor, with one <image> mark per image."
@@ -75,7 +80,7 @@ def tokens_per_image(config: PretrainedConfig, arguments: dict[str, Any]) -> int
     `image_seq_length` is not used, as many configs leave it at its default.
     """
     vision = config.vision_config
-    if vision.model_type not in FIXED_TOWERS or hasattr(config, "image_grid_pinpoints"):
+    if config.model_type not in LLAVAS or vision.model_type not in FIXED_TOWERS:
         return None
     patches = (vision.image_size // vision.patch_size) ** 2
     strategy = arguments.get("vision_feature_select_strategy") or config.vision_feature_select_strategy

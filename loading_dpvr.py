@@ -16,22 +16,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoProcessor,
     BitsAndBytesConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
-    ProcessorMixin,
 )
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from .latent_dpvr import Latent, reset_latent
+    from .side_branch_dpvr import reset_side_branch
 except ImportError:
     from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from latent_dpvr import Latent, reset_latent
+    from side_branch_dpvr import reset_side_branch
 
 try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
     from transformers.conversion_mapping import (
@@ -52,60 +51,15 @@ PUBLISHED_NAMES = {  # weight names of llava-hf's checkpoints, which both versio
 }
 
 WEIGHTS_NAME = "model.safetensors"
+VIDEO_SETTINGS, IMAGE_SETTINGS = "video_preprocessor_config.json", "preprocessor_config.json"
 SIDE_BRANCH = "model.side_branch"
+LATENT = ".side_branch.latent."
 QUANTISATION_FIELDS = ("quantization_config", "_pre_quantization_dtype")  # of the config of a quantised base
 
 
 def is_side_branch(parameter_name: str) -> bool:
     """Whether a weight is the side branch's: one predicate for what is trained, saved, loaded and counted."""
     return "side_branch" in parameter_name.split(".")
-
-
-def make_side_branch(layers: nn.ModuleList, config: DpvrLlavaConfig) -> nn.ModuleList:
-    """New decoder layers of the same class and size, whose `layer_idx` follow the decoder's; not yet initialised."""
-    side_branch = nn.ModuleList(type(layers[0])(config.text_config, 0) for _ in range(config.num_side_layers))
-    for index, side_layer in enumerate(side_branch):
-        side_layer.self_attn.layer_idx = len(layers) + index
-    return side_branch
-
-
-@torch.no_grad()
-def reset_side_branch(side_branch: nn.ModuleList, layers: nn.ModuleList, config: DpvrLlavaConfig) -> None:
-    """Initialise a side branch from a decoder's layers, as `config.side_branch_init` says."""
-    for index, side_layer in enumerate(side_branch):
-        if config.side_branch_init == "random":
-            for name, parameter in side_layer.named_parameters():
-                _reset_parameter(name, parameter, config.text_config.initializer_range)
-            continue
-        source = layers[min(config.split_layer + index, len(layers) - 1)]
-        side_layer.load_state_dict(_plain_weights(source, side_layer))
-        if config.side_branch_init == "identity":
-            for projection in (side_layer.self_attn.o_proj, side_layer.mlp.down_proj):
-                for parameter in projection.parameters():
-                    parameter.zero_()
-
-
-def _plain_weights(source: nn.Module, like: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights with which a plain layer `like` would compute what the decoder layer `source` does.
-
-    A linear layer in 4 bits, or with LoRA in it, is applied to the unit vectors: its outputs are the weights.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    dtype = next(weight.dtype for weight in source.parameters() if weight.is_floating_point())  # a norm's, or LoRA's
-    for name, plain in like.named_modules():
-        module = source.get_submodule(name)
-        if type(plain) is nn.Linear and (type(module) is not nn.Linear or not module.weight.is_floating_point()):
-            device, training = next(module.parameters()).device, module.training
-            units = torch.eye(plain.in_features, dtype=dtype, device=device)
-            module.eval()  # without LoRA's dropout
-            bias = module(torch.zeros_like(units[:1]))  # (1, out_features)
-            weights[f"{name}.weight"] = (module(units) - bias).T
-            if plain.bias is not None:
-                weights[f"{name}.bias"] = bias[0]
-            module.train(training)
-        else:
-            weights |= {f"{name}.{key}".lstrip("."): weight for key, weight in module.named_parameters(recurse=False)}
-    return weights
 
 
 def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> BitsAndBytesConfig:
@@ -170,11 +124,40 @@ class SideBranchLoading:
         base_weight = next(llava.model.language_model.layers[-1].parameters())
         model.side_branch.to(base_weight.dtype).to_empty(device=base_weight.device)
         model.reset_side_branch()
+        model.remember_base()
         return model.train(llava.training)
 
     def reset_side_branch(self) -> None:
         """Initialise the side branch anew, as `config.side_branch_init` says."""
-        reset_side_branch(self.side_branch, self.model.language_model.layers, self.config)
+        config = self.config
+        reset_side_branch(self.side_branch, self.model.language_model, config.split_layer, config.side_branch_init)
+        self.reset_latent()
+
+    def new_latent(self, *, latent_rank: int, **fields: Any) -> None:
+        """Give the model a new latent, to be fitted, in place of the one it has.
+
+        Args:
+            latent_rank, **fields: fields of `DpvrLlavaConfig`.
+
+        Raises:
+            ValueError: for a contradiction among the fields; the model then stays as it was.
+        """
+        config, base = copy.deepcopy(self.config), self.model.language_model
+        for name, value in {"latent_rank": latent_rank, **fields}.items():
+            setattr(config, name, value)
+        config.check_dpvr_fields()
+        latent = Latent(base, config.layer_plan("latent"), latent_rank, config.latent_side_layers)
+        like = next(weight for weight in base.layers[-1].parameters() if weight.is_floating_point())
+        self.side_branch.latent = latent.to(like.device, like.dtype)
+        for name in ("latent_rank", *fields):
+            setattr(self.config, name, getattr(config, name))
+        self.reset_latent()
+
+    def reset_latent(self) -> None:
+        """Start the latent anew, if there is one: it is to be fitted."""
+        if self.side_branch.has_latent:
+            plan, init = self.config.layer_plan("latent"), self.config.side_branch_init
+            reset_latent(self.side_branch.latent, self.model.language_model, plan, init)
 
     @classmethod
     def from_pretrained(
@@ -227,6 +210,7 @@ class SideBranchLoading:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         model._check_loaded(base, info, branch, new_side_branch)
+        model.remember_base()
         return (model, info) if wants_info else model
 
     def load_custom_generate(self, name_or_path: str, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
@@ -255,12 +239,15 @@ class SideBranchLoading:
                 f"{base!r} is not a full LLaVA: it lacks {len(of_base)} of the weights, such as {of_base[:3]}. Load a "
                 "full LLaVA; in a repository with the side branch alone, set base_model_name_or_path to one."
             )
-        own = [name for name in self.state_dict() if is_side_branch(name)]
+        own = {name: weight for name, weight in self.state_dict().items() if is_side_branch(name)}
+        check_finite({name: weight for name, weight in own.items() if name not in info["missing_keys"]})
         surplus = sorted(name for name in info["unexpected_keys"] if is_side_branch(name))
         if branch is not None:
             self.load_side_branch(branch)
         elif new_side_branch or len(missing) == len(own):
             self.reset_side_branch()
+        elif missing and not surplus and set(missing) == {name for name in own if LATENT in name}:
+            self.reset_latent()
         elif missing or surplus:
             raise ValueError(
                 f"The side branch in {base!r} does not have the {len(own)} weights of {len(self.side_branch)} side "
@@ -284,16 +271,40 @@ class SideBranchLoading:
                 f"{name!r}: its shape is {got.get(name)}, and {shapes.get(name)} is needed. Load it on the base and "
                 "with the num_side_layers that it was trained with."
             )
+        check_finite(weights)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
+
+    def remember_base(self) -> None:
+        """Note the base's weights as they are in the base's own repository; PyTorch counts what is written to them."""
+        self._base_as_loaded = {
+            name: (weight._version, tuple(weight.shape))
+            for name, weight in self.named_parameters()
+            if not is_side_branch(name)
+        }
+
+    def _refuse_changed_base(self) -> None:
+        known = vars(self).get("_base_as_loaded", {})
+        changed = [
+            name
+            for name, weight in self.named_parameters()
+            if name in known and (weight._version > known[name][0] or tuple(weight.shape) != known[name][1])
+        ]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} weights of the base were changed since it was loaded, such as {changed[0]!r}, and "
+                "saving the side branch alone would lose them: save all weights, with side_branch_only=False."
+            )
 
     def side_branch_base(self, save_directory: str | os.PathLike) -> str:
         """The base to name in the config of a side branch that is saved in `save_directory`: a Hub id or full path.
 
         Raises:
-            ValueError: if the model does not know its base, or if `save_directory` is the folder of the base.
+            ValueError: if the model does not know its base, if `save_directory` is the folder of the base, and if
+                weights of the base were changed, as a projector that was trained.
         """
+        self._refuse_changed_base()
         base = self.config.base_model_name_or_path or self.config._name_or_path
         if not base:
             raise ValueError(
@@ -324,7 +335,13 @@ class SideBranchLoading:
         """
         base = self.side_branch_base(save_directory) if side_branch_only else None
         if side_branch_only:
-            kwargs.setdefault("max_shard_size", "1TB")  # a side branch is read back as one file
+            for name in ("max_shard_size", "variant"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"{name}={kwargs[name]!r} does not go with side_branch_only=True, as a side branch is read "
+                        f"back as the one file {WEIGHTS_NAME}: leave it out."
+                    )
+            kwargs["max_shard_size"] = "1TB"
             weights = kwargs.pop("state_dict", None) or self.state_dict()
             kwargs["state_dict"] = {name: tensor for name, tensor in weights.items() if is_side_branch(name)}
         to_save = self._copy_to_save(base, side_branch_only)
@@ -347,11 +364,15 @@ class SideBranchLoading:
         return new
 
 
-def load_processor(name_or_path: str, revision: str = "main", token: str | bool | None = None) -> ProcessorMixin:
-    """Load the processor of a LLaVA or DPVR repository; code beside it is not run, as a processor needs none."""
-    AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
-    AutoProcessor.register(DpvrLlavaConfig, LlavaProcessor, exist_ok=True)
-    return AutoProcessor.from_pretrained(name_or_path, revision=revision, token=token, trust_remote_code=False)
+def check_finite(weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError if a weight is NaN or infinite: the model would answer nothing."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and weight.device.type != "meta" and not bool(weight.isfinite().all()):
+            broken = int((~weight.isfinite()).sum())
+            raise ValueError(
+                f"{broken} of {weight.numel()} numbers of the weight {name!r} are NaN or infinite: the training that "
+                "wrote it diverged, or the file is damaged. Take an earlier checkpoint, or save it again."
+            )
 
 
 @contextmanager
@@ -376,10 +397,3 @@ def _read_side_branch(repository: str, **hub_kwargs: Any) -> dict[str, torch.Ten
             f"are others, such as {others[:3]}. If it holds all weights, set base_model_name_or_path to null."
         )
     return weights
-
-
-def _reset_parameter(name: str, parameter: torch.Tensor, std: float) -> None:
-    if parameter.ndim > 1:
-        parameter.normal_(0.0, std)
-    else:
-        parameter.fill_(0.0 if name.endswith("bias") else 1.0)

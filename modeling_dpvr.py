@@ -22,12 +22,18 @@ from transformers.models.llava.modeling_llava import LlavaModel
 try:
     from .cache_dpvr import DecodeStep
     from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
-    from .costs_dpvr import CostFormulas
+    from .costs_dpvr import CountedCosts
+    from .decoders_dpvr import decoder_of  # noqa: F401
     from .forward_dpvr import check_support, routed_model
     from .generation_dpvr import routed
     from .hub_dpvr import Sharing
     from .images_dpvr import image_marks  # noqa: F401
-    from .loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
+    from .latent_dpvr import Latent
+    from .loading_dpvr import SideBranchLoading, is_side_branch
+    from .processors_dpvr import load_processor  # noqa: F401
+    from .self_check_dpvr import check_untested  # noqa: F401
+    from .side_branch_dpvr import make_side_branch
+    from .stream_arguments_dpvr import StreamArguments  # noqa: F401
     from .streams_dpvr import Streams  # noqa: F401
     from .twins_dpvr import RoutedLayer  # noqa: F401
     from .two_stream_dpvr import TwoStreamPass  # noqa: F401
@@ -35,12 +41,18 @@ try:
 except ImportError:
     from cache_dpvr import DecodeStep
     from configuration_dpvr import DpvrLlavaConfig, LayerPlan
-    from costs_dpvr import CostFormulas
+    from costs_dpvr import CountedCosts
+    from decoders_dpvr import decoder_of  # noqa: F401
     from forward_dpvr import check_support, routed_model
     from generation_dpvr import routed
     from hub_dpvr import Sharing
     from images_dpvr import image_marks  # noqa: F401
-    from loading_dpvr import SideBranchLoading, is_side_branch, make_side_branch
+    from latent_dpvr import Latent
+    from loading_dpvr import SideBranchLoading, is_side_branch
+    from processors_dpvr import load_processor  # noqa: F401
+    from self_check_dpvr import check_untested  # noqa: F401
+    from side_branch_dpvr import make_side_branch
+    from stream_arguments_dpvr import StreamArguments  # noqa: F401
     from streams_dpvr import Streams  # noqa: F401
     from twins_dpvr import RoutedLayer  # noqa: F401
     from two_stream_dpvr import TwoStreamPass  # noqa: F401
@@ -60,7 +72,11 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
 
     def __init__(self, config: DpvrLlavaConfig):
         super().__init__(config)
-        self.side_branch = make_side_branch(self.language_model.layers, config)
+        self.side_branch = make_side_branch(self.language_model, config.split_layer, config.num_side_layers)
+        if config.latent_rank is not None:
+            plan = config.layer_plan("latent")
+            latent = Latent(self.language_model, plan, config.latent_rank, config.latent_side_layers)
+            self.side_branch.add_module("latent", latent)
         self._cached_plan: tuple[tuple, LayerPlan] | None = None  # with the config's fields that it was made of
         self.post_init()
 
@@ -79,7 +95,7 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
 
 
 class DpvrLlavaForConditionalGeneration(
-    Sharing, SideBranchLoading, CostFormulas, routed(LlavaForConditionalGeneration)
+    Sharing, SideBranchLoading, CountedCosts, routed(LlavaForConditionalGeneration)
 ):
     """LLaVA whose image tokens leave the decoder after `split_layer` layers; see `from_llava` and `set_routing`.
 

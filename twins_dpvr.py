@@ -21,11 +21,14 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 try:
+    from .decoders_dpvr import decoder_of, layer_kinds
+    from .streams_dpvr import Streams
     from .versions_dpvr import argument_names, cache_name
 except ImportError:
+    from decoders_dpvr import decoder_of, layer_kinds
+    from streams_dpvr import Streams
     from versions_dpvr import argument_names, cache_name
 
-DECODER_NAMES = ("language_model", "text_model")  # what outer models call their decoder
 MASK = "attention_mask"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -54,15 +57,16 @@ class RoutedLayer(nn.Module):
     Args:
         layer: the stock layer; not registered as a submodule, as its weights already belong to the model.
         index: its place in the decoder.
+        kind: that of its attention, or `RECURRENT`.
         run: called with this, the states from the layer before, the layer's other arguments, and the cache.
     """
 
-    def __init__(self, layer: nn.Module, index: int, run: Callable) -> None:
+    def __init__(self, layer: nn.Module, index: int, kind: str, run: Callable) -> None:
         super().__init__()
         for name, value in vars(layer).items():  # the decoder reads attributes of its layers, as attention_type
             if not name.startswith("_") and not callable(value):
                 vars(self)[name] = value
-        vars(self).update(stock=layer, index=index, run=run, names=argument_names(type(layer).forward))
+        vars(self).update(stock=layer, index=index, kind=kind, run=run, names=argument_names(type(layer).forward))
         self.cache_name = cache_name(type(layer).forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -78,16 +82,24 @@ class RoutedLayer(nn.Module):
         return self.stock(states, **arguments, **{self.cache_name: cache})
 
     def keys_and_values(
-        self, states: torch.Tensor, arguments: dict[str, Any], device: torch.device
+        self,
+        states: torch.Tensor,
+        arguments: dict[str, Any],
+        device: torch.device,
+        projections: dict[str, nn.Module] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values (B, H, N, head width) that the stock layer would cache for states (B, N, D).
 
-        No query is projected. If the layer's weights are sharded or offloaded, call it within the layer's own call,
-        when they are there.
+        With `projections`, of a latent, states are (B, N, r) and the layer's norm is left out: they replace k_proj and
+        v_proj, and the layer's k-norm and rotary embedding follow. No query is projected. If the layer's weights are
+        sharded or offloaded, call it within the layer's own call, when they are there.
         """
-        attention = self.stock.self_attn
-        width = attention.q_proj.out_features // attention.config.num_attention_heads
-        layer = twin(self.stock, self_attn=twin(attention, hooks=False, q_proj=Zeros(width)))
+        attention, parts = self.stock.self_attn, {}
+        if "q_proj" in attention._modules:  # else queries are projected too, together with other things
+            parts["q_proj"] = Zeros(attention.q_proj.out_features // attention.config.num_attention_heads)
+        of_layer = {} if projections is None else {"input_layernorm": nn.Identity()}
+        attention = twin(attention, hooks=False, **parts, **projections or {})
+        layer = twin(self.stock, self_attn=attention, **of_layer)
         arguments = {**{name: on(value, device) for name, value in arguments.items()}, MASK: None}
         tap = KeyTap()
         try:
@@ -126,17 +138,21 @@ class WriteFirst:
     Args:
         cache: the real cache, or None.
         layer: the layer that gets this.
-        others: the other states (B, N, D), each with the layer's arguments for them.
+        others: the other states (B, N, D), each with the layer's arguments for them, and the projections of a latent
+            or None.
     """
 
     def __init__(
-        self, cache: Cache | None, layer: RoutedLayer, others: list[tuple[torch.Tensor, dict[str, Any]]]
+        self, cache: Cache | None, layer: RoutedLayer, others: list[tuple[torch.Tensor, dict, dict | None]]
     ) -> None:
         self.cache, self.layer, self.others = cache, layer, others
 
     def write(self, device: torch.device, layer_idx: int, *args: Any, **kwargs: Any) -> list:
         """Write the keys and values of the other states, and return them in pairs."""
-        made = [self.layer.keys_and_values(states, arguments, device) for states, arguments in self.others]
+        made = [
+            self.layer.keys_and_values(states, arguments, device, projections)
+            for states, arguments, projections in self.others
+        ]
         for keys, values in made if self.cache is not None else ():
             self.cache.update(keys, values, layer_idx, *args, **kwargs)
             if self.cache.offloading:  # update sends the layer off, and more keys of it follow
@@ -154,6 +170,46 @@ class WriteFirst:
         return tuple(torch.cat(parts, dim=-2) for parts in both)
 
 
+class WriteMerged:
+    """Passed to layer 0 as its cache, where text reads a latent: writes all tokens' keys in their own order."""
+
+    def __init__(
+        self,
+        cache: Cache | None,
+        layer: RoutedLayer,
+        states: torch.Tensor,
+        arguments: dict[str, Any],
+        projections: dict[str, nn.Module],
+        streams: Streams,
+    ) -> None:
+        self.cache, self.layer, self.streams = cache, layer, streams
+        self.image = states, arguments, projections
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called as `Cache.update` is, with the text's."""
+        made = self._image(keys.device)
+        keys, values = (
+            self.streams.merge(text.transpose(1, 2).flatten(2), image.transpose(1, 2).flatten(2))
+            .unflatten(2, (text.shape[1], -1))
+            .transpose(1, 2)
+            for text, image in zip((keys, values), made, strict=True)
+        )
+        if self.cache is None:
+            return keys, values
+        return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def write(self, device: torch.device) -> None:
+        """Write the image's alone, of a chunk without text."""
+        if self.cache is not None:
+            self.cache.update(*self._image(device), self.layer.stock.self_attn.layer_idx)
+
+    def _image(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        states, arguments, projections = self.image
+        return self.layer.keys_and_values(states, arguments, device, projections)
+
+
 def on(value: Any, device: torch.device) -> Any:
     """A tensor, or a tuple of tensors, on a device; anything else as it is."""
     if isinstance(value, tuple):
@@ -161,25 +217,18 @@ def on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def decoder_of(owner: nn.Module) -> tuple[str, nn.Module]:
-    """The name and the decoder of a vision-language model without its head.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    for name in DECODER_NAMES:
-        decoder = owner._modules.get(name)
-        if decoder is not None and isinstance(decoder._modules.get("layers"), nn.ModuleList):
-            return name, decoder
-    raise ValueError(
-        f"{type(owner).__name__} has no decoder under the name {' or '.join(DECODER_NAMES)}: use a vision-language "
-        "model of transformers, such as LLaVA."
-    )
-
-
 @torch.compiler.disable
 def routed_twin(owner: nn.Module, run: Callable) -> nn.Module:
     """A twin of a vision-language model without its head, in which `run` runs the layers of the decoder."""
     name, decoder = decoder_of(owner)
-    layers = nn.ModuleList(RoutedLayer(layer, index, run) for index, layer in enumerate(decoder.layers))
-    return twin(owner, **{name: twin(decoder, layers=layers)})
+    return twin(owner, **{name: routed_decoder(decoder, run)})
+
+
+def routed_decoder(decoder: nn.Module, run: Callable) -> nn.Module:
+    """A twin of a decoder whose layers are run by `run`."""
+    kinds = layer_kinds(decoder.config)
+    layers = nn.ModuleList(
+        RoutedLayer(layer, index, kind, run)
+        for index, (layer, kind) in enumerate(zip(decoder.layers, kinds, strict=True))
+    )
+    return twin(decoder, layers=layers)

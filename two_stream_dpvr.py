@@ -39,22 +39,39 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 try:
-    from .cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from .cache_dpvr import (
+        CacheRecord,
+        SideBranchKeys,
+        fit_static_layers,
+        is_static,
+        let_line_4_crop,
+        let_windows_grow,
+    )
     from .configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
-    from .streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
-    from .twins_dpvr import MASK, RoutedLayer, WriteFirst, on
+    from .decoders_dpvr import RECURRENT
+    from .stream_arguments_dpvr import StreamArguments
+    from .streams_dpvr import Streams
+    from .twins_dpvr import MASK, RoutedLayer, WriteFirst, WriteMerged, on
 except ImportError:
-    from cache_dpvr import KINDS, CacheRecord, SideBranchKeys, fit_static_layers, is_static, let_line_4_crop
+    from cache_dpvr import (
+        CacheRecord,
+        SideBranchKeys,
+        fit_static_layers,
+        is_static,
+        let_line_4_crop,
+        let_windows_grow,
+    )
     from configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
-    from streams_dpvr import Streams, mask_of_keys, shifted, visible_keys
-    from twins_dpvr import MASK, RoutedLayer, WriteFirst, on
+    from decoders_dpvr import RECURRENT
+    from stream_arguments_dpvr import StreamArguments
+    from streams_dpvr import Streams
+    from twins_dpvr import MASK, RoutedLayer, WriteFirst, WriteMerged, on
 
-TOKEN_AXES = {"position_ids": -1, "token_type_ids": -1, "mm_token_type_ids": -1, "position_embeddings": -2}
 TABLES_OF = ("text", "image", "context")  # kinds of layers whose keys are recorded; a joint layer has all, in order
 eagerly = torch.compiler.disable(recursive=False)  # sorting tokens is not compiled, the stock layers may be
 
 
-class TwoStreamPass:
+class TwoStreamPass(StreamArguments):
     """Runs the decoder layers for one chunk with image tokens, under a layer plan (paper Algorithm 1).
 
     The kind of a layer says how many queries and keys it has in the chunk: "joint" T and T, "text" X and X, "image" (a
@@ -87,6 +104,7 @@ class TwoStreamPass:
         self.states: list[torch.Tensor] | None = [] if keep_states else None
         self.streams: Streams | None = None
         self.picked: dict[tuple, tuple[Any, Any]] = {}
+        self.causal = True  # whether the kernel of the layer that runs is causal where it gets no mask
 
     # -- before the first layer ---------------------------------------------------------------------------------------
 
@@ -109,6 +127,7 @@ class TwoStreamPass:
         fewest, most, text_at_end, padded = torch.stack([counts.min(), counts.max(), at_end, padded]).tolist()
         self.last_image = self.past + self.length - text_at_end
         self.streams = Streams.sort(second, self.past, num_text=self.length - fewest, num_image=most)
+        self._choose_read(most)
         self.picked.clear()
         self.even = fewest == most and (self.record is None or self.record.plain)  # no padding slots
         self.plain = self.even and not padded
@@ -116,13 +135,30 @@ class TwoStreamPass:
         if self.cache is not None:
             self._make_room(self.cache)
 
+    def _choose_read(self, most: int) -> None:
+        """Choose the image tokens that context layers read: `read_slots` (B, R); `read_index`, their places among all.
+
+        With a latent of stride k every k-th image token of a row, from its first on; else all, and no index.
+        """
+        slots, stride = self.streams.image, self.plan.latent_stride or 1
+        self.read_slots, self.read_index = slots, None
+        if stride == 1:
+            return
+        held = slots >= 0
+        before = 0 if self.record is None else (self.record.tables["image"] >= 0).sum(1, keepdim=True)
+        kept = held & ((held.cumsum(1) - 1 + before) % stride == 0)
+        count = int(kept.sum(1).max())
+        self.read_index = kept.int().argsort(dim=1, stable=True)[:, most - count :]
+        self.read_slots = slots.masked_fill(~kept, -1).gather(1, self.read_index)
+
     def _make_room(self, cache: Cache) -> None:
         """Add the layers of the decoder to the cache, and resize those of a static one."""
         while len(cache.layers) < len(self.plan.modes):
             cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
+        let_windows_grow(cache, self.plan, self.past)
         if is_static(cache):
-            num_text, num_image = self.streams.text.shape[1], self.streams.image.shape[1]
-            new_keys = {"joint": self.length, "text": num_text, "context": num_image + num_text}
+            num_text = self.streams.text.shape[1]
+            new_keys = {"joint": self.length, "text": num_text, "context": self.read_slots.shape[1] + num_text}
             fit_static_layers(cache, self.plan, self.record, self.past, new_keys, self.length)
 
     # -- a layer ------------------------------------------------------------------------------------------------------
@@ -133,6 +169,8 @@ class TwoStreamPass:
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run one layer. Past the split a layer returns the states it has computed, which may be of text alone."""
         index, split = layer.index, self.plan.split_layer
+        if layer.kind != RECURRENT:
+            self.causal = getattr(layer.stock.self_attn, "is_causal", True)  # the kernel's default
         if index == 0:
             self.start(cache)
         if index < split:
@@ -140,10 +178,13 @@ class TwoStreamPass:
             return self.shared_layer(layer, hidden, arguments, cache)
         if index == split:
             self._keep(hidden)
-            self.leave(layer, hidden, arguments)
+            self.leave(hidden)
         else:
             self._receive(hidden, self.plan.modes[index - 1])
             self._keep(None)
+        if self.plan.reads_side_branch and not self.branch_has_run and layer.kind != RECURRENT:
+            self._run_side_branch(self.arguments(arguments, "image"), layer.cache_name)
+            self.branch_has_run = True
         out = self._deep_layer(layer, arguments, cache)
         if index < len(self.plan.modes) - 1:
             return out
@@ -160,11 +201,10 @@ class TwoStreamPass:
         return layer.call(hidden, arguments, cache)
 
     @eagerly
-    def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """Split the states (B, T, D) into streams at the split, and run the side branch; Algorithm 1, phase 2."""
+    def leave(self, hidden: torch.Tensor) -> None:
+        """Split the states (B, T, D) into streams, at the split."""
         self.text, self.image = (self.streams.pick(hidden, at) for at in (self.streams.text, self.streams.image))
-        if self.plan.reads_side_branch:
-            self.image = self._run_side_branch(self.image, self.arguments(arguments, "image"), layer.cache_name)
+        self.branch_has_run = False
 
     @eagerly
     def _deep_layer(
@@ -173,7 +213,9 @@ class TwoStreamPass:
         mode, tail = self.plan.modes[layer.index], self.tail if layer.index == len(self.plan.modes) - 1 else None
         if mode in (JOINT, RESET):
             return self.joint(layer, self.streams.merge(self.text, self.image), arguments, cache)
-        image = self.image if mode == CONTEXT else None
+        image = None if mode != CONTEXT else self.latent if self.plan.latent_stride else self.image
+        if layer.kind == RECURRENT:
+            return layer.call(self.text, self.arguments(arguments, "text", recurrent=True), cache)
         if tail is None or tail >= self.text.shape[1]:
             return self.read(layer, self.text, arguments, cache, image=image)
         out = self.read(layer, self.text, arguments, cache, image=image, tail=tail)
@@ -203,11 +245,23 @@ class TwoStreamPass:
         With `tail` only the last `tail` text tokens are queries, and their states are returned.
         """
         kind, others = "text", []
+        if image is not None and layer.index == 0:
+            projections = self.side_branch.latent.projections(0)
+            merged = WriteMerged(cache, layer, image, self.arguments(arguments, "image"), projections, self.streams)
+            if text.shape[1] == 0:
+                merged.write(image.device)
+                return text
+            return layer.call(text, self.arguments(arguments, "first"), merged)
         if image is not None:
             kind = "context"
-            others.append((image, self.arguments(arguments, "image")))
+            projections = self.side_branch.latent.projections(layer.index) if self.plan.latent_stride else None
+            if self.read_index is not None:
+                image = image.gather(1, self.read_index[..., None].expand(-1, -1, image.shape[-1]))
+            if image.shape[1] > 0:  # with a stride, a chunk may have no image token that is read
+                without_mask = {name: value for name, value in arguments.items() if name != MASK}
+                others.append((image, self.arguments(without_mask, "read"), projections))
         if tail is not None:
-            others.append((text[:, :-tail], self.arguments(arguments, kind, slice(None, -tail))))
+            others.append((text[:, :-tail], self.arguments(arguments, kind, slice(None, -tail)), None))
             text = text[:, -tail:]
         writer = WriteFirst(cache, layer, others) if others else cache
         if text.shape[1] == 0:  # a chunk of nothing but image tokens has no text to run
@@ -230,106 +284,37 @@ class TwoStreamPass:
         if self.states is not None:
             self.states.append(self.streams.merge(self.text, self.image) if states is None else states)
 
-    def _run_side_branch(self, image: torch.Tensor, arguments: dict[str, Any], cache_name: str) -> torch.Tensor:
-        """The side branch on image states (B, V, D), at their own positions (Algorithm 1, phase 2)."""
+    def _run_side_branch(self, arguments: dict[str, Any], cache_name: str) -> None:
+        """The side branch on image states, at their own positions (Algorithm 1, phase 2), and the latent."""
+        latent = self.side_branch.latent if self.plan.latent_stride else None
+        side_layers = self.side_branch if latent is None else latent.layers
+        if len(side_layers) > 0:
+            self.image = self._run_side_layers(side_layers, self.image, arguments, cache_name)
+        if latent is not None:
+            self.latent = latent(self.image)
+
+    def _run_side_layers(
+        self, side_layers: nn.ModuleList, image: torch.Tensor, arguments: dict[str, Any], cache_name: str
+    ) -> torch.Tensor:
         if self.cache is not None:
             layers, depth = self.cache.layers, len(self.plan.modes)
             if self.record is None:
-                layers[depth:] = [SideBranchKeys(layers) for _ in self.side_branch]
-            elif len(layers) - depth - 1 != len(self.side_branch):
+                layers[depth:] = [SideBranchKeys(layers) for _ in side_layers]
+            elif len(layers) - depth - 1 != len(side_layers):
                 raise ValueError(
                     f"This cache was filled with a side branch of {len(layers) - depth - 1} layers, and the model now "
-                    f"has one of {len(self.side_branch)}: start with a new cache after changing the side branch."
+                    f"has one of {len(side_layers)}: start with a new cache after changing the side branch."
                 )
-        like = next(self.side_branch.parameters())  # PEFT trains in float32 on a base of half precision
+        like = next(side_layers.parameters())  # PEFT trains in float32 on a base of half precision
         device = image.device if like.device.type == "meta" else like.device  # offloaded layers move their inputs
         branch, arguments = (
             image.to(device, like.dtype),
             {name: on(value, device) for name, value in arguments.items()},
         )
-        for layer in self.side_branch:
+        for layer in side_layers:
             branch = layer(branch, **arguments, **{cache_name: self.cache})
             branch = branch[0] if isinstance(branch, tuple) else branch
         return branch.to(image.device, image.dtype)
-
-    # -- a layer's arguments, for one stream --------------------------------------------------------------------------
-
-    @torch.compiler.disable
-    def arguments(self, full: dict[str, Any], kind: str, part: slice = slice(None)) -> dict[str, Any]:
-        """A layer's arguments for the queries of this kind of layer, from the stock decoder's for all T tokens.
-
-        Args:
-            full: the stock decoder's.
-            kind: "joint", "text", "context" or "image".
-            part: which of the queries, if a call does not have all.
-
-        Raises:
-            ValueError: for an unknown argument with one entry per token.
-        """
-        return {name: self._argument(name, value, kind, part) for name, value in full.items()}
-
-    def _argument(self, name: str, value: Any, kind: str, part: slice) -> Any:
-        if value is None and name != MASK:
-            return value
-        key = (name, id(value), kind, part.start, part.stop)  # `value` is kept, so that its id is not used again
-        if key not in self.picked:
-            self.picked[key] = value, self._pick(name, value, kind, part)
-        return self.picked[key][1]
-
-    def _pick(self, name: str, value: Any, kind: str, part: slice) -> Any:
-        if name == MASK:
-            return self._mask(value, kind, part)
-        at = self.query_slots(kind)[:, part]
-        if name in TOKEN_AXES:
-            parts = value if isinstance(value, tuple) else (value,)
-            parts = tuple(self.streams.pick(tensor, at, TOKEN_AXES[name]) for tensor in parts)
-            return parts if isinstance(value, tuple) else parts[0]
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and self.length in value.shape:
-            raise ValueError(
-                f"The argument {name!r} of shape {tuple(value.shape)} seems to have an entry for each of the "
-                f"{self.length} tokens, and a routing can split only {', '.join((*TOKEN_AXES, MASK))}: leave it out, "
-                "or run vanilla LLaVA with set_routing('none')."
-            )
-        return value
-
-    def query_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, Q) of the queries in a layer of this kind."""
-        return {"joint": self.all_slots, "image": self.streams.image}.get(kind, self.streams.text)
-
-    def key_slots(self, kind: str) -> torch.Tensor:
-        """Slots (B, K) of the keys in a text, context or side layer, in the order of the cache."""
-        image, text = self.streams.image, self.streams.text
-        new = [image, text] if kind == "context" else [self.query_slots(kind)]
-        if self.record is not None:
-            new = [self.record.slots(kind, self.past), *new]
-        elif kind != "image":  # a cache without images holds one key per token
-            new = [torch.arange(self.past, device=text.device).expand(len(text), -1), *new]
-        return torch.cat(new, dim=1)
-
-    def _mask(self, full: Any, kind: str, part: slice) -> Any:
-        """The mask of these queries and the keys of the layer; None if the sdpa kernel's causal mask will do."""
-        queries, keys = self.query_slots(kind)[:, part], self.key_slots(kind)
-        static = is_static(self.cache) and kind != "image"
-        if static:  # its layers have free places, which are masked
-            keys = nn.functional.pad(keys, (0, max(0, self._num_places(kind) - keys.shape[1])), value=-1)
-        if full is not None:
-            # the mask of a sliding window may start later than the sequence
-            first = 0 if static else max(0, self.past + self.length - full.shape[-1])
-            return mask_of_keys(full, shifted(self.past, queries), shifted(first, keys))
-        if self.even and not static and self._is_causal(kind, queries.shape[1], whole=part == slice(None)):
-            return None
-        return visible_keys(queries, keys)
-
-    def _is_causal(self, kind: str, num_queries: int, whole: bool) -> bool:
-        """Whether the n-th query attends to the first n keys, or a single query to all keys."""
-        if num_queries == 1:  # in a context layer image tokens may follow the only text token
-            return not (whole and kind == "context")
-        return self.past == 0 and kind != "context" and whole
-
-    def _num_places(self, kind: str) -> int:
-        """The number of keys for which a layer of this kind has room in a static cache."""
-        rooms = zip(self.plan.modes, self.cache.layers, strict=False)
-        return next((layer.max_cache_len for mode, layer in rooms if KINDS[mode] == kind), 0)
 
     # -- after the last layer -----------------------------------------------------------------------------------------
 

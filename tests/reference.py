@@ -28,7 +28,11 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 
+from configuration_dpvr import ROUTINGS
+from loading_dpvr import LATENT
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+
+SIDE_ROUTINGS = tuple(routing for routing in ROUTINGS if routing != "latent")  # those of the paper
 
 
 def naive_logits(
@@ -70,12 +74,15 @@ def naive_states(
             states.append(h := block(layer, h, place, h, place))
         return states
 
-    split, depth = dpvr.split_layer, len(layers)
+    depth, latent = len(layers), model.side_branch.latent if dpvr.routing == "latent" else None
+    split = dpvr.split_layer
+    if latent is not None and dpvr.latent_split_layer is not None:
+        split = dpvr.latent_split_layer
     for layer in layers[:split]:  # phase 1
         states.append(h := block(layer, h, place, h, place))
 
     out_image = h[image]  # phase 2
-    for layer in model.side_branch:
+    for layer in model.side_branch if latent is None else latent.layers:
         out_image = block(layer, out_image, place[image], out_image, place[image])
 
     def full(layer: nn.Module, h: Tensor) -> Tensor:
@@ -89,6 +96,19 @@ def naive_states(
         seen = h.index_copy(0, image, out_image)
         return h.index_copy(0, text, block(layer, h[text], place[text], seen, place))
 
+    def text_reading_latent(layer: nn.Module, h: Tensor, index: int) -> Tensor:
+        """Keys and values of every k-th image token come from the latent."""
+        stride = dpvr.latent_stride if index else 1
+        read = image[::stride]
+        latents = _linear(latent.reduce, out_image / out_image.pow(2).mean(-1, keepdim=True) ** 0.5)
+        latents = latents[::stride]
+        maps = latent.keys[str(index)], latent.values[str(index)]
+        context = torch.cat([read, text]).sort().values
+        at = torch.searchsorted(context, read)
+        made = at, *(_linear(each, latents) for each in maps)
+        new = block(layer, h[text], place[text], h[context], place[context], made)
+        return h.index_copy(0, text, new)
+
     last_fused = depth - dpvr.num_fusion_layers
     for index in range(split, depth):
         layer = layers[index]
@@ -96,6 +116,8 @@ def naive_states(
             h = text_alone(layer, h)
         elif dpvr.routing == "kv_substitution":
             h = text_reading_image(layer, h)
+        elif dpvr.routing == "latent":
+            h = text_reading_latent(layer, h, index) if str(index) in latent.keys else text_alone(layer, h)
         elif dpvr.routing == "persistent_context":
             h = full(layer, h.index_copy(0, image, out_image))
         elif dpvr.fusion_layers is not None:
@@ -120,13 +142,27 @@ class _Block:
         self.head_width = fields.get("head_dim") or fields["hidden_size"] // self.heads
         self.theta = fields.get("rope_theta") or fields["rope_parameters"]["rope_theta"]
 
-    def __call__(self, layer: nn.Module, x: Tensor, x_place: Tensor, context: Tensor, context_place: Tensor) -> Tensor:
-        """The new states (Q, D) of `x` after its queries read keys and values made from `context` (C, D)."""
+    def __call__(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        x_place: Tensor,
+        context: Tensor,
+        context_place: Tensor,
+        made: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The new states (Q, D) of `x` after its queries read keys and values made from `context` (C, D).
+
+        `made`: places in it, and the keys and values that take the place of those made there.
+        """
         attention, mlp = layer.self_attn, layer.mlp
         q_in, kv_in = _rms_norm(layer.input_layernorm, x), _rms_norm(layer.input_layernorm, context)
         queries = self._rotate(self._split(_linear(attention.q_proj, q_in)), x_place)  # (Q, H, d)
-        keys = self._rotate(self._split(_linear(attention.k_proj, kv_in)), context_place)  # (C, kv heads, d)
-        values = self._split(_linear(attention.v_proj, kv_in))
+        keys, values = _linear(attention.k_proj, kv_in), _linear(attention.v_proj, kv_in)
+        if made is not None:
+            keys, values = keys.index_copy(0, made[0], made[1]), values.index_copy(0, made[0], made[2])
+        keys = self._rotate(self._split(keys), context_place)  # (C, kv heads, d)
+        values = self._split(values)
         hidden_from = context_place[None, :] > x_place[:, None]  # (Q, C)
         if self.seen is not None:
             hidden_from = ~self.seen[x_place][:, context_place]
@@ -212,6 +248,10 @@ def make_dpvr(
     fields = {"routing": "late_fusion", "split_layer": 2, "side_branch_init": "random", **dpvr_fields}
     model = DpvrLlavaForConditionalGeneration.from_llava(llava, **fields)
     model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # a new latent is at zero
+            if LATENT in name:
+                weight.normal_(0, 0.3)
     return randomise_vectors(model)
 
 
@@ -292,7 +332,7 @@ def plans(draw: st.DrawFn) -> dict[str, object]:
     depth = draw(st.integers(3, 6))
     split = draw(st.integers(1, depth - 1))
     kind = draw(
-        st.sampled_from(["late", "late", "sparse", "persistent_context", "kv_substitution", "text_only", "none"])
+        st.sampled_from(["late", "sparse", "persistent_context", "kv_substitution", "text_only", "latent", "none"])
     )
     fields = {"depth": depth, "split_layer": split, "num_side_layers": draw(st.integers(1, 2)), "routing": kind}
     if kind == "late":
@@ -300,4 +340,14 @@ def plans(draw: st.DrawFn) -> dict[str, object]:
     elif kind == "sparse":
         deep = st.sets(st.integers(split, depth - 1), min_size=1)
         fields |= {"routing": "late_fusion", "fusion_layers": sorted(draw(deep))}
+    elif kind == "latent":
+        start = draw(st.sampled_from([0, split]))
+        some = draw(st.none() | st.sets(st.integers(split, depth - 1), min_size=1))
+        fields |= {
+            "latent_rank": draw(st.integers(1, 9)),
+            "latent_split_layer": start,
+            "latent_layers": None if some is None else sorted(some | ({0} if start == 0 else set())),
+            "latent_side_layers": draw(st.integers(0, 2)),
+            "latent_stride": draw(st.integers(1, 3)),
+        }
     return fields

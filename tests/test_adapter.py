@@ -360,7 +360,7 @@ def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tmp_path, pr
 
 
 def test_a_model_that_is_no_llava_is_refused():
-    with pytest.raises(ValueError, match="needs a LlavaForConditionalGeneration, and this is a LlamaModel: load"):
+    with pytest.raises(ValueError, match="needs a vision-language model with its head, and this is a LlamaModel"):
         get_peft_model(make_llava().model.language_model, DpvrConfig(split_layer=2))
 
 

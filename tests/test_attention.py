@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, make_llava
+from reference import SIDE_ROUTINGS
 
-from configuration_dpvr import ROUTINGS
 from dpvr.analysis.attention import text_to_image_attention
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
-PLANS = [{"routing": routing} for routing in ROUTINGS] + [{"num_fusion_layers": 2}, {"fusion_layers": [2]}]
+PLANS = [{"routing": routing} for routing in SIDE_ROUTINGS] + [{"num_fusion_layers": 2}, {"fusion_layers": [2]}]
 IMAGE = [IMAGE_TOKEN_ID] * TOKENS_PER_IMAGE
 
 

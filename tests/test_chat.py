@@ -17,8 +17,8 @@ from adapter_dpvr import DpvrConfig
 from dpvr.inference.chat import Answerer, Turn, load
 from dpvr.pretraining.processor import save_processor
 from hub_dpvr import ADAPTER_WEIGHTS_NAME
-from loading_dpvr import load_processor
 from minibench.scenes import make_scene
+from processors_dpvr import load_processor
 
 
 def scene(index: int) -> Image.Image:

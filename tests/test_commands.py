@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = [
     "train_sft.py",
     "app.py",
+    "-m dpvr.costs",
     "-m dpvr.push",
     "-m dpvr.analysis.probe",
     "-m dpvr.benchmarks.accuracy",
@@ -25,6 +26,7 @@ COMMANDS = [
     "-m dpvr.pretraining.assemble",
     "-m dpvr.pretraining.train",
     "-m dpvr.reports",
+    "-m dpvr.training.fit",
     "-m minibench.export",
 ]
 HELP_SECONDS = 2.0
@@ -39,6 +41,8 @@ WRONG = {  # a command line of each kind of error, and what is said
     "-m dpvr.benchmarks.accuracy --limit many": "invalid integer value: 'many'",
     "-m dpvr.analysis.probe --model gone": "Error: We couldn't connect to",
     "-m dpvr.push gone me/x": "gone",
+    "-m dpvr.costs gone --split_layer 4 --image_tokens 9": "gone",
+    "-m dpvr.costs x --split_layer 4 --image_tokens 9 --budget 2": "give a number above 0",
     "-m minibench.export --output_dir x --format datasets --split train --size 0": "0",
 }
 

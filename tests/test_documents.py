@@ -16,9 +16,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
 from conftest import make_llava
+from families import make as make_family
 from huggingface_hub import ModelCard, metadata_load
 from packaging.specifiers import SpecifierSet
 from transformers import AutoModelForImageTextToText
@@ -102,10 +104,12 @@ def stand_ins(tmp_path_factory) -> Iterator[dict[str, str]]:
     """What the snippets download, read or write, and what stands in for it here."""
     folder = tmp_path_factory.mktemp("documents")
     make_llava(depth=20).save_pretrained(folder / "llava")
+    make_family("qwen3_vl", torch.float32).save_pretrained(folder / "qwen")
     make_scene("test", 0, 0).draw().save(folder / "scene.png")
     app = build(Answerer(*load(str(ROOT))), "About.", write_examples(folder))
     launch(app, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
-    found = {name: str(folder / name) for name in ("my-dpvr", "my-adapter", "scene.png")}
+    found = {name: str(folder / name) for name in ("my-dpvr", "my-adapter", "my-qwen-adapter", "scene.png")}
+    found["Qwen/Qwen3-VL-8B-Instruct"] = str(folder / "qwen")
     yield {"llava-hf/llava-1.5-7b-hf": str(folder / "llava"), "http://127.0.0.1:7860": app.local_url, **found}
     app.close()
 

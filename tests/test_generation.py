@@ -7,19 +7,31 @@ import torch
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Prompts, examples, layouts, make_dpvr, naive_logits, plans, prompts, real_float64
+from reference import SIDE_ROUTINGS, Prompts, examples, layouts, make_dpvr, naive_logits, plans, prompts, real_float64
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from configuration_dpvr import ROUTINGS, DpvrLlavaConfig
+from configuration_dpvr import DpvrLlavaConfig
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from versions_dpvr import LINE_4
 
 TOLERANCE = 1e-9
 RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3], [1, 0, 2, 1]]  # 1 image, 2 side by side, none, 1 in front, 3
-VARIANTS = [*({"routing": routing} for routing in ROUTINGS), {"num_fusion_layers": 2}, {"fusion_layers": [2]}]
+VARIANTS = [
+    *({"routing": routing} for routing in SIDE_ROUTINGS),
+    {"num_fusion_layers": 2},
+    {"fusion_layers": [2]},
+    {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
+    {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0, "latent_stride": 3},
+]
+COUNTED = [  # kinds of the latent, beside the variants
+    {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0},
+    {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0, "latent_side_layers": 2, "latent_stride": 3},
+    {"routing": "latent", "latent_rank": 6, "latent_stride": 3, "latent_layers": [2]},
+    {"routing": "latent", "latent_rank": 6, "latent_stride": 100, "latent_side_layers": 2},
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +78,7 @@ def test_a_left_padded_batch_answers_as_its_rows_do_one_by_one(plan: dict[str, o
         assert (torch.stack(together.logits)[:, index] - torch.stack(alone.logits)[:, 0]).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", SIDE_ROUTINGS)
 def test_beams_and_samples_are_the_same_with_and_without_a_cache(routing: str) -> None:
     model, batch = make_dpvr(routing=routing), Prompts(RAGGED, "left")
     beams = {"num_beams": 3, "num_return_sequences": 2}
@@ -294,8 +306,8 @@ def test_any_dialogue_may_reuse_the_cache(
     assert_dialogue_needs_no_cache(make_dpvr(**plan), turns, new_pixels_only)
 
 
-@pytest.mark.parametrize("after", ROUTINGS)
-@pytest.mark.parametrize("before", ROUTINGS)
+@pytest.mark.parametrize("after", SIDE_ROUTINGS)
+@pytest.mark.parametrize("before", SIDE_ROUTINGS)
 @torch.no_grad()
 def test_a_cache_serves_one_routing_only(before: str, after: str) -> None:
     model, batch = make_dpvr(routing=before), Prompts([[1, 2]])
@@ -317,7 +329,7 @@ def prefill(model: DpvrLlavaForConditionalGeneration, batch: Prompts) -> Cache:
 
 
 @pytest.mark.parametrize("num_side_layers", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + COUNTED, ids=str)
 @torch.no_grad()
 def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, object], num_side_layers: int) -> None:
     model, batch = make_dpvr(**variant, num_side_layers=num_side_layers), Prompts([[3, 0, 2]] * 2)
@@ -325,7 +337,12 @@ def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, o
     layers = [layer for layer in prefill(model, batch).layers if layer.is_initialized]  # without the record
     plan = model.config.layer_plan()
     expected = [text if mode == "text" else image + text for mode in plan.modes]
-    if model.config.routing not in ("none", "text_only"):
+    if model.config.routing == "latent":
+        read = [image, *[-(-image // model.config.latent_stride)] * (len(plan.modes) - 1)]
+        reads = [mode == "context" for mode in plan.modes]
+        expected = [text + new if reading else keys for new, reading, keys in zip(read, reads, expected, strict=True)]
+        expected += [image] * model.config.latent_side_layers
+    elif model.config.routing not in ("none", "text_only"):
         expected += [image] * num_side_layers
     assert [layer.keys.shape[-2] for layer in layers] == expected
     assert [layer.values.shape[-2] for layer in layers] == expected
@@ -334,7 +351,7 @@ def test_the_cache_holds_as_many_keys_and_bytes_as_promised(variant: dict[str, o
 
 
 @pytest.mark.parametrize("logits_to_keep", [1, 0])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS + COUNTED, ids=str)
 @torch.no_grad()
 def test_prefill_flops_are_what_torch_counts(variant: dict[str, object], logits_to_keep: int) -> None:
     """With eager attention, whose products are counted on CPUs; the vision tower's and projector's are taken off."""

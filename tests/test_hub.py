@@ -7,7 +7,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from conftest import make_llava
+from families import PRESENT, make, make_prompts
 from forked_python import ForkedPython
 from hub_server import TOKEN, Hub
 from test_loading import SIDE_BRANCH_KEYS
@@ -22,7 +24,7 @@ from dpvr.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {path.name for path in ROOT.glob("*_dpvr.py")} - {"adapter_dpvr.py", "lmms_dpvr.py"}
+CODE = {path.name for path in ROOT.glob("*_dpvr.py")} - {"adapter_dpvr.py", "adapter_files_dpvr.py", "lmms_dpvr.py"}
 ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 PROCESSOR = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
@@ -68,6 +70,37 @@ stock.set_routing("none")
 vanilla = logits(stock)
 adapted = PeftModel.from_pretrained(stock, "me/x", subfolder="adapter")
 assert torch.allclose(logits(adapted), expected, atol=1e-5) and not torch.allclose(vanilla, expected, atol=1e-3)
+"""
+PUSH_ADAPTER = """
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForImageTextToText
+
+from dpvr import DpvrConfig
+
+base = AutoModelForImageTextToText.from_pretrained("me/stock")
+model = get_peft_model(base, DpvrConfig(split_layer=3, fusion_layers=[3, 5])).eval()
+for weight in model.parameters():
+    if weight.requires_grad:
+        weight.data.add_(0.1 * torch.randn_like(weight))
+model.save_pretrained("side")
+with torch.no_grad():
+    torch.save(model(**torch.load("inputs.pt")).logits, "logits.pt")
+"""
+LOAD_ADAPTER = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from dpvr import DpvrConfig
+
+base = AutoModelForImageTextToText.from_pretrained("me/stock")
+model = PeftModel.from_pretrained(base, "me/side")
+inputs = torch.load("inputs.pt")
+with torch.no_grad():
+    assert torch.equal(model.eval()(**inputs).logits, torch.load("logits.pt"))
+    with model.disable_adapter():
+        assert not torch.allclose(model(**inputs).logits, torch.load("logits.pt"), atol=1e-3)
 """
 NOT_CHANGED = "The repository was not changed. Push again"
 PUSH_COMMAND = str(ROOT / "dpvr" / "push.py")
@@ -135,6 +168,45 @@ def test_a_model_goes_to_the_hub_in_one_commit_and_comes_back_with_its_base(hub,
     assert "base_model: me/base" in files["README.md"].decode()
     loaded = client("-c", LOAD, expected)
     assert loaded.returncode == 0, loaded.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in ("internvl", "qwen3_vl") if name in PRESENT])
+def test_an_adapter_on_any_family_goes_to_the_hub_with_its_card_and_loads_on_the_stock_model(
+    name, hub, client, tmp_path
+):
+    stock = make(name, torch.float32)
+    stock.save_pretrained(tmp_path / "stock")
+    hub.add("me/stock", tmp_path / "stock")
+    torch.save(make_prompts(name, stock, [[3, 4]])[0], tmp_path / "inputs.pt")
+    made = client("-c", PUSH_ADAPTER)
+    assert made.returncode == 0, made.stderr
+    assert "[More Information Needed]" in (tmp_path / "side" / "README.md").read_text()  # PEFT's, which says nothing
+    pushed = client(PUSH_COMMAND, "side", "me/side")
+    assert pushed.returncode == 0, pushed.stderr
+    assert set(hub.files("me/side")) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    card = huggingface_hub.ModelCard(card_of(hub, "me/side"))
+    assert (card.data.base_model, card.data.library_name) == ("me/stock", "peft") and "dpvr" in card.data.tags
+    assert "after 3 of its\n6 layers" in card.text and "in the layers 3, 5, counted from 0" in card.text
+    loaded = client("-c", LOAD_ADAPTER)
+    assert loaded.returncode == 0, loaded.stderr
+    (tmp_path / "side" / "README.md").write_text(mine := "---\nbase_model: me/stock\n---\nmine")
+    assert client(PUSH_COMMAND, "side", "me/side").returncode == 0 and card_of(hub, "me/side") == mine
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "LORA"}, "holds an adapter of type 'LORA', and one of type 'DPVR' with adapter_model"),
+        ({"base_model_name_or_path": None}, "does not name its base, .* put its id into base_model_name_or_path of"),
+        ({"base_model_name_or_path": "."}, "is the local folder '.', .* put its id into base_model_name_or_path of"),
+    ],
+)
+def test_an_adapter_that_others_could_not_load_is_refused(fields, message, tmp_path):
+    saved = {"peft_type": "DPVR", "base_model_name_or_path": "me/stock", **fields}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=message):
+        hub_dpvr.upload(tmp_path, "me/x")
 
 
 def test_without_a_token_the_error_says_what_to_do(hub, client, tmp_path):
@@ -220,12 +292,16 @@ def test_the_push_command_makes_a_private_repository_and_ends_at_an_error_in_one
     assert client(PUSH_COMMAND, random_mini, "me/z", "--private").returncode == 0
     assert hub.private == {"me/z"} and hub.files("me/z")
     refused = client(PUSH_COMMAND, "nowhere", "me/y")
-    assert refused.returncode == 2 and refused.stderr.startswith("Error: There is no config.json in 'nowhere'")
+    assert refused.returncode == 2 and refused.stderr.startswith(
+        "Error: There is no config.json and no adapter_config.json in 'nowhere'"
+    )
     assert "Traceback" not in refused.stderr and "me/y" not in hub.commits
 
 
 def test_a_folder_without_a_model_and_one_with_a_local_base_are_refused(random_mini, tmp_path):
-    with pytest.raises(ValueError, match="There is no config.json in .* give the output_dir"):
+    with pytest.raises(
+        ValueError, match="There is no config.json and no adapter_config.json in .* give the output_dir"
+    ):
         hub_dpvr.upload(tmp_path, "me/x")
     model = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
     model.save_pretrained(tmp_path, side_branch_only=True)

@@ -111,7 +111,7 @@ def test_the_formula_is_what_torch_counts_in_7b_on_the_meta_device(method, of_7b
         sort(this, second)
         slots = (this.streams.text, this.streams.image, this.streams.merge_index)
         this.streams = Streams(*(tensor.to("meta") for tensor in slots), this.streams.first)
-        this.all_slots = this.all_slots.to("meta")
+        this.all_slots, this.read_slots = this.all_slots.to("meta"), this.read_slots.to("meta")
 
     monkeypatch.setattr(TwoStreamPass, "sort", sort_on_meta)
     monkeypatch.setattr(forward_dpvr, "find_images", lambda owner, arguments: image)

@@ -31,10 +31,10 @@ from dpvr.inference.chat import load
 from dpvr.inference.evaluation import evaluate
 from dpvr.lmms_eval import minibench_tasks as lmms
 from dpvr.pretraining.processor import save_processor
-from loading_dpvr import load_processor
 from minibench.data import make_items
 from minibench.scoring import summarise
 from minibench.tasks import TASKS
+from processors_dpvr import load_processor
 from versions_dpvr import LINE_4
 
 ROOT = Path(__file__).parent.parent

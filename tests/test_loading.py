@@ -12,8 +12,9 @@ import transformers
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, make_llava
 from safetensors.torch import load_file, save_file
 
-from loading_dpvr import is_side_branch, load_processor
+from loading_dpvr import is_side_branch
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 SIDE_BRANCH_KEYS = {
     f"model.side_branch.0.{name}.weight"

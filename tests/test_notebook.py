@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from dpvr.pretraining.processor import save_processor
-from loading_dpvr import load_processor
+from processors_dpvr import load_processor
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = json.loads((ROOT / "notebooks" / "adapter.ipynb").read_text(encoding="utf-8"))

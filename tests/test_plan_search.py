@@ -105,7 +105,8 @@ def test_a_budget_is_kept_and_its_plan_is_the_best_that_was_searched(monkeypatch
         assert 2 in plan["fusion_layers"]
     tight = share(costs, Plan(1, (4,)))  # what is read best does not fit, the last layer alone does
     assert find_plans(make_model(), list, list, [tight], costs)["plans"][str(tight)]["fusion_layers"] == (4,)
-    assert most_fusion_layers(costs, DEPTH, 1.0)[1] == 4 and not most_fusion_layers(costs, DEPTH, 0.1)
+    config = make_model().config
+    assert most_fusion_layers(costs, config, 1.0)[1] == 4 and not most_fusion_layers(costs, config, 0.1)
     with pytest.raises(
         ValueError, match=r"budget is 0\.1 of vanilla's.* needs 0\.\d+: give --find_plan larger budgets"
     ):

@@ -137,11 +137,11 @@ def sample(lens: list[float], changed: list[bool]) -> dict:
 def test_the_splits_are_those_of_the_two_rules():
     lens = [2.0, 2.1, 2.0, 1.9, 1.8, 1.7, 1.0, 0.0]
     late, early = [True] * 4 + [False] * 3, [True] + [False] * 6
-    found = summarise([sample(lens, late), sample(lens, early)], tolerance=0.5)
+    found = summarise([sample(lens, late), sample(lens, early)], 0.5, range(1, 8))
     assert found["transition"]["image"] == 6 and found["papers_split"] == 2
     assert found["recommended_split"] == 2
     assert found["withdrawal"]["text_only"]["changed"] == [1, 0.5, 0.5, 0.5, 0, 0, 0]
-    assert summarise([sample(lens, late)], tolerance=0.0)["recommended_split"] == 5
-    assert summarise([sample(lens, [True] * 7)], tolerance=0.5)["recommended_split"] is None
+    assert summarise([sample(lens, late)], 0.0, range(1, 8))["recommended_split"] == 5
+    assert summarise([sample(lens, [True] * 7)], 0.5, range(1, 8))["recommended_split"] is None
     assert found["attention_mass"]["median"] == pytest.approx([0.3] * 8)
     assert torch.tensor(found["attention_mass"]["median_by_head"]).shape == (8, 2)

@@ -13,7 +13,7 @@ from dpvr.data.prompts import Conversation, prompt_inputs
 from dpvr.data.templates import CHAT_TEMPLATE, ends_replies, with_ended_replies
 from dpvr.pretraining.processor import save_processor
 from dpvr.training.collators import ReplyCollator
-from loading_dpvr import load_processor
+from processors_dpvr import load_processor
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for c in m['content'] %}"

@@ -26,8 +26,8 @@ from dpvr.data.templates import ends_replies, with_ended_replies
 from dpvr.training import arguments, options, output_folder, trainers
 from dpvr.training.models import load_model
 from dpvr.training.run import load_rows
-from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 NEEDS_TRAINING = pytest.mark.skipif(
     Version(transformers.__version__) < Version(arguments.OLDEST_TRANSFORMERS),

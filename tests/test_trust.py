@@ -19,8 +19,8 @@ from dpvr.inference.chat import load
 from dpvr.models import load_model
 from dpvr.training.arguments import parse
 from hub_dpvr import save_adapter
-from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 from train_sft import main as train
 from versions_dpvr import LINE_4
 
@@ -143,7 +143,7 @@ def test_a_repository_that_needs_its_code_says_so(stranger, monkeypatch, command
 
 def test_a_type_that_no_code_loads_is_refused_by_name(stranger):
     Path(stranger, "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="of type 'bert', .* neither a DPVR model nor a LLaVA: name one of type"):
+    with pytest.raises(ValueError, match="of type 'bert', .* neither a DPVR model nor a vision-language model"):
         load_model(stranger)
 
 

@@ -13,6 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from packaging.version import Version
 from reference import (
+    SIDE_ROUTINGS,
     Prompts,
     examples,
     make_dpvr,
@@ -26,11 +27,10 @@ from reference import (
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
 
-from configuration_dpvr import ROUTINGS
 from modeling_dpvr import DpvrLlavaForConditionalGeneration, is_side_branch
 
 TOLERANCE = 1e-9
-DEEP_ROUTINGS = tuple(routing for routing in ROUTINGS if routing != "none")
+DEEP_ROUTINGS = tuple(routing for routing in SIDE_ROUTINGS if routing != "none")
 RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3], [1, 0, 2, 1]]  # 1 image, 2 side by side, none, 1 in front, 3
 
 
@@ -71,7 +71,7 @@ def test_any_plan_on_any_prompts_is_the_naive_algorithm(
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", SIDE_ROUTINGS)
 @pytest.mark.parametrize(
     "layout", [[[2, 3]], [[2, 3]] * 2, [[0, 3]], [[3, 0]], [[1, 0]], [[0, 1]], [[1, 0, 0, 1]], [[6], [1, 1]]], ids=str
 )
@@ -176,7 +176,7 @@ def test_qwen2_and_mistral_decoders_are_the_naive_algorithm_too(decoder: type) -
     )
     llava = LlavaForConditionalGeneration(config).double().eval()
     batch = Prompts(RAGGED, "left")
-    for routing in ROUTINGS:
+    for routing in SIDE_ROUTINGS:
         model = DpvrLlavaForConditionalGeneration.from_llava(llava, routing=routing, split_layer=2)
         randomise_vectors(model)
         assert_naive(model, batch, model(**batch.inputs).logits)
@@ -251,7 +251,7 @@ def assert_bit_identical(routing: str, layout: list[list[int]], padding_side: st
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", SIDE_ROUTINGS)
 def test_prompts_without_images_are_stock_llava_bit_for_bit(routing: str, padding_side: str) -> None:
     assert_bit_identical(routing, [[5], [3], [1]], padding_side)
 

@@ -67,8 +67,15 @@ class AttentionTapped(Exception):
 
 
 def _tap(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, scaling: float, **__: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
 ) -> None:
+    if more := [name for name in ("softcap", "s_aux") if options.get(name) is not None]:
+        raise ValueError(
+            f"The attention of {type(module).__name__} is more than a softmax of products ({', '.join(more)}), so it "
+            "cannot be measured: use a decoder whose is not, such as Llama's or Qwen's."
+        )
+    scaling = options.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     raise AttentionTapped(AttentionInputs(query, key, scaling))
 
 

@@ -28,14 +28,14 @@ def band(rows: list[list[float]]) -> dict[str, list[float]]:
     return dict(zip(("q25", "median", "q75"), quartiles.tolist(), strict=True))
 
 
-def summarise(samples: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
+def summarise(samples: list[dict[str, Any]], tolerance: float, splits: range) -> dict[str, Any]:
     """The curves, the transitions and the recommended splits, as saturation.json has them.
 
     Args:
         samples: `saturation.Sample`s as dictionaries, each with its "image_tokens" and "text_tokens".
         tolerance: share of answers that the recommended split may change.
+        splits: those that the decoder allows.
     """
-    depth = len(samples[0]["attention_mass"])
     curves = {
         name: {kind: band([sample[name][kind] for sample in samples]) for kind in ("image", "text")}
         for name in ("cosine", "logit_lens_kl", "tuned_lens_kl")
@@ -54,8 +54,8 @@ def summarise(samples: list[dict[str, Any]], tolerance: float) -> dict[str, Any]
         **curves,
         "transition": transition,
         "tolerance": tolerance,
-        "papers_split": min(max(1, transition["image"] - PAPERS_MARGIN), depth - 1),
-        "recommended_split": next((s for s, share in enumerate(changed, start=1) if share <= tolerance), None),
+        "papers_split": min(max(splits[0], transition["image"] - PAPERS_MARGIN), splits[-1]),
+        "recommended_split": next((split for split in splits if changed[split - 1] <= tolerance), None),
         "image_tokens": statistics.median(sample["image_tokens"] for sample in samples),
         "text_tokens": statistics.median(sample["text_tokens"] for sample in samples),
     }

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from transformers import LlavaForConditionalGeneration
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dpvr.analysis.costs import PromptCosts
 from dpvr.analysis.curves import BLACK, BLUE, GREEN, ORANGE, save
-from dpvr.analysis.plan_search import Effect, Plan, ablate, effects, greedy_search, write_plan
+from dpvr.analysis.plan_search import Effect, Plan, ablate, effects, greedy_search, readers, splits, write_plan
 from dpvr.data.prompts import Batch
 
 
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 def find_plans(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     searched: Callable[[], Iterable[Batch]],
     held_out: Callable[[], Iterable[Batch]],
     budgets: list[float],
@@ -46,18 +46,18 @@ def find_plans(
     Raises:
         ValueError: if a budget is too small for any split with one fusion layer.
     """
-    depth = model.config.text_config.num_hidden_layers
-    cheapest = share(costs, Plan(1, (depth - 1,)))
+    allowed, last = splits(model.config), readers(model.config, 1)[-1]
+    cheapest = share(costs, Plan(allowed[0], (last,)))
     if min(budgets) < cheapest:
         raise ValueError(
-            f"A budget is {min(budgets)} of vanilla's prefill FLOPs, and the cheapest plan (split after layer 1, one "
-            f"fusion layer) needs {cheapest:.3f}: give --find_plan larger budgets."
+            f"A budget is {min(budgets)} of vanilla's prefill FLOPs, and the cheapest plan (split_layer "
+            f"{allowed[0]}, one fusion layer) needs {cheapest:.3f}: give --find_plan larger budgets."
         )
-    most = most_fusion_layers(costs, depth, max(budgets))
+    most = most_fusion_layers(costs, model.config, max(budgets))
     ablations = ablate(model, searched, most)
     path = greedy_search(model, searched, most, ablations)
     path |= {Plan(split, (layer,)): found.on for split in ablations for layer, found in ablations[split].items()}
-    baselines = [Plan(split, layers) for split in range(1, depth) for layers in ((), (depth - 1,))]
+    baselines = [Plan(split, layers) for split in allowed for layers in ((), (last,))]
     found = effects(model, held_out(), list(dict.fromkeys([*path, *baselines])), "Frontier")
     points = {plan: Point(plan, share(costs, plan), effect) for plan, effect in found.items()}
     return {
@@ -82,14 +82,15 @@ def share(costs: PromptCosts, plan: Plan) -> float:
     return costs.share(routing=routing, split_layer=plan.split_layer, fusion_layers=plan.fusion_layers or None)
 
 
-def most_fusion_layers(costs: PromptCosts, depth: int, budget: float) -> dict[int, int]:
+def most_fusion_layers(costs: PromptCosts, config: PretrainedConfig, budget: float) -> dict[int, int]:
     """Per split, how many deep layers may read the image within a budget; splits where none may are left out.
 
     The last layer reads at the lowest cost, since only the last token queries there.
     """
     most = {}
-    for split in range(1, depth):
-        cheapest = [Plan(split, (*range(split, split + n), depth - 1)) for n in range(depth - split)]
+    for split in splits(config):
+        *deep, last = readers(config, split)
+        cheapest = [Plan(split, (*deep[:n], last)) for n in range(len(deep) + 1)]
         fitting = [len(plan.fusion_layers) for plan in cheapest if share(costs, plan) <= budget]
         if fitting:
             most[split] = max(fitting)
@@ -126,9 +127,9 @@ def write_plans(document: dict[str, Any], folder: Path) -> list[Path]:
 def draw_frontier(document: dict[str, Any], folder: Path) -> None:
     """Effects of plans against their FLOPs: every searched plan, the chosen ones, late fusion and text only."""
     figure = Figure(figsize=(10, 4.2), facecolor="white", layout="constrained")
-    depth = max(max(point["fusion_layers"], default=0) for point in document["frontier"]) + 1
+    last = max(max(point["fusion_layers"], default=0) for point in document["frontier"])
     text = [point for point in document["frontier"] if not point["fusion_layers"]]
-    late = [point for point in document["frontier"] if list(point["fusion_layers"]) == [depth - 1]]
+    late = [point for point in document["frontier"] if list(point["fusion_layers"]) == [last]]
     searched = [point for point in document["frontier"] if point not in text]
     for axis, what, label in zip(
         figure.subplots(1, 2), ("changed", "kl"), ("share of answers that change", "KL to vanilla, nats"), strict=True

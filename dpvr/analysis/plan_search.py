@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configuration_dpvr import METHOD_FIELDS
+from decoders_dpvr import lowest_split, recurrent_layers
 from dpvr.analysis.saturation import ProbeBatch
 from dpvr.data.prompts import Batch
 
@@ -53,14 +54,26 @@ class Ablation(NamedTuple):
     off: Effect
 
 
+def splits(config: PretrainedConfig) -> range:
+    """The splits that a vision-language model's decoder allows and that leave it a layer to read the image in."""
+    return range(lowest_split(config), 1 + max(readers(config, 1)))
+
+
+def readers(config: PretrainedConfig, split_layer: int) -> tuple[int, ...]:
+    """The layers from a split on that may read the image: those of attention."""
+    text = config.get_text_config()
+    recurrent = recurrent_layers(text)
+    return tuple(layer for layer in range(split_layer, text.num_hidden_layers) if layer not in recurrent)
+
+
 @torch.no_grad()
 def effects(
-    model: LlavaForConditionalGeneration, batches: Iterable[Batch], plans: list[Plan], description: str
+    model: PreTrainedModel, batches: Iterable[Batch], plans: list[Plan], description: str
 ) -> dict[Plan, Effect]:
     """The effect of each plan on the prompts of all batches, in one pass over them.
 
     Args:
-        model: a LLaVA, or a DPVR model, of which the base is measured.
+        model: a vision-language model, or a DPVR model, of which the base is measured.
         batches: as `saturation.measure` takes them; at least one.
         plans: in any order, without duplicates.
 
@@ -85,11 +98,10 @@ def effects(
 
 
 def ablate(
-    model: LlavaForConditionalGeneration, batches: Callable[[], Iterable[Batch]], splits: Iterable[int]
+    model: PreTrainedModel, batches: Callable[[], Iterable[Batch]], splits: Iterable[int]
 ) -> dict[int, dict[int, Ablation]]:
     """For each split and each deep layer, the effects of this layer alone reading the image, and of all but it."""
-    depth = model.config.text_config.num_hidden_layers
-    deep = {split: tuple(range(split, depth)) for split in splits}
+    deep = {split: readers(model.config, split) for split in splits}
     on = {(split, layer): Plan(split, (layer,)) for split in deep for layer in deep[split]}
     off = {(split, layer): Plan(split, tuple(x for x in deep[split] if x != layer)) for split, layer in on}
     found = effects(model, batches(), list(dict.fromkeys([*on.values(), *off.values()])), "Ablation of single layers")
@@ -100,7 +112,7 @@ def ablate(
 
 
 def greedy_search(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     batches: Callable[[], Iterable[Batch]],
     most: dict[int, int],
     ablations: dict[int, dict[int, Ablation]],
@@ -116,7 +128,7 @@ def greedy_search(
     newest = {split: Plan(split, ()) for split in most}
     for turn in range(max(most.values())):
         candidates = {
-            split: _extended(plan, model.config.text_config.num_hidden_layers)
+            split: _extended(plan, readers(model.config, split))
             for split, plan in newest.items()
             if turn < most[split]
         }
@@ -131,20 +143,19 @@ def greedy_search(
     return path
 
 
-def _extended(plan: Plan, depth: int) -> list[Plan]:
-    """The plans with one more fusion layer."""
-    missing = [layer for layer in range(plan.split_layer, depth) if layer not in plan.fusion_layers]
+def _extended(plan: Plan, deep: tuple[int, ...]) -> list[Plan]:
+    """The plans with one more fusion layer among these."""
+    missing = [layer for layer in deep if layer not in plan.fusion_layers]
     return [plan._replace(fusion_layers=tuple(sorted((*plan.fusion_layers, layer)))) for layer in missing]
 
 
-def causal_split(model: LlavaForConditionalGeneration, batches: Iterable[Batch], tolerance: float) -> int:
+def causal_split(model: PreTrainedModel, batches: Iterable[Batch], tolerance: float) -> int:
     """The shallowest split at which image removal changes at most `tolerance` of the answers.
 
     Raises:
         ValueError: if every split changes more.
     """
-    depth = model.config.text_config.num_hidden_layers
-    found = effects(model, batches, [Plan(split, ()) for split in range(1, depth)], "Image removal")
+    found = effects(model, batches, [Plan(split, ()) for split in splits(model.config)], "Image removal")
     for plan, effect in found.items():
         if effect.changed <= tolerance:
             return plan.split_layer

@@ -1,4 +1,4 @@
-"""Find out after which layer a LLaVA no longer needs its image tokens (paper section 3.1, Figure 2; saturation.py).
+"""Find out after which layer a model no longer needs its image tokens (paper section 3.1, Figure 2; saturation.py).
 
     rows of pictures and conversations      the first question of each and its answer, in batches
         |
@@ -9,10 +9,12 @@
     OUTPUT_DIR/plans.json, plan_0.45.yaml   with --find_plan 0.45: the deep layers that must read the image, within
     plan_frontier.png, .svg                 that share of vanilla's prefill FLOPs (plan_search.py)
 
-A DPVR model is measured as the vanilla LLaVA that it is based on, and then under its own routing for comparison.
+Any vision-language model with a chat template. A DPVR model is measured as the vanilla LLaVA that it is based on, and
+then under its own routing for comparison.
 
     python -m dpvr.analysis.probe                                           # dpvr-mini on MiniBench
     python -m dpvr.analysis.probe --find_plan 0.45 0.35                     # and which layers must read the image
+    python -m dpvr.analysis.probe --model Qwen/Qwen3-VL-2B-Instruct --dtype bfloat16 --find_plan 0.45
     python -m dpvr.analysis.probe --model llava-hf/llava-1.5-7b-hf --data llava_v1_5_mix665k.json --image_folder images
 """
 
@@ -25,7 +27,7 @@ from dpvr.command_line import Parser, at_least, run
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default=".", help="a LLaVA or DPVR model: a name on the Hub or a folder")
+    parser.add_argument("--model", default=".", help="a vision-language model: a name on the Hub or a folder")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the code in the model's repository; else none of it runs"
     )

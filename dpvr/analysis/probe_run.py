@@ -12,12 +12,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
+from decoders_dpvr import check_decoder, lowest_split, owner_of
 from dpvr.analysis.costs import PromptCosts
 from dpvr.analysis.curves import PAPERS_MARGIN, draw, layer_table, summarise, summarise_routed
 from dpvr.analysis.plan_report import draw_frontier, find_plans, share, table, write_plans
-from dpvr.analysis.plan_search import TOLERANCE, Plan
+from dpvr.analysis.plan_search import TOLERANCE, Plan, readers, splits
 from dpvr.analysis.probe_samples import (
     MINIBENCH,
     collect,
@@ -28,9 +29,10 @@ from dpvr.analysis.probe_samples import (
     settings_of,
 )
 from dpvr.data.prompts import AnsweredPrompts, Batch, in_batches
+from dpvr.data.templates import check_template
 from dpvr.models import load_model
 from dpvr.record import publish, run_record, without_folders
-from loading_dpvr import load_processor
+from processors_dpvr import load_processor
 
 
 def probe(args: argparse.Namespace) -> dict[str, Any]:
@@ -39,15 +41,18 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     options = {"dtype": getattr(torch, args.dtype), "attn_implementation": "sdpa"}
     model = load_model(args.model, trust_remote_code=args.trust_remote_code, **options).eval().to(args.device)
+    owner_of(model)
+    check_decoder(model.config, lowest_split(model.config))
     processor, rows = load_processor(args.model), load_rows(args)
+    check_template(processor)
     settings = settings_of(args, model)
     read_samples(args.output_dir / "samples.jsonl", settings)  # refuses another run's samples before any work
     prompts = AnsweredPrompts(processor, rows, args.num_samples, skip=0 if args.data == MINIBENCH else args.tuned_lens)
     samples = collect(args, model, load_lens(args, model, processor, rows, settings), prompts, settings)
     found = {"num_samples": len(samples), "rows_without_pictures": prompts.without_picture}
-    found |= summarise(samples, TOLERANCE)
-    costs = PromptCosts(model.config.text_config, round(found["image_tokens"]), round(found["text_tokens"]))
-    advised = advice(costs, found)
+    found |= summarise(samples, TOLERANCE, splits(model.config))
+    costs = PromptCosts(model.config.get_text_config(), round(found["image_tokens"]), round(found["text_tokens"]))
+    advised = advice(costs, found, readers(model.config, 1)[-1])
     if is_routed(model):
         fields = {"routing": model.config.routing, "split_layer": model.config.split_layer}
         found["routed"] = {**fields, **summarise_routed([sample["routed"] for sample in samples])}
@@ -64,12 +69,11 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def advice(costs: PromptCosts, found: dict[str, Any]) -> list[str]:
-    """Where to split, by which rule, and at what cost."""
-    depth = len(found["attention_mass"]["median"])
+def advice(costs: PromptCosts, found: dict[str, Any], last: int) -> list[str]:
+    """Where to split, by which rule, and at what cost if only layer `last` reads the image."""
 
     def flops(split: int) -> str:
-        return f"{share(costs, Plan(split, (depth - 1,))):.3f} of vanilla's prefill FLOPs"
+        return f"{share(costs, Plan(split, (last,))):.3f} of vanilla's prefill FLOPs"
 
     lines = [
         f"Image tokens reach the prediction space after layer {found['transition']['image']}, text tokens after layer "
@@ -107,7 +111,7 @@ def advice_routed(found: dict[str, Any]) -> list[str]:
 
 
 def search_plans(
-    args: argparse.Namespace, model: LlavaForConditionalGeneration, prompts: AnsweredPrompts, costs: PromptCosts
+    args: argparse.Namespace, model: PreTrainedModel, prompts: AnsweredPrompts, costs: PromptCosts
 ) -> None:
     """Search for the plans of --find_plan on every other prompt, measure them on the others, and write them."""
 

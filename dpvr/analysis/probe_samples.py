@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from dpvr.analysis.saturation import Sample, measure, measure_routed
 from dpvr.analysis.tuned_lens import TunedLens
 from dpvr.data.conversations import Row, load_conversations
 from dpvr.data.prompts import AnsweredPrompts, in_batches
 from generation_dpvr import IGNORED_LABEL
+from images_dpvr import image_marks
 from minibench.data import to_hf_dataset
 
 MINIBENCH = "minibench"
@@ -39,8 +40,8 @@ def load_rows(args: argparse.Namespace, split: str = "validation") -> Iterable[R
 
 def load_lens(
     args: argparse.Namespace,
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     rows: Iterable[Row],
     settings: dict[str, str],
 ) -> TunedLens | None:
@@ -61,12 +62,12 @@ def load_lens(
     return lens
 
 
-def is_routed(model: LlavaForConditionalGeneration) -> bool:
+def is_routed(model: PreTrainedModel) -> bool:
     """Whether this is a DPVR model with a routing other than "none"."""
     return model.config.model_type == "dpvr_llava" and not model.config.layer_plan().is_vanilla
 
 
-def settings_of(args: argparse.Namespace, model: LlavaForConditionalGeneration) -> dict[str, str]:
+def settings_of(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, str]:
     """What samples depend on: a run with other settings cannot resume with them."""
     names = ("model", "data", "data_split", "image_folder", "skip_bad_rows", "allow_remote_images")
     names += ("seed", "dtype", "tuned_lens")
@@ -79,7 +80,7 @@ def settings_of(args: argparse.Namespace, model: LlavaForConditionalGeneration) 
 
 def collect(
     args: argparse.Namespace,
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     lens: TunedLens | None,
     prompts: AnsweredPrompts,
     settings: dict[str, str],
@@ -126,20 +127,20 @@ def read_samples(path: Path, settings: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def measure_batch(
-    model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], labels: torch.Tensor, lens: TunedLens | None
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], labels: torch.Tensor, lens: TunedLens | None
 ) -> Iterator[dict[str, Any]]:
     """The samples of a batch as they are kept, with each prompt's numbers of tokens."""
-    image = (inputs["input_ids"] == model.config.image_token_id).sum(1)
-    pictures = iter(inputs["pixel_values"])
+    image = (image_marks(model.model, inputs["input_ids"], None) & inputs["attention_mask"].bool()).sum(1)
+    pictures = iter(inputs["pixel_values"])  # of a LLaVA, all of one number of tokens, where is_routed
     per_picture = int(image.sum()) // len(inputs["pixel_values"])
     for row, sample in enumerate(measure(model, inputs, labels, lens=lens)):
         valid = inputs["attention_mask"][row].bool()
-        own = torch.stack(list(islice(pictures, int(image[row]) // per_picture)))
         answer = int((labels[row] != IGNORED_LABEL).sum())
         tokens = {"image_tokens": int(image[row]), "text_tokens": int(valid.sum() - image[row]) - answer}  # to prefill
         found = {**tokens, **asdict(sample)}
         if is_routed(model):
             ids = inputs["input_ids"][row, valid][None]
+            own = torch.stack(list(islice(pictures, int(image[row]) // per_picture)))
             prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": own}
             found["routed"] = asdict(measure_routed(model, prompt))
         yield found

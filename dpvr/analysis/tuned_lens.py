@@ -1,6 +1,6 @@
 """A tuned lens: the prediction that a layer's states give after an affine map into the last layer's space.
 
-    states after layer l (N, D)  -->  h + W_l h + b_l  -->  norm, lm_head  -->  KL to the final distribution
+    states after layer l (N, D)  -->  h + W_l h + b_l  -->  norm, head  -->  KL to the final distribution
 
 The logit lens (saturation.py) applies the last layer's norm and head to a middle layer. If the basis of the residual
 stream changes with depth, its KL is large even where the prediction is made already. A map per layer, trained to lower
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from dpvr.analysis.saturation import ProbeBatch, kl_divergence, log_probabilities
 from dpvr.data.prompts import Batch
@@ -44,7 +44,7 @@ class TunedLens(nn.Module):
         return (held + self.maps[layer](held)).to(states.dtype)
 
     @classmethod
-    def fit(cls, model: LlavaForConditionalGeneration, batches: Iterable[Batch], num_batches: int) -> "TunedLens":
+    def fit(cls, model: PreTrainedModel, batches: Iterable[Batch], num_batches: int) -> "TunedLens":
         """Train the maps by Adam, a step per batch, on all tokens of its prompts; the model is not changed.
 
         Args:
@@ -53,7 +53,7 @@ class TunedLens(nn.Module):
         Raises:
             ValueError: if there are fewer.
         """
-        text = model.config.text_config
+        text = model.config.get_text_config()
         lens = cls(text.num_hidden_layers, text.hidden_size).to(model.device)
         optimizer = torch.optim.Adam(lens.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_batches)

@@ -46,9 +46,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     from dpvr.benchmarks.accuracy_rows import load, measure
     from dpvr.record import publish, run_record
-    from loading_dpvr import load_processor
     from minibench.data import make_items
     from minibench.scoring import constant_replies
+    from processors_dpvr import load_processor
 
     model = load(args.model_name_or_path)
     processor = load_processor(args.model_name_or_path)

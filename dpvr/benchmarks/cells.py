@@ -108,7 +108,7 @@ class GridCosts(PromptCosts):
         return self.share(**{name: value for name, value in fields.items() if name != "side_branch_init"})
 
     def pruned_ratio(self, pruning: dict[str, Any]) -> float:
-        return pruned_flops(self.shape, self.depth, *self.tokens, **pruning) / self.vanilla
+        return pruned_flops(self.counted, *self.tokens, **pruning) / self.vanilla
 
     def deepest_split(self, routing: str, budget: float) -> Fields | None:
         """The fields of a routing with the deepest split within a budget; None if none is."""

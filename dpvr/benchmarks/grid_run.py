@@ -35,10 +35,10 @@ from dpvr.benchmarks.cells import BUDGETS, DEFAULTS, Cell, Fields, Grid, GridCos
 from dpvr.benchmarks.pruning import prune
 from dpvr.inference.evaluation import Reply, ask, score
 from dpvr.record import run_record, without_folders
-from loading_dpvr import load_processor
 from minibench.data import make_items, to_messages
 from minibench.tasks import Item
 from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 LAST_LOSSES = 3  # logged losses, of ten steps each, whose mean is a run's final loss
 

@@ -30,7 +30,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import can_return_tuple
 
 from configuration_dpvr import JOINT, TEXT, LayerPlan
-from costs_dpvr import CostFormulas, DecoderShape
+from costs_dpvr import CountedCosts, DecoderCosts
 from dpvr.analysis.attention import attention_inputs
 from forward_dpvr import check_support, routed_forward
 from generation_dpvr import routed
@@ -100,7 +100,7 @@ class PrunedModel(LlavaModel):
         return routed_forward(self, LlavaModel.forward, nn.ModuleList(), self.plan, arguments, make_pass=make_pass)
 
 
-class PrunedLlava(CostFormulas, routed(LlavaForConditionalGeneration)):
+class PrunedLlava(CountedCosts, routed(LlavaForConditionalGeneration)):
     """LLaVA with fewer image tokens from layer `layer` on; made by `prune`, where the arguments are described."""
 
     def __init__(self, llava: LlavaForConditionalGeneration, layer: int, keep: float, rank: str, seed: int):
@@ -133,8 +133,7 @@ class PrunedLlava(CostFormulas, routed(LlavaForConditionalGeneration)):
         self, num_image_tokens: int, num_text_tokens: int, *, batch_size: int = 1, logits_to_keep: int = 1
     ) -> int:
         return batch_size * pruned_flops(
-            DecoderShape.of(self.config.text_config),
-            self.config.text_config.num_hidden_layers,
+            DecoderCosts.of(self.config.text_config),
             num_image_tokens,
             num_text_tokens,
             layer=self.layer,
@@ -151,11 +150,11 @@ class PrunedLlava(CostFormulas, routed(LlavaForConditionalGeneration)):
         batch_size: int = 1,
         dtype: torch.dtype | None = None,
     ) -> int:
-        """As `CostFormulas.kv_cache_bytes`: the first layers hold all tokens, the others the survivors."""
-        text, kept = self.config.text_config, num_kept(num_image_tokens, self.keep)
-        entries = text.num_hidden_layers * num_text_tokens
-        entries += self.layer * num_image_tokens + (text.num_hidden_layers - self.layer) * kept
-        return DecoderShape.of(text).key_bytes(batch_size * entries, dtype or self.dtype)
+        """As `CountedCosts.kv_cache_bytes`: the first layers hold all tokens, the others the survivors."""
+        layers, kept = DecoderCosts.of(self.config.text_config).layers, num_kept(num_image_tokens, self.keep)
+        image = [num_image_tokens] * self.layer + [kept] * (len(layers) - self.layer)
+        numbers = sum((num_text_tokens + held) * layer.key_width for held, layer in zip(image, layers, strict=True))
+        return batch_size * numbers * (dtype or self.dtype).itemsize
 
 
 def num_kept(num_image_tokens: int, keep: float) -> int:
@@ -164,8 +163,7 @@ def num_kept(num_image_tokens: int, keep: float) -> int:
 
 
 def pruned_flops(
-    shape: DecoderShape,
-    depth: int,
+    costs: DecoderCosts,
     num_image_tokens: int,
     num_text_tokens: int,
     *,
@@ -178,11 +176,12 @@ def pruned_flops(
     total, survivors = num_image_tokens + num_text_tokens, num_text_tokens + num_kept(num_image_tokens, keep)
     kept = min(logits_to_keep or total, total)
     last = kept if num_image_tokens and kept < num_text_tokens else survivors  # queries of the last layer
-    flops = layer * shape.layer_flops(total, keys=total)
-    flops += (depth - layer - 1) * shape.layer_flops(survivors, keys=survivors)
-    flops += shape.layer_flops(last, keys=survivors) + shape.head_flops(kept)
+    flops = sum(costs.layer_flops(index, total, total) for index in range(layer))
+    flops += sum(costs.layer_flops(index, survivors, survivors) for index in range(layer, len(costs.layers) - 1))
+    flops += costs.layer_flops(len(costs.layers) - 1, last, survivors) + costs.head_flops(kept)
     if rank == "attention" and num_image_tokens:
-        flops += 2 * shape.query_width * (shape.width + total)
+        query_width = costs.layers[layer].per_pair // 4  # a query meets a key in two products
+        flops += 2 * query_width * (costs.width + total)
     return flops
 
 
@@ -224,10 +223,10 @@ class PruningPass(TwoStreamPass):
             self.scores = random_scores(self.image_mask, self.pruning.seed)
         return out
 
-    def leave(self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def leave(self, hidden: torch.Tensor) -> None:
         """Sort the chunk anew: the second stream is no longer the image but what is dropped."""
         self.sort(self.image_mask & ~best_image_tokens(self.scores, self.image_mask, self.pruning.keep))
-        super().leave(layer, hidden, arguments)
+        super().leave(hidden)
 
     def query_slots(self, kind: str) -> torch.Tensor:
         """As without pruning, and of kind "last" each row's last token."""

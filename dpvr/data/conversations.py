@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import (
@@ -37,6 +38,7 @@ from datasets.exceptions import DatasetsError
 from tqdm import tqdm
 
 from dpvr.data.picture_column import Picture, outside_of
+from dpvr.data.texts import fault_of_part
 
 Row = dict[str, Any]
 
@@ -54,6 +56,8 @@ FEATURES = Features(
 LISTED = 20
 KINDS = {dict: "dictionary", list: "list", str: "string"}
 BATCH = 1000  # rows held as Python objects before they become Arrow
+
+MOST_PICTURES = 64  # of a row; each is decoded to be checked
 
 
 class Conversations(NamedTuple):
@@ -102,6 +106,8 @@ def load_conversations(
     Raises:
         ValueError: there are bad rows, or no good ones, or nothing to read.
     """
+    if not data.strip() or (Path(data).exists() and not Path(data).is_dir() and not Path(data).is_file()):
+        raise ValueError(f"{data!r} is no data: name a data set, its folder, or a .json or .jsonl file.")
     is_json = data.endswith((".json", ".jsonl"))
     source = _open_json(data, image_folder) if is_json else _open_dataset(data, split, image_folder, streaming)
     if not is_json and not allow_remote_images:
@@ -155,7 +161,7 @@ def _read_list(path: str) -> list[Any]:
     with open(path, "rb") as file:
         try:
             rows = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path!r} is not a JSON list of rows ({error}): {form}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path!r} is not a JSON list of rows but a {type(rows).__name__}: {form}")
@@ -167,7 +173,7 @@ def _read_lines(path: str) -> Iterator[Any]:
         for line in filter(bytes.strip, file):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = line  # which is no row, and is reported as a bad one
             yield row
 
@@ -308,11 +314,11 @@ def _message(speaker: Any, content: Any, roles: dict[str, str]) -> Row:
 
 def _split(part: Row) -> list[Row]:
     """Return a part as pictures, one for each mark, and the text without the marks."""
-    if part.get("type") == "image":
+    if (fault := fault_of_part(part)) is not None:
+        raise _BadRow(fault)
+    if part["type"] == "image":
         return [PICTURE]
-    if part.get("type") != "text":
-        raise _BadRow(f"a part has the type {part.get('type')!r:.60}, and only image and text can be read")
-    text = _typed(part.get("text"), str, "text")
+    text = part["text"]
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold and Arrow cannot
@@ -332,6 +338,8 @@ def _check_conversation(messages: list[Row], num_images: int) -> None:
         raise _BadRow(f"user and assistant do not take turns: {', '.join(roles):.80}")
     marks = [message["content"].count(PICTURE) for message in messages]
     first = marks[roles.index("user")]
+    if num_images > MOST_PICTURES:
+        raise _BadRow(f"it has {num_images} images, and at most {MOST_PICTURES} are read")
     if first != num_images or sum(marks) != first:
         raise _BadRow(
             f"it has {_counted(num_images, 'image')} but {_counted(first, MARK + ' mark')} in the first user message "

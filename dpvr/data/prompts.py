@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, LlavaProcessor, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from dpvr.data.conversations import Row
 from dpvr.data.pictures import to_rgb
-from dpvr.data.templates import reply_spans, tokenized
+from dpvr.data.templates import check_template, reply_spans, tokenized
+from dpvr.data.texts import fault_of_part, fault_of_text, special_tokens
 from generation_dpvr import IGNORED_LABEL
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # a processor's inputs, and labels (B, T)
@@ -27,27 +28,36 @@ class Conversation(NamedTuple):
     pictures: Sequence[Image.Image] = ()
 
 
-def prompt_inputs(processor: ProcessorMixin, conversations: Sequence[Conversation]) -> BatchFeature:
+def prompt_inputs(
+    processor: ProcessorMixin, conversations: Sequence[Conversation], room: int | None = None
+) -> BatchFeature:
     """The inputs of a batch of conversations, each of which waits for its answer.
 
+    Args:
+        room: how many positions the model has.
+
     Raises:
-        ValueError: if a text holds the mark that stands for a picture, or a picture is beyond the limits.
+        ValueError: if there is no chat template, a text holds a special token or is far too long, a part is neither
+            text nor picture, or a picture is beyond the limits.
     """
+    check_template(processor)
+    special = special_tokens(processor)
     for conversation in conversations:
-        _refuse_marks(conversation, processor.image_token)
+        _check(conversation, special, room)
     prompts = processor.apply_chat_template([c.messages for c in conversations], add_generation_prompt=True)
     pictures = [to_rgb(picture) for conversation in conversations for picture in conversation.pictures]
     return tokenized(processor, prompts, pictures or None, padding=True, padding_side="left")
 
 
-def _refuse_marks(conversation: Conversation, mark: str) -> None:
+def _check(conversation: Conversation, special: list[str], room: int | None) -> None:
     for message in conversation.messages:
-        for part in message["content"]:
-            if mark in (part.get("text") or ""):
-                raise ValueError(
-                    f"The text {part['text'][:200]!r} holds {mark!r}, the mark that the chat template puts in for "
-                    "every picture: take it out of the text."
-                )
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            fault = fault_of_part(part)
+            if fault is None and part["type"] == "text":
+                fault = fault_of_text(part["text"], special, room)
+            if fault is not None:
+                raise ValueError(f"A message cannot be asked: {fault}. Take it out; pictures come by themselves.")
 
 
 class AnsweredPrompts:
@@ -59,7 +69,7 @@ class AnsweredPrompts:
         without_picture: how many rows were passed over in the latest iteration.
     """
 
-    def __init__(self, processor: LlavaProcessor, rows: Iterable[Row], most: int, skip: int = 0) -> None:
+    def __init__(self, processor: ProcessorMixin, rows: Iterable[Row], most: int, skip: int = 0) -> None:
         self.processor, self.rows, self.most, self.skip = processor, rows, most, skip
         self.without_picture = 0
 
@@ -76,7 +86,7 @@ class AnsweredPrompts:
                     yield found
 
 
-def answered_prompt(processor: LlavaProcessor, row: Row) -> Batch | None:
+def answered_prompt(processor: ProcessorMixin, row: Row) -> Batch | None:
     """The inputs of a row's first question with its answer, and its labels (1, T); None without pictures.
 
     Raises:
@@ -113,12 +123,19 @@ def in_batches(prompts: Iterable[Batch], size: int, device: str | torch.device =
 
 
 def _joined(prompts: list[Batch], device: str | torch.device) -> Batch:
-    def stack(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad_sequence([tensor[0] for tensor in tensors], batch_first=True, padding_value=value).to(device)
+    """One batch; what has an entry per token, per picture or per tile is filled up with zeros, as processors do.
 
-    inputs = {
-        "input_ids": stack([inputs["input_ids"] for inputs, _ in prompts], 0),  # any id will do: it is masked out
-        "attention_mask": stack([inputs["attention_mask"] for inputs, _ in prompts], 0),
-        "pixel_values": torch.cat([inputs["pixel_values"] for inputs, _ in prompts]).to(device),
-    }
-    return inputs, stack([labels for _, labels in prompts], IGNORED_LABEL)
+    Any id will do for padding: it is masked out.
+    """
+    inputs = {name: _stacked([inputs[name] for inputs, _ in prompts]).to(device) for name in prompts[0][0]}
+    labels = [labels[0] for _, labels in prompts]
+    return inputs, pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).to(device)
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors one after the other, those that are smaller in another dimension filled up with zeros at its end."""
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    whole = tensors[0].new_zeros(sum(map(len, tensors)), *shape)
+    for tensor, place in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+        place[(slice(None), *map(slice, tensor.shape[1:]))] = tensor
+    return whole

@@ -15,6 +15,7 @@ from transformers import LlavaProcessor
 
 from dpvr.data.conversations import Conversations, Row, report_bad_rows
 from dpvr.data.templates import Messages, reply_spans
+from dpvr.data.texts import fault_of_text, special_tokens
 
 
 class RowCheck:
@@ -27,16 +28,15 @@ class RowCheck:
 
     def __init__(self, processor: LlavaProcessor, room: int, max_length: int | None = None) -> None:
         self.processor, self.room, self.max_length = processor, room, max_length
-        self.special = [token for token in processor.tokenizer.all_special_tokens if token]
+        self.special = special_tokens(processor)
         one = processor(images=Image.new("RGB", (32, 32)), text=processor.image_token)
         self.tokens_per_image = one["input_ids"][0].count(processor.image_token_id)
 
     def __call__(self, messages: Messages) -> str | None:
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         for text in texts:
-            for token in self.special:
-                if token in text:
-                    return f"the text {text!r:.60} holds {token!r}, one of the model's special tokens"
+            if (fault := fault_of_text(text, self.special, self.room)) is not None:
+                return fault
         whole, spans = reply_spans(self.processor, messages)
         first, length = (self._length(text) for text in (whole[: spans[0][0]], whole))
         if length > self.room:
@@ -77,14 +77,17 @@ def readable(
 def _stream(
     rows: IterableDataset, check: Callable[[Messages], str | None], name: str, skip_bad_rows: bool
 ) -> IterableDataset:
-    def passes(row: Row) -> bool:
+    def passes(row: Row, place: int) -> bool:
         if (why := check(row["messages"])) is None:
             return True
         if not skip_bad_rows:
-            raise ValueError(f"A row of {name!r} cannot be trained on: {why}. Mend it, or use --skip_bad_rows.")
-        warnings.warn(f"Left out a row of {name!r}: {why}", stacklevel=2)
+            raise ValueError(
+                f"Row {place} of the readable rows of {name!r} cannot be trained on: {why}. Mend it, or use "
+                "--skip_bad_rows."
+            )
+        warnings.warn(f"Left out row {place} of the readable rows of {name!r}: {why}", stacklevel=2)
         return False
 
-    kept = rows.filter(passes)
+    kept = rows.filter(passes, with_indices=True)
     kept.info.description = rows.info.description
     return kept

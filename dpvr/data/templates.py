@@ -57,12 +57,22 @@ def tokenized(processor: ProcessorMixin, texts: Sequence[str], images: Any = Non
     return processor(images=images, text=list(texts), return_tensors="pt", **options)
 
 
+def check_template(processor: ProcessorMixin) -> None:
+    """Raise ValueError if a processor cannot write conversations as prompts."""
+    if not processor.chat_template:
+        raise ValueError(
+            f"The {type(processor).__name__} of this model has no chat template, so a conversation cannot be written "
+            "as its prompt: set processor.chat_template and save the processor with the model."
+        )
+
+
 def reply_spans(processor: ProcessorMixin, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
     """A rendered conversation, and the first and last character + 1 of each reply, its end token included.
 
     Raises:
-        ValueError: if the template writes a prompt differently once it is answered.
+        ValueError: if there is no template, or it writes a prompt differently once it is answered.
     """
+    check_template(processor)
     whole, end, spans = processor.apply_chat_template(messages), processor.tokenizer.eos_token, []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":

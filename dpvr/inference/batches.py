@@ -7,7 +7,6 @@ An error ends the run: no reply is ever made up, not even an empty one.
 """
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -113,12 +112,13 @@ def reply(
     """Return the replies to one batch of conversations, which may have any number of pictures each.
 
     Raises:
-        ValueError: if a text holds the mark that stands for a picture, or a picture is beyond the limits.
+        ValueError: if a prompt is longer than the model's positions, and as `prompt_inputs`.
     """
-    inputs = prompt_inputs(processor, conversations).to(model.device, model.dtype)
-    start, room = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    room = model.config.get_text_config().max_position_embeddings
+    inputs = prompt_inputs(processor, conversations, room).to(model.device, model.dtype)
+    start = inputs["input_ids"].shape[1]
     if start > room:
-        warnings.warn(f"A prompt has {start} tokens and the model {room} positions.", stacklevel=2)
+        raise ValueError(f"A prompt has {start} tokens, and the model has {room} positions: shorten it.")
     pad, end = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id
     output = model.generate(**inputs, pad_token_id=pad, **settings)[:, start:]
     texts = processor.tokenizer.batch_decode(output, skip_special_tokens=True)

@@ -33,10 +33,11 @@ from transformers.utils import cached_file
 from adapter_dpvr import DpvrConfig, find_weights
 from dpvr.analysis.attention import TextToImage, text_to_image_attention
 from dpvr.data.prompts import Conversation, prompt_inputs
+from dpvr.data.texts import fault_of_text, special_tokens
 from dpvr.models import load_model, load_stock
 from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
-from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 from versions_dpvr import cache_in
 
 MAX_CHARACTERS = 20_000
@@ -147,7 +148,7 @@ def _on_base(config: DpvrConfig, base: str, weights: str, **loading: Any) -> Pre
             f"The base {base!r} lacks {len(missing)} weights, such as {missing[0]!r}: name the LLaVA that the adapter "
             "was trained on."
         )
-    config.for_base(llava.config)
+    config.plan_for(llava.config)
     model = DpvrLlavaForConditionalGeneration.from_llava(llava, **config.dpvr_fields())
     model.load_side_branch(
         {key.removeprefix(ADAPTER_KEY_PREFIX): tensor for key, tensor in load_file(weights).items()}
@@ -210,11 +211,8 @@ class Answerer:
             raise ValueError(
                 f"The question holds control characters, such as {control[0]!r}, which no one types: take them out."
             )
-        if marks := [mark for mark in self.processor.tokenizer.all_special_tokens if mark in question]:
-            raise ValueError(
-                f"The question holds {marks[0]!r}, one of the model's special tokens: take it out. Pictures are put "
-                "in by themselves."
-            )
+        if (fault := fault_of_text(question, special_tokens(self.processor))) is not None:
+            raise ValueError(f"The question cannot be asked: {fault}: take it out. Pictures are put in by themselves.")
 
     def stream(
         self,

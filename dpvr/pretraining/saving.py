@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from dpvr.pretraining.processor import save_processor
-from loading_dpvr import load_processor
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 VISION_NAME = re.compile(r"vision_tower\.(?!vision_model\.)")
 

@@ -1,14 +1,16 @@
 """Which block stands in which document, and where the figures go.
 
-results/ --> mini, latency, accuracy, front: {block: text} --> documents.fill
+results/ --> mini, latency, accuracy, families, latents, front: {block: text} --> documents.fill
          --> pareto, latency_figures: pictures
 """
 
 from pathlib import Path
 
 from dpvr.reports import accuracy, latency, latency_figures, mini, pareto
+from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
+from dpvr.reports.latents import render_latents
 
 RESULTS, DOCS = Path("results"), Path("docs")
 
@@ -21,6 +23,8 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "accuracy": mini.render_accuracy(results),
             "pretraining": mini.render_pretraining(results),
         },
+        "docs/families.md": {"families": render_families(results)},
+        "docs/latent.md": {"latents": render_latents(results)},
         "docs/training.md": {"training": mini.render_training(results)},
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
         "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),

@@ -29,9 +29,9 @@ from dpvr.training.output_folder import finish_move, save, write_record
 from dpvr.training.trainers import make_trainer
 from dpvr.training.used_folders import check_output_folder, delete_checkpoints
 from hub_dpvr import make_repository, require_hub_base, upload
-from loading_dpvr import load_processor
 from minibench.data import to_hf_dataset
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 QUESTIONS_PER_ROW = 7  # of MiniBench
 RECIPE = (

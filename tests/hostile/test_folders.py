@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -94,19 +95,21 @@ def test_a_read_only_folder_is_refused(tmp_path):
         check(tmp_path / "out")
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """As on a full disk, no file can grow beyond a thousand bytes."""
+    """As on a full disk, no file can grow beyond a thousand bytes; nor can a log of this test run meanwhile."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_full_disk_is_noticed_first(tmp_path, full_disk, there):
+def test_a_full_disk_is_noticed_first(tmp_path, there):
     out = tmp_path if there else tmp_path / "out"
-    with pytest.raises(ValueError, match="cannot be written to .File too large.*free space"):
+    with pytest.raises(ValueError, match="cannot be written to .File too large.*free space"), full_disk():
         check(out)
     assert tree(tmp_path) == {}
 
@@ -325,7 +328,7 @@ def test_what_comes_in_the_way_during_a_run_stops_the_move_and_nothing_is_lost(t
 
 
 @pytest.mark.parametrize("writer", ["write", "safetensors", "torch"])
-def test_on_a_full_disk_no_half_folder_is_left_and_its_path_is_said(tmp_path, full_disk, writer):
+def test_on_a_full_disk_no_half_folder_is_left_and_its_path_is_said(tmp_path, writer):
     import torch
     from safetensors.torch import save_file
 
@@ -338,7 +341,7 @@ def test_on_a_full_disk_no_half_folder_is_left_and_its_path_is_said(tmp_path, fu
         "torch": lambda: torch.save(weights, folder / "a"),
     }
     with pytest.raises(OSError, match="checkpoint-3 could not be written .*nothing half written.*Make room"):
-        with whole_or_nothing(folder):
+        with full_disk(), whole_or_nothing(folder):
             begin(folder, "checkpoint.json")
             ways[writer]()
     assert tree(tmp_path) == {}

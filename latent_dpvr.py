@@ -1,0 +1,98 @@
+"""A low-rank latent of the image: what all deep layers read of it, in place of a side branch's states.
+
+    image states z (B, V, D)        of the split, or of side layers run on them
+        n = z / rms(z)
+        c = A n  (B, V, r)                        one latent, shared by all layers
+            |------------------.
+        K_l = W_l c + b_l      K_m = W_m c + b_m  for each reading layer, before its k-norm and rotary embedding,
+        V_l = ...              V_m = ...          which stay the layer's own
+
+`A`, `W` and `b` are fitted in closed form, without labels (dpvr/training/fit.py). Latents shared by keys and values:
+multi-head latent attention, https://arxiv.org/abs/2405.04434; across layers, https://arxiv.org/abs/2405.12981.
+
+Axes: B batch, V image tokens, D width, r rank, W width of a layer's keys or values.
+"""
+
+import torch
+from torch import nn
+
+try:
+    from .configuration_dpvr import CONTEXT, LayerPlan
+    from .side_branch_dpvr import make_side_branch, reset_side_branch
+except ImportError:
+    from configuration_dpvr import CONTEXT, LayerPlan
+    from side_branch_dpvr import make_side_branch, reset_side_branch
+
+
+class Projection(nn.Linear):
+    """A linear layer that computes in its own dtype and gives that of its input, as PEFT trains in float32."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states.to(self.weight.dtype)).to(states.dtype)
+
+
+class Latent(nn.Module):
+    """The side layers, the map to the latent, and that to the keys and values of each reading layer.
+
+    Args:
+        decoder: with `layers` and a `config`.
+        plan: its context layers are those that read.
+        rank: r.
+        num_side_layers: decoder layers that image states run through before.
+
+    Raises:
+        ValueError: for a reading layer without projections of its own to keys and values, and for a rank above D.
+    """
+
+    def __init__(self, decoder: nn.Module, plan: LayerPlan, rank: int, num_side_layers: int) -> None:
+        super().__init__()
+        width = decoder.config.hidden_size
+        if rank > width:
+            raise ValueError(f"latent_rank is {rank}, but the decoder is {width} wide: choose 1 to {width}.")
+        self.layers = make_side_branch(decoder, plan.split_layer, num_side_layers)
+        self.reduce = Projection(width, rank, bias=False)
+        self.keys, self.values = nn.ModuleDict(), nn.ModuleDict()
+        for index, mode in enumerate(plan.modes):
+            if mode == CONTEXT:
+                keys, values = projections_of(decoder.layers[index], index)
+                self.keys[str(index)] = Projection(rank, keys.out_features)
+                self.values[str(index)] = Projection(rank, values.out_features)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """The latent (B, V, r) of image states (B, V, D)."""
+        return self.reduce(normalised(states))
+
+    def projections(self, layer: int) -> dict[str, nn.Module]:
+        """What replaces a reading layer's projections to keys and values, for a call with the latent as its states."""
+        return {"k_proj": self.keys[str(layer)], "v_proj": self.values[str(layer)]}
+
+
+def projections_of(layer: nn.Module, index: int) -> tuple[nn.Module, nn.Module]:
+    """A decoder layer's own projections to keys and values.
+
+    Raises:
+        ValueError: if it has none, or another norm before them.
+    """
+    attention = layer._modules.get("self_attn")
+    parts = {} if attention is None else attention._modules
+    if "k_proj" not in parts or "v_proj" not in parts or "input_layernorm" not in layer._modules:
+        raise ValueError(
+            f"Layer {index} is a {type(layer).__name__} without projections k_proj and v_proj behind an "
+            "input_layernorm, so a latent cannot take their place: use another routing, such as kv_substitution."
+        )
+    return parts["k_proj"], parts["v_proj"]
+
+
+def normalised(states: torch.Tensor) -> torch.Tensor:
+    """States divided by their root mean square, in float32 at least."""
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    return (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-12)).to(states.dtype)
+
+
+@torch.no_grad()
+def reset_latent(latent: Latent, decoder: nn.Module, plan: LayerPlan, how: str) -> None:
+    """Start a latent that is to be fitted: its side layers as `how` says, its maps at zero."""
+    reset_side_branch(latent.layers, decoder, plan.split_layer, how)
+    for module in (latent.reduce, *latent.keys.values(), *latent.values.values()):
+        for weight in module.parameters():
+            weight.zero_()
