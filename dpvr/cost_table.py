@@ -42,7 +42,10 @@ def load_config(name: str, revision: str = "main") -> PretrainedConfig:
         ValueError: if transformers has no such model, or it has no images.
         OSError: if there is no config.
     """
-    values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    try:
+        values, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise OSError(f"No config of {name!r}: {error}") from error
     kind = values.get("model_type")
     if kind == DpvrLlavaConfig.model_type:  # its base is a LLaVA
         kind = "llava"

@@ -69,13 +69,13 @@ def test_the_default_is_the_papers_recipe_for_7b():
         ({"split_layer": 2, "side_branch_init": "zeros"}, "side_branch_init is 'zeros'", "choose one of split_layer"),
         (
             {"split_layer": 2, "num_side_layers": 0},
-            "num_side_layers is 0, but routing 'late_fusion' needs a number of layers from 1 on",
+            "num_side_layers is 0, but routing 'late_fusion' needs 1 to 6",
             "routing='text_only'",
         ),
         (
             {"split_layer": 2, "num_side_layers": -1, "routing": "text_only"},
             "num_side_layers is -1",
-            "a number of layers from 0 on",
+            "needs 0 to 6, the depth of the decoder",
         ),
         ({"spilt_layer": 2}, "no field 'spilt_layer'", "did you mean 'split_layer'?"),
         ({"split_layer": 2, "image_token_index": None}, "image_token_index is None", "LLaVA-1.5: 32000"),

@@ -18,7 +18,7 @@ class Oracle:
     """Stands in for a model: gives the replies that it is made with, the first `endless` of them without an end."""
 
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=2048))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=2048))
 
     def __init__(self, tokenizer, replies: list[str], endless: int = 0) -> None:
         self.tokenizer, self.replies, self.endless = tokenizer, iter(replies), endless

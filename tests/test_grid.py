@@ -85,7 +85,7 @@ def test_what_stands_at_a_budget_fits_it_and_the_next_larger_does_not(costs, tab
 
 def pruned_ratio(costs: GridCosts, cut: int, kept: int) -> float:
     """By counting layers: some with all tokens, the others and the last one's single query with what is kept."""
-    layer = costs.shape.layer_flops
+    layer = costs.counted.layers[0].flops
     flops = cut * layer(89, 89) + (11 - cut) * layer(25 + kept, 25 + kept) + layer(1, 25 + kept)
     return (flops + 2 * 192 * 768) / costs.vanilla
 
