@@ -5,8 +5,12 @@ config.json: model_type    dpvr_llava               -> DpvrLlavaForConditionalGe
                            another                  -> refused, unless trust_remote_code says that its code may run
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftModel
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -16,6 +20,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from configuration_dpvr import JOINT, LayerPlan
+from decoders_dpvr import DECODER_NAMES
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from versions_dpvr import LINE_4
 
@@ -76,3 +82,29 @@ def load_stock(name: str, *, revision: str = "main", **loading: Any) -> Any:
             "file from a copy of the repository, or use transformers 5."
         )
     return model.from_pretrained(name, revision=revision, **loading)
+
+
+def plan_of(model: nn.Module) -> LayerPlan:
+    """The layer plan that a model runs, its own or its adapter's; of a stock model, all layers joint."""
+    for module in model.modules():
+        if hasattr(type(module), "plan") and any(name in module._modules for name in DECODER_NAMES):
+            return module.plan
+    depth = model.config.get_text_config().num_hidden_layers
+    return LayerPlan(depth, (JOINT,) * depth)
+
+
+@contextmanager
+def as_base(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """A model that runs as its base meanwhile: under the routing "none", or without its adapters."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    elif isinstance(model, DpvrLlavaForConditionalGeneration):
+        routing = model.config.routing
+        model.set_routing("none")
+        try:
+            yield
+        finally:
+            model.set_routing(routing)
+    else:
+        yield

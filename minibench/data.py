@@ -14,6 +14,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from PIL import Image
 from tqdm import tqdm
 
 from .scenes import Scene, Split, draw_scene
@@ -109,15 +110,30 @@ def to_messages(turns: list[tuple[str, str | None]], num_pictures: int = 1) -> l
     return messages
 
 
-def to_hf_dataset(split: Split, size: int, questions_per_row: int = 7, seed: int = 0) -> Dataset:
-    """Return the rows as a `datasets.Dataset` with the columns images and messages, ready for TRL's SFTTrainer."""
+def swapped(picture: Image.Image) -> Image.Image:
+    """A picture with red and blue exchanged, as a program shows it that takes RGB for BGR."""
+    return Image.merge("RGB", picture.split()[::-1])
+
+
+def to_hf_dataset(
+    split: Split, size: int, questions_per_row: int = 7, seed: int = 0, *, swap: bool = False
+) -> Dataset:
+    """Return the rows as a `datasets.Dataset` with the columns images and messages, ready for TRL's SFTTrainer.
+
+    With `swap` the images are `swapped`, and a column teacher_images has them as they were.
+    """
     part = {"type": Value("string"), "text": Value("string")}
     features = Features(
-        {"images": [ImageFeature()], "messages": [{"role": Value("string"), "content": [part]}]},
+        {"images": [ImageFeature()], "messages": [{"role": Value("string"), "content": [part]}]}
+        | ({"teacher_images": [ImageFeature()]} if swap else {}),
     )
     rows = MiniBench(split, size, questions_per_row, seed)
-    indices = tqdm(range(size), desc=f"MiniBench {split}", unit="row")
-    return Dataset.from_list([_with_texts(rows[index]) for index in indices], features=features)
+    made = (_with_texts(rows[index]) for index in tqdm(range(size), desc=f"MiniBench {split}", unit="row"))
+    return Dataset.from_list([_with_swapped(row) if swap else row for row in made], features=features)
+
+
+def _with_swapped(row: Row) -> Row:
+    return {**row, "images": [swapped(picture) for picture in row["images"]], "teacher_images": row["images"]}
 
 
 def _with_texts(row: Row) -> Row:

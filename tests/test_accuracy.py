@@ -7,6 +7,7 @@ import torch
 
 from dpvr.benchmarks import accuracy_rows
 from dpvr.benchmarks.accuracy import main, parse_args
+from dpvr.inference.evaluation import grey
 from minibench.tasks import TASKS
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -45,10 +46,10 @@ def test_each_row_sees_its_own_model(trained, monkeypatch):
     seen = {}
     start = {name: weight.clone() for name, weight in trained.side_branch.state_dict().items()}
 
-    def look(model, processor, *, blind, description, **options):
+    def look(model, processor, *, show, description, **options):
         weights = model.side_branch.state_dict()
         is_trained = all(torch.equal(weight, start[name]) for name, weight in weights.items())
-        seen[description] = (model.config.routing, blind, is_trained, options)
+        seen[description] = (model.config.routing, show is grey, is_trained, options)
         return {}
 
     monkeypatch.setattr(accuracy_rows, "evaluate", look)

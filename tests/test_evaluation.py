@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpvr.inference.evaluation import ask, evaluate
+from dpvr.inference.evaluation import ask, evaluate, grey
 from minibench.data import make_items
 from minibench.scoring import summarise
 from minibench.tasks import TASKS, Item
@@ -94,7 +94,7 @@ def test_every_question_is_asked_with_its_pictures_before_it(processor):
 def test_the_blindfold_shows_one_even_grey_for_each_picture_of_an_item(processor):
     items = make_items("test", QUESTIONS, tasks=["scene", "multi_image"])
     model = Oracle(processor.tokenizer, right_replies(items))
-    evaluate(model, processor, num_questions=QUESTIONS, tasks=["scene", "multi_image"], blind=True)
+    evaluate(model, processor, num_questions=QUESTIONS, tasks=["scene", "multi_image"], show=grey)
     (pixels,) = model.pixels
     assert len(pixels) == QUESTIONS + 2 * QUESTIONS
     assert torch.equal(pixels, pixels[:1].expand_as(pixels))

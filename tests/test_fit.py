@@ -13,7 +13,8 @@ from reference import make_dpvr
 
 from adapter_dpvr import DpvrConfig
 from dpvr.training import fit
-from dpvr.training.latent_fit import Moments, Target, collect, fit_latent, match_loss
+from dpvr.training.latent_fit import Moments, Target, collect, fit_latent
+from dpvr.training.objectives import match_loss
 from latent_dpvr import normalised
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -154,14 +155,13 @@ def test_matching_lowers_its_loss_and_trains_side_layers_and_maps_alone():
     model, prompts = latent_model(latent_side_layers=1, latent_rank=8), batches(4)
     solution = fit_latent(model, prompts)
     target = Target.of(model)
-    moments = collect(target, prompts)
-    deviations = {key: moments.variance(key).sqrt().item() for key in moments.cross}
+    deviations = collect(target, prompts).deviations
     model.freeze_base()
     trained = [weight for weight in target.latent.parameters()]
     optimizer = torch.optim.Adam(trained, lr=1e-3)
     losses = []
     for _ in range(20):
-        loss = match_loss(target, prompts[0], deviations)
+        loss = match_loss(model, prompts[0], deviations)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoProcessor, BatchFeature, TextIteratorStreamer, pipeline
 
-from dpvr.inference.evaluation import evaluate
+from dpvr.inference.evaluation import evaluate, grey
 from minibench.data import make_items, to_messages
 from minibench.scenes import make_scene
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -80,7 +80,7 @@ def test_it_answers_about_pictures_it_has_not_seen_and_stops_by_itself(model, pr
 
 
 def test_it_is_at_chance_when_the_picture_is_blanked(model, processor):
-    scores = evaluate(model, processor, num_questions=200, seed=7, blind=True, tasks=["existence"])
+    scores = evaluate(model, processor, num_questions=200, seed=7, show=grey, tasks=["existence"])
     assert abs(scores["tasks"]["existence"] - 0.5) < 0.1
 
 

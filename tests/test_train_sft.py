@@ -33,7 +33,8 @@ NEEDS_TRAINING = pytest.mark.skipif(
     Version(transformers.__version__) < Version(arguments.OLDEST_TRANSFORMERS),
     reason="training is for transformers 5.18 and newer",
 )
-SHORT = ["--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_questions", "2", "--logging_steps", "1"]
+SHORT = ["--data", "minibench", "--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_questions", "2"]
+SHORT += ["--logging_steps", "1"]
 
 
 def run(base: str, output_dir, *arguments: str) -> dict:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from dpvr.inference.evaluation import evaluate
+from dpvr.inference.evaluation import as_drawn, evaluate, grey
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 
@@ -29,7 +29,7 @@ def measure(
         if name == "untrained":
             model.reset_side_branch()
         model.set_routing(row_routing)
-        scores = evaluate(model, processor, blind=name == "blind", description=name, **options)
+        scores = evaluate(model, processor, show=grey if name == "blind" else as_drawn, description=name, **options)
         rows[name] = {"name": name, "routing": row_routing, **scores}
         model.set_routing(routing)
     return [rows[name] for name in ("vanilla", "untrained", routing, "blind")]

@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 from argparse import Namespace
@@ -33,9 +32,9 @@ from transformers.utils import cached_file
 
 from dpvr.benchmarks.cells import BUDGETS, DEFAULTS, Cell, Fields, Grid, GridCosts, Row, unique_cells
 from dpvr.benchmarks.pruning import prune
-from dpvr.inference.evaluation import Reply, ask, score
+from dpvr.inference.evaluation import Reply, ask, median_prompt, score
 from dpvr.record import run_record, without_folders
-from minibench.data import make_items, to_messages
+from minibench.data import make_items
 from minibench.tasks import Item
 from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
@@ -57,16 +56,7 @@ class Questions(NamedTuple):
 def make_questions(processor: ProcessorMixin, limit: int, seed: int) -> Questions:
     """The items of both splits, and the lengths of the median test prompt."""
     items = {split: make_items(split, limit, seed) for split in ("test", "validation")}
-    picture = processor(images=items["test"][0].scenes[0].draw(), text=processor.image_token)
-    per_picture = picture["input_ids"][0].count(processor.image_token_id)
-    images, texts = [], []
-    for item in items["test"]:
-        for text, _ in item.questions:
-            messages = to_messages([(text, None)], len(item.scenes))
-            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-            images.append(per_picture * len(item.scenes))
-            texts.append(len(processor.tokenizer(prompt)["input_ids"]) - len(item.scenes))
-    return Questions(items, round(statistics.median(images)), round(statistics.median(texts)))
+    return Questions(items, *median_prompt(processor, items["test"]))
 
 
 def make_grid(args: Namespace, questions: Questions) -> tuple[dict[str, list[Row]], list[float]]:

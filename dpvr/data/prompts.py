@@ -18,7 +18,10 @@ from dpvr.data.templates import check_template, reply_spans, tokenized
 from dpvr.data.texts import fault_of_part, fault_of_text, special_tokens
 from generation_dpvr import IGNORED_LABEL
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # a processor's inputs, and labels (B, T)
+Inputs = dict[str, torch.Tensor]  # a processor's
+Batch = tuple[Inputs, torch.Tensor]  # and labels (B, T)
+
+TEACHER = "teacher_"  # before the name of an input that a base sees in place of the model's own
 
 
 class Conversation(NamedTuple):
@@ -139,3 +142,21 @@ def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
     for tensor, place in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
         place[(slice(None), *map(slice, tensor.shape[1:]))] = tensor
     return whole
+
+
+def split_teacher(inputs: Inputs) -> tuple[Inputs, Inputs | None]:
+    """The inputs of a model without labels, and those of its base where they differ.
+
+    Raises:
+        ValueError: if the two have other tokens.
+    """
+    own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER) and name != "labels"}
+    others = {name.removeprefix(TEACHER): value for name, value in inputs.items() if name.startswith(TEACHER)}
+    if not others:
+        return own, None
+    if "input_ids" in others and not torch.equal(others["input_ids"], own["input_ids"]):
+        raise ValueError(
+            f"With the teacher's pictures a batch has the tokens {tuple(others['input_ids'].shape)}, and with the "
+            f"model's own {tuple(own['input_ids'].shape)} or others: give pairs of pictures of the same size."
+        )
+    return own, {**own, **others}

@@ -1,6 +1,7 @@
 """Rows to batches: the tokens that a model is asked with, and labels on replies alone.
 
     rows --ReplyCollator--> input_ids, attention_mask, pixel_values; labels at replies and their end tokens
+                            teacher_<name>: the same with the row's teacher_images, which the base is shown
          --WithoutImageLabels--> no image token is a label      --AlwaysAPicture--> (sharded) always with a picture
 
 TRL's own collator needs {% generation %} marks in the template and tokenizes it as it stands; this one takes any
@@ -11,13 +12,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
-from transformers import LlavaProcessor
+from transformers import ProcessorMixin
 
 from dpvr.data.conversations import Row
 from dpvr.data.pictures import to_rgb
+from dpvr.data.prompts import TEACHER
 from dpvr.data.templates import Messages, reply_spans, tokenized
+from dpvr.models import plan_of
 from generation_dpvr import IGNORED_LABEL
+from images_dpvr import mark_ids
 
+TEACHER_IMAGES = "teacher_images"
 Collate = Callable[[list[Row]], dict[str, torch.Tensor]]
 
 
@@ -26,13 +31,24 @@ class ReplyCollator:
 
     Args:
         replies_only: loss on the replies and their end tokens; False: on every token.
+        for_teacher: whether to make the inputs of the teacher too, for rows that have its pictures.
     """
 
-    def __init__(self, processor: LlavaProcessor, max_length: int | None, replies_only: bool) -> None:
+    def __init__(
+        self, processor: ProcessorMixin, max_length: int | None, replies_only: bool, *, for_teacher: bool = False
+    ) -> None:
         self.processor, self.max_length, self.replies_only = processor, max_length, replies_only
+        self.for_teacher = for_teacher
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        pictures = [[to_rgb(picture) for picture in row["images"]] for row in rows]
+        batch = self._of(rows, "images")
+        if not self.for_teacher or TEACHER_IMAGES not in rows[0]:
+            return batch
+        shown = self._of(rows, TEACHER_IMAGES)
+        return batch | {TEACHER + name: value for name, value in shown.items() if name != "labels"}
+
+    def _of(self, rows: list[Row], column: str) -> dict[str, torch.Tensor]:
+        pictures = [[to_rgb(picture) for picture in row[column]] for row in rows]
         return self.batch([row["messages"] for row in rows], pictures)
 
     def batch(
@@ -51,7 +67,7 @@ class ReplyCollator:
         labels = ids.masked_fill(inputs["attention_mask"] == 0, IGNORED_LABEL)
         if self.replies_only:
             for row, (text, replies) in enumerate(zip(texts, spans, strict=True)):
-                labels[row, ~self._in_replies(text, replies, ids[row], offsets[row])] = IGNORED_LABEL
+                labels[row, ~self._in_replies(text, replies, offsets[row], pictures[row])] = IGNORED_LABEL
         if self.max_length is not None:
             self._refuse_to_cut_images(ids)
         cut = slice(None, self.max_length)
@@ -59,13 +75,13 @@ class ReplyCollator:
         return {**dict(inputs), **of_tokens, "labels": labels[:, cut]}
 
     def _in_replies(
-        self, text: str, replies: list[tuple[int, int]], ids: torch.Tensor, offsets: torch.Tensor
+        self, text: str, replies: list[tuple[int, int]], offsets: torch.Tensor, pictures: Sequence[Image.Image]
     ) -> torch.Tensor:
-        """bool (T,): the tokens of the replies, whose places in `text` lie behind its image marks."""
-        mark, start, end = self.processor.image_token, offsets[:, 0], offsets[:, 1]
-        longer = (int((ids == self.processor.image_token_id).sum()) - text.count(mark)) * len(mark)
-        found = torch.zeros(len(ids), dtype=torch.bool)
+        """bool (T,): the tokens of the replies. Offsets count characters of a text whose image marks are expanded."""
+        start, end = offsets[:, 0], offsets[:, 1]
+        found = torch.zeros(len(offsets), dtype=torch.bool)
         for first, stop in replies:
+            longer = self._expansion(text, first, int(end.max()), pictures)
             first, stop = first + longer, stop + longer
             if ((start < first) & (end > first)).any():
                 raise ValueError(
@@ -74,6 +90,18 @@ class ReplyCollator:
                 )
             found |= (start >= first) & (end <= stop) & (start < end)
         return found
+
+    def _expansion(self, text: str, place: int, length: int, pictures: Sequence[Image.Image]) -> int:
+        """By how many characters the image marks before a place in a text grow, in one of `length` when expanded."""
+        mark = self.processor.image_token
+        before = text.count(mark, 0, place)
+        if before == text.count(mark):
+            return length - len(text)
+        if before == 0:
+            return 0
+        options = {"return_offsets_mapping": True}
+        inputs = tokenized(self.processor, [text[:place]], list(pictures[:before]), **options)
+        return int(inputs["offset_mapping"].max()) - place
 
     def _refuse_to_cut_images(self, ids: torch.Tensor) -> None:
         marks = ids == self.processor.image_token_id
@@ -92,11 +120,11 @@ class WithoutImageLabels:
     """
 
     def __init__(self, collate: Collate, model: torch.nn.Module) -> None:
-        self.collate, self.image, self.routed = collate, model.config.image_token_id, not model.model.plan.is_vanilla
+        self.collate, self.images, self.routed = collate, mark_ids(model.config), not plan_of(model).is_vanilla
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         batch = self.collate(rows)
-        ignored = batch["input_ids"] == self.image
+        ignored = torch.isin(batch["input_ids"], torch.tensor(self.images))
         if self.routed:
             ignored = ignored | torch.nn.functional.pad(ignored[:, :-1], (1, 0))
         return batch | {"labels": batch["labels"].masked_fill(ignored, IGNORED_LABEL)}

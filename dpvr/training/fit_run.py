@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from adapter_dpvr import DpvrConfig
 from dpvr.analysis.probe_samples import MINIBENCH, load_rows
 from dpvr.data.prompts import AnsweredPrompts, Batch, in_batches
-from dpvr.models import load_model
+from dpvr.models import as_base, load_model
 from dpvr.record import publish, run_record, without_folders
 from dpvr.training.latent_fit import Moments, Solution, Target, collect, solve
 from generation_dpvr import IGNORED_LABEL
@@ -128,24 +128,14 @@ def agreement(model: PreTrainedModel | PeftModel, prompts: Iterator[dict[str, to
     for inputs in prompts:
         labels = inputs.pop("labels")[:, 1:]
         fitted = model(**inputs).logits[:, :-1].float().log_softmax(-1)
-        base = without_latent(model, inputs)[:, :-1].float().log_softmax(-1)
+        with as_base(model):
+            base = model(**inputs).logits[:, :-1].float().log_softmax(-1)
         answer = labels != IGNORED_LABEL
         same = (fitted.argmax(-1) == base.argmax(-1)) | ~answer
         divergence += (base.exp() * (base - fitted)).sum(-1)[answer].sum().item()
         tokens, alike = tokens + int(answer.sum()), alike + int(same[answer].sum())
         answers, whole = answers + len(labels), whole + int(same.all(1).sum())
     return {"answers_equal": whole / answers, "tokens_equal": alike / tokens, "kl_to_base": divergence / tokens}
-
-
-def without_latent(model: PreTrainedModel | PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            return model(**inputs).logits
-    routing = model.config.routing
-    model.set_routing("none")
-    logits = model(**inputs).logits
-    model.set_routing(routing)
-    return logits
 
 
 def save(model: PreTrainedModel | PeftModel, processor: ProcessorMixin, args: argparse.Namespace) -> None:

@@ -14,15 +14,16 @@ Reduced-rank regression: Izenman 1975. Axes: N image tokens of all pictures, D w
 """
 
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from configuration_dpvr import CONTEXT, LayerPlan
+from configuration_dpvr import CONTEXT, RESET, LayerPlan
 from decoders_dpvr import DECODER_NAMES, RECURRENT, decoder_of
+from dpvr.data.prompts import split_teacher
 from forward_dpvr import routed_forward, stock_class
 from latent_dpvr import Latent, normalised, projections_of
 from side_branch_dpvr import SideBranch
@@ -46,19 +47,25 @@ class BasePass(TwoStreamPass):
                     self.leave(hidden.detach())
                     self._run_side_branch(self.arguments(arguments, "image"), layer.cache_name)
                 self.branch_has_run = True
+                if self.ends_here:
+                    raise ImageStatesMade
         with torch.no_grad():
             return layer.call(hidden, arguments, cache)
 
-    branch_has_run = with_gradient = False
+    branch_has_run = with_gradient = ends_here = False
 
     def image_states(self) -> torch.Tensor:
         """The states (N, D) of the image tokens of all rows, in the order of the rows."""
         return self.image[self.streams.image >= 0]
 
 
+class ImageStatesMade(Exception):
+    """Ends a forward once the image states that are read are made."""
+
+
 @dataclass
 class Target:
-    """A latent to fit: the model without its head, the plan under which it is read, and the latent itself."""
+    """What layers read of an image, to be fitted: the model without its head, the plan, and the side branch."""
 
     owner: nn.Module
     plan: LayerPlan
@@ -66,59 +73,93 @@ class Target:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Target":
-        """The latent of a DPVR model, or of the active adapter of a stock model.
+        """What is read in a DPVR model, or in a stock model with its active adapter: the latent if there is one.
 
         Raises:
-            ValueError: if the model has no latent.
+            ValueError: if no layer reads anything.
         """
         owner = next(module for module in model.modules() if hasattr(type(module), "plan") and _has_decoder(module))
-        branch = owner.branch
-        if not branch.has_latent:
+        branch, plan = owner.branch, owner.plan
+        if branch.has_latent and not plan.latent_stride and hasattr(owner.config, "layer_plan"):
+            plan = owner.config.layer_plan("latent")
+        if not plan.reads_side_branch or plan.is_vanilla:
             raise ValueError(
-                "This model has no latent to fit: load it with latent_rank=64 or another rank, or give it an adapter "
-                "with DpvrConfig(routing='latent', latent_rank=64)."
+                f"Under the plan {plan} no layer reads an image past the split, so there is nothing to fit: choose a "
+                "routing such as latent or late_fusion."
             )
-        config = owner.config
-        plan = owner.plan if owner.plan.latent_stride else config.layer_plan("latent")
         return cls(owner, plan, branch)
 
     @property
     def latent(self) -> Latent:
+        """
+        Raises:
+            ValueError: if the model has no latent.
+        """
+        if not self.plan.latent_stride:
+            raise ValueError(
+                "This model has no latent to fit: load it with latent_rank=64 or another rank, or give it an adapter "
+                "with DpvrConfig(routing='latent', latent_rank=64)."
+            )
         return self.branch.latent
 
     @property
     def readers(self) -> list[int]:
-        return [index for index, mode in enumerate(self.plan.modes) if mode == CONTEXT]
+        return [index for index, mode in enumerate(self.plan.modes) if mode in (CONTEXT, RESET)]
 
-    def run(self, inputs: dict[str, torch.Tensor], *, with_gradient: bool = False) -> tuple[torch.Tensor, dict]:
+    def read(self, image_states: torch.Tensor) -> dict[tuple[int, str], torch.Tensor]:
+        """The keys and values (N, W) that layers read of image states (N, D), before k-norm and rotary embedding."""
+        if self.plan.latent_stride:
+            states, maps = self.latent(image_states), zip(KINDS, (self.latent.keys, self.latent.values), strict=True)
+            return {(index, kind): of[str(index)](states) for kind, of in maps for index in self.readers}
+        layers, made = decoder_of(self.owner)[1].layers, {}
+        for index in self.readers:
+            states = layers[index].input_layernorm(image_states)
+            for kind, module in zip(KINDS, projections_of(layers[index], index), strict=True):
+                made[index, kind] = module(states)
+        return made
+
+    def run(
+        self,
+        inputs: dict[str, torch.Tensor],
+        teacher: dict[str, torch.Tensor] | None = None,
+        *,
+        with_gradient: bool = False,
+    ) -> tuple[torch.Tensor, dict]:
         """Image states (N, D) before the latent, and (layer, "keys" or "values") -> what the base has (N, W).
 
         Args:
             inputs: of the model, with images.
+            teacher: those of the base, with other pictures of the same sizes; None: the same.
             with_gradient: for the side layers; the base runs without.
         """
-        made: list[BasePass] = []
         taken: dict[tuple[int, str], torch.Tensor] = {}
-
-        def make_pass(*args: Any, **kwargs: Any) -> BasePass:
-            made.append(BasePass(*args, **kwargs))
-            made[-1].with_gradient = with_gradient
-            return made[-1]
-
         layers = decoder_of(self.owner)[1].layers
-        arguments = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
         with ExitStack() as stack:
             for index in self.readers:
                 for kind, module in zip(KINDS, projections_of(layers[index], index), strict=True):
                     hook = module.register_forward_hook(_take(taken, (index, kind)))
                     stack.callback(hook.remove)
-            routed_forward(
-                self.owner, stock_class(self.owner).forward, self.branch, self.plan, arguments, make_pass=make_pass
-            )
+            shown = self._run(inputs if teacher is None else teacher, with_gradient)
+        if teacher is not None:
+            shown = self._run(inputs, with_gradient, ends_here=True)
+        mask = shown.image_mask
+        return shown.image_states(), {key: value[mask.to(value.device)] for key, value in taken.items()}
+
+    def _run(self, inputs: dict[str, torch.Tensor], with_gradient: bool, *, ends_here: bool = False) -> BasePass:
+        made: list[BasePass] = []
+
+        def make_pass(*args: Any, **kwargs: Any) -> BasePass:
+            made.append(BasePass(*args, **kwargs))
+            made[-1].with_gradient, made[-1].ends_here = with_gradient, ends_here
+            return made[-1]
+
+        arguments = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        stock = stock_class(self.owner).forward
+        with suppress(ImageStatesMade):
+            routed_forward(self.owner, stock, self.branch, self.plan, arguments, make_pass=make_pass)
         if not made:
-            raise ValueError("A batch to fit a latent on has no images: give it rows with pictures.")
-        image_mask = made[0].image_mask
-        return made[0].image_states(), {key: value[image_mask.to(value.device)] for key, value in taken.items()}
+            raise ValueError("A batch to fit on has no images: give it rows with pictures.")
+        return made[0]
 
 
 def _has_decoder(module: nn.Module) -> bool:
@@ -172,6 +213,11 @@ class Moments:
         """cov(n, T) (D, W)."""
         return self.cross[key] / self.count - torch.outer(self.mean, self.target[key] / self.count)
 
+    @property
+    def deviations(self) -> dict[tuple[int, str], float]:
+        """The square root of every `variance`."""
+        return {key: max(self.variance(key).item(), 1e-24) ** 0.5 for key in self.cross}
+
     def variance(self, key: tuple[int, str]) -> torch.Tensor:
         """The sum of the variances of T's entries."""
         return (self.square[key] / self.count - (self.target[key] / self.count).pow(2)).sum()
@@ -222,10 +268,10 @@ def solve(moments: Moments, ridge: float = RIDGE) -> Solution:
     """The best maps of every rank, by reduced-rank ridge regression."""
     width = len(moments.mean)
     strength = ridge * max(1.0, width / moments.count) * moments.covariance.diagonal().mean()
-    values, vectors = torch.linalg.eigh(moments.covariance + strength * torch.eye(width, dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(moments.covariance + strength * torch.eye(width).to(moments.mean))
     root = vectors @ torch.diag(values.clamp(min=strength).rsqrt()) @ vectors.T  # cov(n)^(-1/2)
     scale = {key: moments.variance(key).sqrt().clamp(min=1e-12) for key in moments.cross}
-    gram = torch.zeros(width, width, dtype=torch.float64)
+    gram = torch.zeros_like(moments.states)
     for key in moments.cross:
         scaled = root @ moments.cross_covariance(key) / scale[key]
         gram += scaled @ scaled.T
@@ -238,10 +284,10 @@ def solve(moments: Moments, ridge: float = RIDGE) -> Solution:
 
 @torch.no_grad()
 def collect(target: Target, batches: Iterable[dict[str, torch.Tensor]], moments: Moments | None = None) -> Moments:
-    """The moments of batches of inputs with images."""
+    """The moments of batches of inputs with images; those with `teacher_<name>` have the base see other pictures."""
     moments = moments or Moments()
     for inputs in batches:
-        moments.add(*target.run(inputs))
+        moments.add(*target.run(*split_teacher(inputs)))
     return moments
 
 
@@ -250,7 +296,8 @@ def fit_latent(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], *, 
 
     Args:
         model: a DPVR model with a latent, or a model with an adapter of routing "latent".
-        batches: inputs as the model's processor makes them; the text matters as far as images see it.
+        batches: inputs as the model's processor makes them; the text matters as far as images see it. With inputs
+            `teacher_<name>` the latent of a picture is fitted to the base's keys and values of another one.
         ridge: strength of the regularisation, a share of the mean variance of the image's states.
 
     Raises:
@@ -262,16 +309,3 @@ def fit_latent(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], *, 
     model.train(was_training)
     solution.put_into(target.latent)
     return solution
-
-
-def match_loss(
-    target: Target, inputs: dict[str, torch.Tensor], deviations: dict[tuple[int, str], float]
-) -> torch.Tensor:
-    """The mean over layers of |(W_l c + b_l - T_l) / deviation of T_l|², with gradients for side layers and maps."""
-    image_states, targets = target.run(inputs, with_gradient=True)
-    latent, losses = target.latent, []
-    compressed = latent(image_states)
-    for (index, kind), wanted in targets.items():
-        made = (latent.keys if kind == "keys" else latent.values)[str(index)](compressed)
-        losses.append((made - wanted.to(made)).pow(2).sum(-1).mean() / deviations[(index, kind)] ** 2)
-    return torch.stack(losses).mean()

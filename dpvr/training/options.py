@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from dpvr.command_line import Parser
 
 HERE = str(Path(__file__).parents[2])
-MINIBENCH = "minibench"
+MINIBENCH, SWAPPED = "minibench", "minibench-swapped"
 AUTO = "auto"
 
 
@@ -23,9 +23,23 @@ class MethodOptions:
     """A field of the layer plan that is left out keeps the value in the model's config."""
 
     method: Literal["dpvr", "lora", "full"] = field(
-        default="dpvr", metadata={"help": "dpvr: the side branch; lora, full: baselines on the vanilla model."}
+        default="dpvr",
+        metadata={"help": "dpvr: the side branch or the latent; lora, full: baselines on the vanilla model."},
     )
-    routing: str | None = field(default=None, metadata={"help": "late_fusion, persistent_context or kv_substitution."})
+    objective: Literal["sft", "match", "distil"] | None = field(
+        default=None,
+        metadata={
+            "help": "sft: the replies; match: the base's keys and values; distil: the base's own answers, and neither "
+            "needs labels. Default: distil for minibench-swapped, else sft."
+        },
+    )
+    compare: list[str] | None = field(
+        default=None,
+        metadata={"help": "With MiniBench: trained on the same rows too, for the last table: late_fusion, lora."},
+    )
+    routing: str | None = field(
+        default=None, metadata={"help": "late_fusion, persistent_context, kv_substitution or latent."}
+    )
     plan: str | None = field(
         default=None, metadata={"help": "YAML file with a layer plan, written by dpvr.analysis.probe --find_plan."}
     )
@@ -39,12 +53,27 @@ class MethodOptions:
         default=None, metadata={"help": "Layers past the split that read the image, in place of the last K."}
     )
     side_branch_init: str | None = field(default=None, metadata={"help": "split_layer, identity or random."})
+    latent_rank: int | None = field(default=None, metadata={"help": "Of the latent that routing latent reads."})
+    latent_split_layer: int | None = field(default=None, metadata={"help": "The split of the latent, from 0 on."})
+    latent_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers that read it; default: all past its split."}
+    )
+    latent_side_layers: int | None = field(default=None, metadata={"help": "Decoder layers before the latent."})
+    latent_stride: int | None = field(default=None, metadata={"help": "Only every k-th image token is read."})
+    fit_rows: int = field(
+        default=400,
+        metadata={"help": "Rows on whose pictures a latent is fitted, in closed form, before it is trained."},
+    )
 
 
 @dataclass
 class DataOptions:
     data: str = field(
-        default=MINIBENCH, metadata={"help": "minibench, a Hub data set, a folder, or LLaVA's .json or .jsonl."}
+        default=SWAPPED,
+        metadata={
+            "help": "minibench; minibench-swapped, with red and blue exchanged in its pictures, which the base sees "
+            "as they were; a Hub data set, a folder, or LLaVA's .json or .jsonl."
+        },
     )
     data_split: str = field(default="train", metadata={"help": "Split of a data set from the Hub or a folder."})
     image_folder: str | None = field(
@@ -55,7 +84,7 @@ class DataOptions:
     )
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out and report them."})
     streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
-    num_rows: int = field(default=5000, metadata={"help": "With MiniBench: number of training pictures."})
+    num_rows: int = field(default=2400, metadata={"help": "With MiniBench: number of training pictures."})
     eval_questions: int = field(
         default=60,
         metadata={"help": "With MiniBench: validation questions of each task, before and after; 0: none."},
@@ -92,6 +121,10 @@ class RecipeOptions:
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a step on each device."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    first_stage_steps: float = field(
+        default=0, metadata={"help": "Steps at first_stage_learning_rate before the schedule: a share if below 1."}
+    )
+    first_stage_learning_rate: float | None = field(default=None, metadata={"help": "A low one, paper section 6."})
     warmup_steps: float = field(
         default=0.03, metadata={"help": "Warm-up: a share of the steps if below 1, else steps."}
     )

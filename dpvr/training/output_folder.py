@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaProcessor, PreTrainedModel, Trainer
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.integrations import unset_hf_deepspeed_config
 
 from dpvr.training.manifests import begin, digest, files_in, finish, whole_or_nothing, write_whole
@@ -29,7 +30,7 @@ from loading_dpvr import is_side_branch
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 
-def save(trainer: Trainer, processor: LlavaProcessor, method: str, record: dict[str, Any], output_dir: str) -> None:
+def save(trainer: Trainer, processor: ProcessorMixin, method: str, record: dict[str, Any], output_dir: str) -> None:
     """Write what was trained into `output_dir`, in place of what an earlier run saved there.
 
     To be called on all processes, which put their shards together; the main one writes.
@@ -54,10 +55,15 @@ def save(trainer: Trainer, processor: LlavaProcessor, method: str, record: dict[
     trainer.accelerator.wait_for_everyone()
 
 
-def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], method: str, folder: Path) -> None:
-    if method == "lora":
+def write_model(
+    model: PreTrainedModel | PeftModel, weights: dict[str, torch.Tensor], method: str, folder: Path
+) -> None:
+    if isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=weights)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, where one's own may be
+        return
+    if not isinstance(model, DpvrLlavaForConditionalGeneration):
+        model.save_pretrained(folder, state_dict=weights)
         return
     whole = without_shards(model, side_branch_of(weights) if method == "dpvr" else weights)
     whole.save_pretrained(folder, side_branch_only=method == "dpvr")
