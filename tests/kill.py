@@ -33,8 +33,8 @@ from dpvr.command_line import Parser, at_least, run
 ROOT = Path(__file__).resolve().parent.parent
 WINDOWS = ("running", "saving", "moving")
 STEPS, SAVE_STEPS = 7, 2
-OPTIONS = ["--num_rows", "32", "--per_device_train_batch_size", "4", "--eval_questions", "0", "--use_cpu", "true"]
-OPTIONS += ["--max_steps", str(STEPS), "--logging_steps", "3", "--save_strategy", "steps"]
+OPTIONS = ["--data", "minibench", "--num_rows", "32", "--per_device_train_batch_size", "4", "--eval_questions", "0"]
+OPTIONS += ["--use_cpu", "true", "--max_steps", str(STEPS), "--logging_steps", "3", "--save_strategy", "steps"]
 OPTIONS += ["--save_steps", str(SAVE_STEPS), "--save_total_limit", "2", "--side_branch_init", "random"]
 # of the process and not of what was trained: paths and times are in them
 OF_THE_PROCESS = ("training_args.bin", "checkpoint.json", "training.json", "trainer_state.json", "saved.sha256")

@@ -136,6 +136,7 @@ def train(cell: Cell, folder: Path, base: str, lock: Any) -> dict[str, Any]:
         **(cell.fields if cell.training["method"] == "dpvr" else {}),
         "seed": cell.seed,
         "model_name_or_path": base,
+        "data": "minibench",
         "eval_questions": 0,
         "report_to": "none",
         "output_dir": folder.resolve(),

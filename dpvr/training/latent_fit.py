@@ -175,7 +175,10 @@ def _take(taken: dict, key: tuple[int, str]):
 
 @dataclass
 class Moments:
-    """Sums over image tokens of n (D,), T_l (W,) and their products, in float64.
+    """Sums over image tokens of n (D,), T_l (W,) and their products, in float64 and in the host's memory.
+
+    They take 8 D (D + sum of all W) bytes, whatever the number of pictures. The device of the model holds one product
+    (D, W) at a time beside a batch's n and T_l.
 
     Attributes:
         count: N.
@@ -193,13 +196,13 @@ class Moments:
     def add(self, image_states: torch.Tensor, targets: dict[tuple[int, str], torch.Tensor]) -> None:
         n = normalised(image_states).double()
         self.count += len(n)
-        self.state = n.sum(0) + (0 if self.state is None else self.state)
-        self.states = n.T @ n + (0 if self.states is None else self.states)
+        self.state = n.sum(0).cpu() + (0 if self.state is None else self.state)
+        self.states = (n.T @ n).cpu() + (0 if self.states is None else self.states)
         for key, value in targets.items():
             value = value.to(n.device, torch.float64)
-            self.target[key] = value.sum(0) + self.target.get(key, 0)
-            self.square[key] = value.pow(2).sum(0) + self.square.get(key, 0)
-            self.cross[key] = n.T @ value + self.cross.get(key, 0)
+            self.target[key] = value.sum(0).cpu() + self.target.get(key, 0)
+            self.square[key] = value.pow(2).sum(0).cpu() + self.square.get(key, 0)
+            self.cross[key] = (n.T @ value).cpu() + self.cross.get(key, 0)
 
     @property
     def mean(self) -> torch.Tensor:
