@@ -21,6 +21,7 @@ COMMANDS = [
     "-m dpvr.benchmarks.accuracy",
     "-m dpvr.benchmarks.grid",
     "-m dpvr.benchmarks.latency",
+    "-m dpvr.benchmarks.latents",
     "-m dpvr.benchmarks.training_step",
     "-m dpvr.lmms_eval.minibench",
     "-m dpvr.pretraining.assemble",

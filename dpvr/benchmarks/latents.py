@@ -2,11 +2,11 @@
 
     vanilla            the base by itself
     latent             the repository's own, and others that are fitted here, in closed form, as --fit says
-    untrained plan     of those that dpvr.analysis.probe --find_plan has tried, the nearest to vanilla that costs no more
+    untrained plan     of those that dpvr.analysis.probe --find_plan has tried, the nearest to vanilla within the cost
     FastV, random      with the most image tokens that cost no more
     text only          (VTW) with the deepest split that costs no more
 
-Costs are prefill FLOPs of MiniBench's median prompt, as a share of a vanilla decoder whose last layer has one query too.
+Costs are prefill FLOPs of MiniBench's median prompt, as a share of vanilla's whose last layer has one query too.
 
     python -m dpvr.benchmarks.latents --limit 200
     python -m dpvr.benchmarks.latents --split test --fit 0:24 --output results/dpvr_mini/latents.json

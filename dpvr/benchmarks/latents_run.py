@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from configuration_dpvr import make_plan
 from costs_dpvr import prefill_flops
-from dpvr.benchmarks.accuracy_rows import load
 from dpvr.benchmarks.cells import Fields, GridCosts
 from dpvr.benchmarks.pruning import prune
 from dpvr.data.prompts import AnsweredPrompts, in_batches
@@ -48,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: if the repository has no latent.
     """
     wanted = [fit_fields(text) for text in args.fit]
-    model, processor = load(args.model), load_processor(args.model)
+    model, processor = Model.from_pretrained(args.model), load_processor(args.model)
     if not model.side_branch.has_latent:
         raise ValueError(f"{args.model!r} has no latent: name a repository with one, such as dpvr-mini's.")
     items = make_items(args.split, args.limit, args.seed)
@@ -118,7 +117,7 @@ def rivals(
     """What costs no more than a latent: name, what it is, its cost, and how it is made."""
 
     def routed(fields: Fields) -> Model:
-        return load(model.config._name_or_path, latent_rank=None, new_side_branch=True, **fields)
+        return Model.from_pretrained(model.config._name_or_path, latent_rank=None, new_side_branch=True, **fields)
 
     if (fields := best_plan(plans, costs, budget)) is not None:
         yield "untrained plan", fields, costs.ratio(fields), lambda: routed(fields)
@@ -160,11 +159,7 @@ def row_of(
 ) -> dict[str, Any]:
     """Scores of a model, and how it differs from vanilla on the same questions."""
     own, base = units(items, replies), units(items, vanilla)
-    pairs = [
-        (mine.text, its.text)
-        for several in zip(replies, vanilla, strict=True)
-        for mine, its in zip(*several, strict=True)
-    ]
+    texts, wanted = ([reply.text for several in each for reply in several] for each in (replies, vanilla))
     tasks = {task: sum(scores) / len(scores) for task, scores in own.items()}
     return {
         "name": name,
@@ -174,15 +169,14 @@ def row_of(
         "tasks": tasks,
         "mean": sum(tasks.values()) / len(tasks),
         "minus_vanilla": list(paired_difference(own, base)),
-        "equal": sum(mine == its for mine, its in pairs) / len(pairs),
+        "equal": sum(map(str.__eq__, texts, wanted)) / len(texts),
         "units": own,
     }
 
 
 def table(document: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{'':<18}{'prefill FLOPs':>14}{'mean':>8}{'minus vanilla (95%)':>26}{'equal':>8}{'latent minus it (95%)':>26}"
-    ]
+    head = f"{'':<18}{'prefill FLOPs':>14}{'mean':>8}{'minus vanilla (95%)':>26}{'equal':>8}"
+    lines = [f"{head}{'latent minus it (95%)':>26}"]
     for row in document["rows"]:
         rest = points(row["latent_minus_this"]) if "latent_minus_this" in row else ""
         difference = points(row["minus_vanilla"]) if row["name"] != "vanilla" else ""
