@@ -1,10 +1,12 @@
-"""Fine-tune a LLaVA with TRL's SFTTrainer: a DPVR side branch (paper section 3.4), or LoRA or all of it as baselines.
+"""Train a vision-language model with TRL's SFTTrainer: a side branch (paper section 3.4) or a latent, LoRA, or all of it.
 
     rows            MiniBench, or conversations of your own
       |
-    --method dpvr   base, frozen --> shared stack --> side branch, trained --> fusion layer, frozen --> loss on replies
-             lora   vanilla LLaVA with LoRA in the decoder's linear layers          the same rows in the same order
-             full   vanilla LLaVA, projector and decoder trained                    the same rows in the same order
+    --method dpvr   base, frozen --> shared stack --> side branch or latent, trained --> deep layers, frozen --> loss
+             lora   the vanilla model with LoRA in the decoder's linear layers      the same rows in the same order
+             full   the vanilla model, projector and decoder trained                the same rows in the same order
+      |
+    --objective     sft: replies     distil: the base's own predictions     match: the base's own keys and values
       |
     output_dir      the side branch alone, its config and code, the processor, training.json; adapter/ for PEFT
       |
@@ -14,11 +16,13 @@ Nothing is stored for backward below the side branch and in text-only layers, so
 A run that was killed goes on with --resume_from_checkpoint last, if it saved checkpoints. Of several processes each
 takes its share of a step's rows; FSDP and ZeRO-3 spread the weights too.
 
-    python train_sft.py                                          # dpvr-mini on MiniBench, on a CPU
-    python train_sft.py --split_layer 4 --fusion_layers 5 6 7    # another layer plan
-    python train_sft.py --split_layer auto                       # where the probe would split
+    python train_sft.py                                          # dpvr-mini adapts to other pictures, on a CPU
+    python train_sft.py --compare late_fusion lora               # and so do the paper's method and LoRA
+    python train_sft.py --data minibench --routing late_fusion   # the paper's method on ordinary pictures
+    python train_sft.py --data minibench --routing late_fusion --split_layer 4 --fusion_layers 5 6 7
+    python train_sft.py --data minibench --routing late_fusion --split_layer auto     # where the probe would split
     python train_sft.py --plan results/saturation/plan_0.45.yaml # what dpvr.analysis.probe --find_plan has found
-    python train_sft.py --routing kv_substitution --learning_rate 5e-4 --max_steps 100 --seed 1
+    python train_sft.py --routing kv_substitution --objective sft --learning_rate 5e-4 --max_steps 100 --seed 1
     python train_sft.py --method lora --lora_r 16 --learning_rate 2e-4
     python train_sft.py --model_name_or_path me/dpvr-mini --push_to_hub --hub_model_id me/x
     python train_sft.py --config configs/llava_1.5_7b.yaml --data llava_v1_5_mix665k.json --image_folder images

@@ -35,7 +35,10 @@ class MethodOptions:
     )
     compare: list[str] | None = field(
         default=None,
-        metadata={"help": "With MiniBench: trained on the same rows too, for the last table: late_fusion, lora."},
+        metadata={
+            "help": "With MiniBench: trained on the same rows too, for the last table: late_fusion (default for a "
+            "latent on minibench-swapped), kv_substitution, persistent_context, lora; none: nothing."
+        },
     )
     routing: str | None = field(
         default=None, metadata={"help": "late_fusion, persistent_context, kv_substitution or latent."}

@@ -35,7 +35,7 @@ from dpvr.training.models import check_plan, find_split, load_model, method_fiel
 from dpvr.training.objectives import match_loss
 from dpvr.training.options import AUTO, MINIBENCH, SWAPPED, DpvrArguments
 from dpvr.training.output_folder import finish_move, save, write_record
-from dpvr.training.scores import RATES, Scores, compared_arguments, costs, table
+from dpvr.training.scores import RATES, Scores, compared, compared_arguments, costs, table
 from dpvr.training.trainers import CardlessTrainer, check_recipe, collator_of, make_trainer, objective_of
 from dpvr.training.used_folders import check_output_folder, delete_checkpoints
 from hub_dpvr import make_repository, require_hub_base, upload
@@ -67,10 +67,12 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
     transformers.set_seed(training.seed)
     unset_hf_deepspeed_config()  # ZeRO-3 would load shards, of which no side branch can start; the trainer sets it
     check_recipe(args, training)
-    objective, others = objective_of(args), [compared_arguments(name, args) for name in args.compare or ()]
+    objective = objective_of(args)
     checkpoint = find_place(training, base)
     refuse_another_run(checkpoint, run_identity(describe(args, training, base)))
-    refuse_another_plan(checkpoint, args, base, check_plan(args, base))
+    plan = check_plan(args, base)
+    others = [compared_arguments(name, args) for name in compared(args, plan)]
+    refuse_another_plan(checkpoint, args, base, plan)
     processor = with_ended_replies(load_processor(base.model_name_or_path, base.model_revision))
     as_loaded = copy.deepcopy(processor)  # a tokenizer notes how it last padded, and would save that
     rows = load_rows(args, training.seed)

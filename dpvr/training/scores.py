@@ -12,7 +12,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from configuration_dpvr import METHOD_FIELDS, make_plan
+from configuration_dpvr import METHOD_FIELDS, LayerPlan, make_plan
 from costs_dpvr import Branch, DecoderCosts, prefill_flops
 from dpvr.inference.evaluation import as_drawn, evaluate, median_prompt
 from dpvr.models import as_base, plan_of
@@ -83,6 +83,13 @@ def costs(model: PreTrainedModel | PeftModel, processor: ProcessorMixin) -> Row:
     vanilla = make_plan(text_config.num_hidden_layers, routing="none")
     short, stock = (prefill_flops(counted, vanilla, *sizes, short_vanilla=short) for short in (True, False))
     return {"prefill_flops": flops / short, "prefill_flops_stock": flops / stock}
+
+
+def compared(args: DpvrArguments, plan: LayerPlan) -> list[str]:
+    """What a run is compared with: as asked, else a latent on other pictures with the paper's late fusion."""
+    if args.compare is None:
+        return ["late_fusion"] if plan.latent_stride and args.data == SWAPPED else []
+    return [] if args.compare == ["none"] else args.compare
 
 
 def compared_arguments(name: str, args: DpvrArguments) -> DpvrArguments:
