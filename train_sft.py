@@ -1,4 +1,4 @@
-"""Train a vision-language model with TRL's SFTTrainer: a side branch (paper section 3.4) or a latent, LoRA, or all of it.
+"""Train a vision-language model with TRL's SFTTrainer: a side branch (paper section 3.4), a latent, LoRA, or all of it.
 
     rows            MiniBench, or conversations of your own
       |
