@@ -1,4 +1,4 @@
-"""Train a vision-language model with TRL's SFTTrainer: a side branch (paper section 3.4), a latent, LoRA, or all of it.
+"""Train with TRL's SFTTrainer: a DPVR side branch (paper section 3.4) or a latent; or LoRA or all of a model to compare.
 
     rows            MiniBench, or conversations of your own
       |
