@@ -1,4 +1,4 @@
-"""Train with TRL's SFTTrainer: a DPVR side branch (paper section 3.4) or a latent; or LoRA or all of a model to compare.
+"""Train with TRL's SFTTrainer: a DPVR side branch (paper section 3.4) or a latent; or LoRA or all weights, to compare.
 
     rows            MiniBench, or conversations of your own
       |
