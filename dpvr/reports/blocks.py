@@ -6,11 +6,10 @@ results/ --> mini, latency, accuracy, families, latents, front: {block: text} --
 
 from pathlib import Path
 
-from dpvr.reports import accuracy, latency, latency_figures, mini, pareto
+from dpvr.reports import accuracy, latency, latency_figures, latents, mini, pareto
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
-from dpvr.reports.latents import render_latents
 
 RESULTS, DOCS = Path("results"), Path("docs")
 
@@ -24,7 +23,11 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "pretraining": mini.render_pretraining(results),
         },
         "docs/families.md": {"families": render_families(results)},
-        "docs/latent.md": {"latents": render_latents(results)},
+        "docs/latent.md": {
+            "fits": latents.render_fits(results),
+            "accuracy": latents.render_accuracy(results),
+            "adapted": latents.render_adapted(results),
+        },
         "docs/training.md": {"training": mini.render_training(results)},
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
         "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),
