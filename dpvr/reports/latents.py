@@ -2,7 +2,7 @@
 
 results/dpvr_mini/latent/fit_*.json      python -m dpvr.training.fit, one per plan
 results/dpvr_mini/latent/accuracy.json   python -m dpvr.benchmarks.latents --split test
-results/dpvr_mini/latent/adapted.json    training.json of python train_sft.py --compare late_fusion kv_substitution lora
+results/dpvr_mini/latent/adapted.json    training.json of train_sft.py --compare late_fusion kv_substitution lora
 """
 
 from pathlib import Path
@@ -81,8 +81,8 @@ def render_accuracy(results: Path) -> str:
         *table(ACCURACY_HEADINGS, rows),
         "",
         f"{document['limit']} questions of each of the 8 tasks, {document['split']} split, the same for all. Prefill "
-        f"FLOPs of a prompt of {prompt['image_tokens']} image and {prompt['text_tokens']} text tokens, as a share of vanilla's "
-        f"whose last layer has one query too. `{document['command']}`, {made_on(document)}.",
+        f"FLOPs of a prompt of {prompt['image_tokens']} image and {prompt['text_tokens']} text tokens, as a share of "
+        f"vanilla's whose last layer has one query too. `{document['command']}`, {made_on(document)}.",
     ]
     return "\n".join(lines) + "\n"
 
