@@ -26,11 +26,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
     from .latent_dpvr import Latent, reset_latent
-    from .side_branch_dpvr import reset_side_branch
+    from .side_branch_dpvr import device_of, keep_present, reset_side_branch
 except ImportError:
     from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
     from latent_dpvr import Latent, reset_latent
-    from side_branch_dpvr import reset_side_branch
+    from side_branch_dpvr import device_of, keep_present, reset_side_branch
 
 try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
     from transformers.conversion_mapping import (
@@ -121,8 +121,8 @@ class SideBranchLoading:
         for name in ("vision_tower", "multi_modal_projector", "language_model"):
             setattr(model.model, name, llava.model.get_submodule(name))
         model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
-        base_weight = next(llava.model.language_model.layers[-1].parameters())
-        model.side_branch.to(base_weight.dtype).to_empty(device=base_weight.device)
+        last = llava.model.language_model.layers[-1]
+        model.side_branch.to(next(last.parameters()).dtype).to_empty(device=device_of(last))
         model.reset_side_branch()
         model.remember_base()
         return model.train(llava.training)
@@ -148,7 +148,7 @@ class SideBranchLoading:
         config.check_dpvr_fields()
         latent = Latent(base, config.layer_plan("latent"), latent_rank, config.latent_side_layers)
         like = next(weight for weight in base.layers[-1].parameters() if weight.is_floating_point())
-        self.side_branch.latent = latent.to(like.device, like.dtype)
+        self.side_branch.latent = latent.to(device_of(base.layers[-1]), like.dtype)
         for name in ("latent_rank", *fields):
             setattr(self.config, name, getattr(config, name))
         self.reset_latent()
@@ -239,8 +239,10 @@ class SideBranchLoading:
                 f"{base!r} is not a full LLaVA: it lacks {len(of_base)} of the weights, such as {of_base[:3]}. Load a "
                 "full LLaVA; in a repository with the side branch alone, set base_model_name_or_path to one."
             )
+        new = missing if branch is None else [name for name in self.state_dict() if is_side_branch(name)]
+        self._keep_side_branch_present(new)
         own = {name: weight for name, weight in self.state_dict().items() if is_side_branch(name)}
-        check_finite({name: weight for name, weight in own.items() if name not in info["missing_keys"]})
+        check_finite({name: weight for name, weight in own.items() if name not in new})
         surplus = sorted(name for name in info["unexpected_keys"] if is_side_branch(name))
         if branch is not None:
             self.load_side_branch(branch)
@@ -254,6 +256,14 @@ class SideBranchLoading:
                 f"layers: {missing[:3]} are missing, {surplus[:3]} are unknown. Set num_side_layers as in its config, "
                 "or new_side_branch=True to train a new one."
             )
+
+    def _keep_side_branch_present(self, new: list[str]) -> None:
+        """Whatever a device_map says, the side branch lies where it runs; its weights in `new` are in no file."""
+        new = [name.removeprefix(f"{SIDE_BRANCH}.") for name in new]
+        if (device := keep_present(self.side_branch, new)) is not None:
+            own = f"{SIDE_BRANCH}."
+            self.hf_device_map = {name: at for name, at in self.hf_device_map.items() if not name.startswith(own)}
+            self.hf_device_map[SIDE_BRANCH] = "cpu" if device.type == "cpu" else device.index
 
     def load_side_branch(self, weights: dict[str, torch.Tensor]) -> None:
         """Copy the weights of a side branch, named as in `state_dict()`, into this model.

@@ -24,7 +24,7 @@ from dpvr.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {path.name for path in ROOT.glob("*_dpvr.py")} - {"adapter_dpvr.py", "adapter_files_dpvr.py", "lmms_dpvr.py"}
+CODE = {path.name for path in ROOT.glob("*_dpvr.py")} - {path.name for path in ROOT.glob("adapter_*.py")}
 ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 PROCESSOR = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
