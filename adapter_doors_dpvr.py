@@ -11,6 +11,8 @@ PEFT finds a config's class in its file, and does not ask that class to read it.
 in one place for all doors. Files of other methods only get a clearer message if they are broken.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -58,32 +60,36 @@ def model_from_pretrained(
     config: PeftConfig | None = None,
     **kwargs: Any,
 ) -> PeftModel:
-    """As PEFT's, which takes an offloaded base apart and dispatches it again: a side branch leaves it where it is."""
-    device_map = vars(model).get("hf_device_map")
-    if device_map is not None:
-        hub = {name: kwargs[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in kwargs}
-        method = PeftConfig._get_peft_type(model_id, **hub) if config is None else config.peft_type
-        if method == METHOD:
-            del model.hf_device_map
-    try:
+    hub = {name: kwargs[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in kwargs}
+    method = PeftConfig._get_peft_type(model_id, **hub) if config is None else config.peft_type
+    with left_in_place(model) if method == METHOD else nullcontext():
         return _model_from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
-    finally:
-        if device_map is not None:
-            model.hf_device_map = device_map
 
 
 @wraps(_load_adapter)
 def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
     """As PEFT's, which keeps the config if the name is in use: a side branch needs the plan saved with its weights."""
-    present = self.peft_config.get(adapter_name)
-    if present is None or present.peft_type != METHOD:
+    if not any(config.peft_type == METHOD for config in self.peft_config.values()):
         return _load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
     kwargs["key_mapping"] = None  # saved under the model's own names, not those of its old checkpoints
+    present = self.peft_config.get(adapter_name)
     # a new one was made by `from_pretrained` just before, with the saved config or with one that the caller passed
-    if present.loaded or present.inference_mode == is_trainable:
+    if present is not None and (present.loaded or present.inference_mode == is_trainable):
         hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
         self.base_model.replace_adapter(adapter_name, type(present).from_pretrained(model_id, **hub))
-    return _load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+    with left_in_place(self.get_base_model()):
+        return _load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+
+
+@contextmanager
+def left_in_place(model: nn.Module) -> Iterator[None]:
+    """Without the device map, for which PEFT would take an offloaded base apart and dispatch it again."""
+    device_map = vars(model).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
 
 
 @wraps(_auto_from_pretrained)

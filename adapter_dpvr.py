@@ -41,6 +41,7 @@ from hub_dpvr import ADAPTER_KEY_PREFIX
 from latent_dpvr import Latent, reset_latent
 from loading_dpvr import check_finite
 from side_branch_dpvr import SideBranch, device_of, make_side_branch, reset_side_branch
+from versions_dpvr import LINE_4
 
 
 class PeftTypeName(str):
@@ -58,6 +59,7 @@ class PeftTypeName(str):
 
 PEFT_TYPE = PeftTypeName(METHOD)
 TARGET = "model"  # what a model with a head calls the model without it
+PLACE = f"{TARGET}.side_branch"  # of the adapters in the model with its head
 SIDE_BRANCH_MLPS = ("copy", "dense")
 
 
@@ -264,6 +266,7 @@ def detach(head: nn.Module, owner: nn.Module) -> None:
     if "own_branch" in owner._modules:
         owner.side_branch = owner._modules.pop("own_branch")
     else:
+        vars(head).get("hf_device_map", {}).pop(PLACE, None)
         change_class(head, type(head).own)
 
 
@@ -296,6 +299,7 @@ class DpvrModel(BaseTuner):
                 "LoRA, first call inject_adapter_in_model(lora, model)."
             )
         decoder_of(base)
+        _check_places(config, self.model)
         self._check_name(next(name for name, known in self.peft_config.items() if known is config))
         _check_base(config, self.model)
 
@@ -322,6 +326,8 @@ class DpvrModel(BaseTuner):
     ) -> None:
         layer = target.side_branch if isinstance(target, WithSideBranches) else attach(parent, target)
         layer.update_layer(adapter_name, peft_config, target)
+        if "hf_device_map" in vars(parent):  # transformers loads the weights to where this says
+            parent.hf_device_map.setdefault(PLACE, str(layer.device))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def replace_adapter(self, adapter_name: str, peft_config: DpvrConfig) -> None:
@@ -379,6 +385,16 @@ class DpvrModel(BaseTuner):
         check_finite(state_dict)
         config.loaded = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_places(config: DpvrConfig, model: PreTrainedModel) -> None:
+    """Refuse what transformers 4 cannot: its own `load_adapter` on an offloaded base. PEFT's shows no device map."""
+    places = set(map(str, vars(model).get("hf_device_map", {}).values()))
+    if LINE_4 and config.saved_shapes is not None and places & {"cpu", "disk"} and places != {"cpu"}:
+        raise ValueError(
+            "transformers 4 cannot load an adapter on a base with layers on the disk or on the CPU beside a GPU: use "
+            "PeftModel.from_pretrained(base, adapter), or transformers 5."
+        )
 
 
 def _check_base(config: DpvrConfig, model: PreTrainedModel) -> None:

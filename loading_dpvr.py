@@ -27,10 +27,12 @@ try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
     from .latent_dpvr import Latent, reset_latent
     from .side_branch_dpvr import device_of, keep_present, reset_side_branch
+    from .versions_dpvr import LINE_4
 except ImportError:
     from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
     from latent_dpvr import Latent, reset_latent
     from side_branch_dpvr import device_of, keep_present, reset_side_branch
+    from versions_dpvr import LINE_4
 
 try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
     from transformers.conversion_mapping import (
@@ -80,6 +82,14 @@ def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> B
     kept = quantization.llm_int8_skip_modules or ["lm_head"]
     quantization.llm_int8_skip_modules = [name for name in kept if name != SIDE_BRANCH] + [SIDE_BRANCH]
     return quantization
+
+
+def with_side_branch_placed(device_map: dict[str, Any]) -> dict[str, Any]:
+    """Return a device_map with a place for the side branch, which one that was made for a LLaVA does not have."""
+    places = {"", SIDE_BRANCH.partition(".")[0], SIDE_BRANCH}
+    if places & device_map.keys() or any(name.startswith(f"{SIDE_BRANCH}.") for name in device_map):
+        return device_map
+    return {**device_map, SIDE_BRANCH: next((at for at in device_map.values() if at not in ("cpu", "disk")), "cpu")}
 
 
 class SideBranchLoading:
@@ -204,6 +214,8 @@ class SideBranchLoading:
                 branch = _read_side_branch(pretrained_model_name_or_path, **where, **hub)
             kwargs = {name: value for name, value in kwargs.items() if name not in where}
         kwargs["use_safetensors"] = True
+        if isinstance(kwargs.get("device_map"), dict):
+            kwargs["device_map"] = with_side_branch_placed(kwargs["device_map"])
         for options in (vars(config), kwargs):  # the base may be stored in 4 bits, or the caller may ask for them
             if options.get("quantization_config") is not None:
                 options["quantization_config"] = with_side_branch_in_float(options["quantization_config"])
@@ -341,15 +353,21 @@ class SideBranchLoading:
             **kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
-            ValueError: with side_branch_only, as `side_branch_base`.
+            ValueError: with side_branch_only, as `side_branch_base`; without, for a base with layers on the disk under
+                transformers 4.
         """
+        if LINE_4 and not side_branch_only and any(weight.device.type == "meta" for weight in self.parameters()):
+            raise ValueError(
+                "transformers 4 cannot save a LLaVA whose layers are on the disk or on the CPU beside a GPU: save "
+                "with side_branch_only=True, load it without device_map, or use transformers 5."
+            )
         base = self.side_branch_base(save_directory) if side_branch_only else None
         if side_branch_only:
             for name in ("max_shard_size", "variant"):
                 if kwargs.get(name) is not None:
                     raise ValueError(
-                        f"{name}={kwargs[name]!r} does not go with side_branch_only=True, as a side branch is read "
-                        f"back as the one file {WEIGHTS_NAME}: leave it out."
+                        f"{name}={kwargs[name]!r} does not go with side_branch_only=True. Expected is None, as a side "
+                        f"branch is read back as the one file {WEIGHTS_NAME}: leave it out."
                     )
             kwargs["max_shard_size"] = "1TB"
             weights = kwargs.pop("state_dict", None) or self.state_dict()
