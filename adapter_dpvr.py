@@ -33,7 +33,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import adapter_doors_dpvr  # noqa: F401
 from adapter_files_dpvr import METHOD, Shapes, check_shapes, find_weights, shapes_of  # noqa: F401
-from configuration_dpvr import JOINT, METHOD_FIELDS, SIDE_BRANCH_INITS, LayerPlan, check_choice, make_plan
+from configuration_dpvr import (
+    JOINT,
+    METHOD_FIELDS,
+    SIDE_BRANCH_INITS,
+    LayerPlan,
+    check_choice,
+    check_fusion_fields,
+    make_plan,
+)
 from decoders_dpvr import check_decoder, decoder_of, recurrent_layers
 from forward_dpvr import check_attention, routed_model
 from generation_dpvr import routed
@@ -142,6 +150,7 @@ class DpvrConfig(PeftConfig):
         check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
         check_choice("side_branch_mlp", self.side_branch_mlp, SIDE_BRANCH_MLPS)
         fields = {name: value for name, value in self.dpvr_fields().items() if name != "side_branch_init"}
+        check_fusion_fields(self.routing, self.num_fusion_layers, self.fusion_layers)
         plan = make_plan(text.num_hidden_layers, **fields, recurrent=recurrent_layers(text))
         check_decoder(base, plan.split_layer)
         check_attention(base)

@@ -24,12 +24,12 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
-    from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig, with_fields
     from .latent_dpvr import Latent, reset_latent
     from .side_branch_dpvr import device_of, keep_present, reset_side_branch
     from .versions_dpvr import LINE_4
 except ImportError:
-    from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig, with_fields
     from latent_dpvr import Latent, reset_latent
     from side_branch_dpvr import device_of, keep_present, reset_side_branch
     from versions_dpvr import LINE_4
@@ -201,7 +201,11 @@ class SideBranchLoading:
         }
         if config is None:
             values, _ = DpvrLlavaConfig.get_config_dict(pretrained_model_name_or_path, **where, **hub)
-            config = DpvrLlavaConfig.from_dict({**values, **fields, "model_type": DpvrLlavaConfig.model_type})
+            if not values:
+                raise ValueError(
+                    f"There is no config.json in {str(pretrained_model_name_or_path)!r}: name a saved model."
+                )
+            config = DpvrLlavaConfig.from_dict(with_fields(values, fields))
         else:
             for name, value in fields.items():
                 setattr(config, name, value)
@@ -220,7 +224,15 @@ class SideBranchLoading:
             if options.get("quantization_config") is not None:
                 options["quantization_config"] = with_side_branch_in_float(options["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if base == pretrained_model_name_or_path:
+                raise
+            raise OSError(
+                f"The base {base!r} of {str(pretrained_model_name_or_path)!r} cannot be loaded "
+                f"({' '.join(str(error).split())}): give another with base_model_name_or_path=..."
+            ) from error
         model._check_loaded(base, info, branch, new_side_branch)
         model.remember_base()
         return (model, info) if wants_info else model
@@ -383,6 +395,7 @@ class SideBranchLoading:
             new._weight_conversions = [WeightRenaming(f"^{old}", name) for old, name in PUBLISHED_NAMES.items()]
         new.config = copy.deepcopy(self.config)
         new.config.base_model_name_or_path = base
+        vars(new.config).update(new.config.dpvr_fields())
         new.config.auto_map = dict(AUTO_MAP)
         if side_branch_only:  # who loads it chooses in how many bits the base is held
             for part in (new.config, new.config.text_config, new.config.vision_config):

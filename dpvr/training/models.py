@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import LlavaProcessor
 from trl import get_quantization_config
 
-from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig, LayerPlan
+from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig, LayerPlan, with_fields
 from dpvr.analysis.plan_search import TOLERANCE, causal_split
 from dpvr.data.prompts import AnsweredPrompts, in_batches
 from dpvr.training.arguments import BaseArguments
@@ -33,7 +33,7 @@ def check_plan(args: DpvrArguments, base: BaseArguments) -> LayerPlan:
     if fields.get("split_layer") == AUTO:
         fields["split_layer"] = 1
     values, _ = DpvrLlavaConfig.get_config_dict(base.model_name_or_path, revision=base.model_revision)
-    config = DpvrLlavaConfig.from_dict({**values, **fields, "model_type": DpvrLlavaConfig.model_type})
+    config = DpvrLlavaConfig.from_dict(with_fields(values, fields))
     plan = config.layer_plan()
     if args.method == "dpvr":
         _require_side_branch(config)
