@@ -191,8 +191,8 @@ class DpvrLlavaConfig(LlavaConfig):
                 f"{LlavaConfig.model_type!r} or {cls.model_type!r}: a side branch on another model is a PEFT adapter "
                 "(docs/adapter.md)."
             )
-        for name in ("text_config", "vision_config"):
-            if not isinstance(values.get(name, {}), dict):
+        for name in ("text_config", "vision_config", "quantization_config"):
+            if not isinstance(values.get(name, {}), dict) and (name, values[name]) != ("quantization_config", None):
                 raise ValueError(
                     f"{json_file} has {name}={values[name]!r}, and a JSON object is needed: save the model again."
                 )

@@ -72,11 +72,16 @@ def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> B
     """
     if isinstance(quantization, QuantizationConfigMixin):
         quantization = quantization.to_dict()
-    method = QuantizationMethod(quantization.get("quant_method", QuantizationMethod.BITS_AND_BYTES))
-    if method != QuantizationMethod.BITS_AND_BYTES:
+    if not isinstance(quantization, dict):
         raise ValueError(
-            f"The base is quantised by {method.value!r}; a side branch runs on bases that are quantised by "
-            "bitsandbytes, with quantization_config=BitsAndBytesConfig(load_in_4bit=True), or in floating point."
+            f"quantization_config is {quantization!r}: use BitsAndBytesConfig(load_in_4bit=True), or leave it out."
+        )
+    method = quantization.get("quant_method", QuantizationMethod.BITS_AND_BYTES)
+    if method != QuantizationMethod.BITS_AND_BYTES:  # whose members are strings
+        raise ValueError(
+            f"The base is quantised by {str(getattr(method, 'value', method))!r}; a side branch runs on bases that "
+            "are quantised by bitsandbytes, with quantization_config=BitsAndBytesConfig(load_in_4bit=True), or in "
+            "floating point."
         )
     quantization = BitsAndBytesConfig.from_dict(dict(quantization))
     kept = quantization.llm_int8_skip_modules or ["lm_head"]

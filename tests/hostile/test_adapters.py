@@ -38,7 +38,10 @@ FIELDS = {  # fields of a config -> what is said
     "a misspelt routing": ({"rooting": "late_fusion"}, "did you mean 'routing'"),
     "a misspelt rank": ({"latent_ranks": 8}, "did you mean 'latent_rank'"),
     "a misspelt base": ({"base_model_name_or_pth": "me/x"}, "did you mean 'base_model_name_or_path'"),
-    "a base that is a number": ({"base_model_name_or_path": 3}, "base_model_name_or_path=3, and str or null is needed"),
+    "a base that is a number": (
+        {"base_model_name_or_path": 3},
+        "base_model_name_or_path=3, and str or null is needed",
+    ),
     "a base that is a list": ({"base_model_name_or_path": ["a"]}, r"base_model_name_or_path=\['a'\]"),
     "a revision that is a number": ({"revision": 3}, "revision=3, and str or null is needed"),
     "a task that is a number": ({"task_type": 3}, "task_type=3"),
