@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, auto, mixed_model
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -96,7 +97,7 @@ def left_in_place(model: nn.Module) -> Iterator[None]:
 def auto_from_pretrained(cls: type, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> PeftModel:
     try:
         return _auto_from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
-    except (OSError, AttributeError, ImportError) as error:
+    except (OSError, HFValidationError, AttributeError, ImportError) as error:
         where = {name: kwargs[name] for name in ("subfolder", *HUB_ARGUMENTS) if name in kwargs}
         config = PeftConfig.from_pretrained(pretrained_model_name_or_path, **where)
         if config.peft_type != METHOD:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     BitsAndBytesConfig,
@@ -231,7 +232,7 @@ class SideBranchLoading:
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
-        except OSError as error:
+        except (OSError, HFValidationError) as error:
             if base == pretrained_model_name_or_path:
                 raise
             raise OSError(
