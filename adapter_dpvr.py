@@ -20,33 +20,36 @@ alike, and LoRA may be added before or after. Paper section 3.4.
 """
 
 from dataclasses import dataclass, field
-from dataclasses import fields as dataclass_fields
-from functools import lru_cache, wraps
+from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, mixed_model
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from adapter_files_dpvr import (
-    Shapes,
-    check_shapes,
-    find_weights,
-    read_adapter_config,
-    read_shapes,
-    shapes_of,
+import adapter_doors_dpvr  # noqa: F401
+from adapter_files_dpvr import METHOD, Shapes, check_shapes, find_weights, shapes_of  # noqa: F401
+from configuration_dpvr import (
+    JOINT,
+    METHOD_FIELDS,
+    SIDE_BRANCH_INITS,
+    LayerPlan,
+    check_choice,
+    check_fusion_fields,
+    make_plan,
 )
-from configuration_dpvr import JOINT, METHOD_FIELDS, SIDE_BRANCH_INITS, LayerPlan, check_choice, make_plan
 from decoders_dpvr import check_decoder, decoder_of, recurrent_layers
 from forward_dpvr import check_attention, routed_model
 from generation_dpvr import routed
 from hub_dpvr import ADAPTER_KEY_PREFIX
 from latent_dpvr import Latent, reset_latent
 from loading_dpvr import check_finite
-from side_branch_dpvr import SideBranch, make_side_branch, reset_side_branch
+from side_branch_dpvr import SideBranch, device_of, make_side_branch, reset_side_branch
+from versions_dpvr import LINE_4
 
 
 class PeftTypeName(str):
@@ -62,10 +65,10 @@ class PeftTypeName(str):
         return f"PeftType.{self.value}"
 
 
-PEFT_TYPE = PeftTypeName("DPVR")
+PEFT_TYPE = PeftTypeName(METHOD)
 TARGET = "model"  # what a model with a head calls the model without it
+PLACE = f"{TARGET}.side_branch"  # of the adapters in the model with its head
 SIDE_BRANCH_MLPS = ("copy", "dense")
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 @dataclass
@@ -112,12 +115,12 @@ class DpvrConfig(PeftConfig):
         Raises:
             ValueError: if config or weights are missing, damaged, or of another method; pickles are not opened.
         """
-        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {"subfolder": subfolder or ""}
-        fields = [each.name for each in dataclass_fields(cls)]
-        read_adapter_config(pretrained_model_name_or_path, PEFT_TYPE, fields, **where)
-        path = find_weights(pretrained_model_name_or_path, **where)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.saved_shapes = read_shapes(path)
+        if not isinstance(config, cls):
+            raise ValueError(
+                f"The adapter in {pretrained_model_name_or_path!r} is of the method {str(config.peft_type.value)!r}, "
+                f"not {METHOD!r}: load it with PeftModel.from_pretrained, which finds the method's own class."
+            )
         return config
 
     def dpvr_fields(self) -> dict[str, Any]:
@@ -147,6 +150,7 @@ class DpvrConfig(PeftConfig):
         check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
         check_choice("side_branch_mlp", self.side_branch_mlp, SIDE_BRANCH_MLPS)
         fields = {name: value for name, value in self.dpvr_fields().items() if name != "side_branch_init"}
+        check_fusion_fields(self.routing, self.num_fusion_layers, self.fusion_layers)
         plan = make_plan(text.num_hidden_layers, **fields, recurrent=recurrent_layers(text))
         check_decoder(base, plan.split_layer)
         check_attention(base)
@@ -185,16 +189,16 @@ class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
         plan, decoder = peft_config.plan_for(owner.config), decoder_of(owner)[1]
         source = decoder.layers[plan.split_layer]
         like = next(weight for weight in source.parameters() if weight.is_floating_point())
-        side_branch = peft_config.new_side_branch(decoder, plan)
+        side_branch, device = peft_config.new_side_branch(decoder, plan), device_of(source)
         if all(weight.device.type != "meta" for weight in side_branch.parameters()):  # meta with low_cpu_mem_usage
-            side_branch.to(like.device, like.dtype)
+            side_branch.to(device, like.dtype)
             if side_branch.has_latent:
                 reset_latent(side_branch.latent, decoder, plan, peft_config.side_branch_init)
             else:
                 reset_side_branch(side_branch, decoder, plan.split_layer, peft_config.side_branch_init)
         self[adapter_name] = side_branch
         self.plans[adapter_name] = plan
-        self.device = like.device
+        self.device = device
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -257,9 +261,9 @@ def attach(head: nn.Module, owner: nn.Module) -> DpvrLayer:
     if "side_branch" in owner._modules:
         owner.own_branch = owner._modules.pop("side_branch").requires_grad_(False)
     owner.side_branch = DpvrLayer()
-    owner.__class__ = with_side_branches(type(owner))
+    change_class(owner, with_side_branches(type(owner)))
     if not hasattr(type(head), "own"):
-        head.__class__ = routed(type(head))
+        change_class(head, routed(type(head)))
     return owner.side_branch
 
 
@@ -267,11 +271,19 @@ def detach(head: nn.Module, owner: nn.Module) -> None:
     """Undo `attach`."""
     del owner.side_branch
     vars(owner).pop("_text_twin", None)
-    owner.__class__ = type(owner).own
+    change_class(owner, type(owner).own)
     if "own_branch" in owner._modules:
         owner.side_branch = owner._modules.pop("own_branch")
     else:
-        head.__class__ = type(head).own
+        vars(head).get("hf_device_map", {}).pop(PLACE, None)
+        change_class(head, type(head).own)
+
+
+def change_class(module: nn.Module, new: type) -> None:
+    """Make a module one of another class, also where accelerate calls the forward of its former class for it."""
+    if isinstance(kept := vars(module).get("_old_forward"), MethodType) and kept.__func__ is type(module).forward:
+        module._old_forward = MethodType(new.forward, module)
+    module.__class__ = new
 
 
 class DpvrModel(BaseTuner):
@@ -296,6 +308,7 @@ class DpvrModel(BaseTuner):
                 "LoRA, first call inject_adapter_in_model(lora, model)."
             )
         decoder_of(base)
+        _check_places(config, self.model)
         self._check_name(next(name for name, known in self.peft_config.items() if known is config))
         _check_base(config, self.model)
 
@@ -322,6 +335,8 @@ class DpvrModel(BaseTuner):
     ) -> None:
         layer = target.side_branch if isinstance(target, WithSideBranches) else attach(parent, target)
         layer.update_layer(adapter_name, peft_config, target)
+        if "hf_device_map" in vars(parent):  # transformers loads the weights to where this says
+            parent.hf_device_map.setdefault(PLACE, str(layer.device))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def replace_adapter(self, adapter_name: str, peft_config: DpvrConfig) -> None:
@@ -381,6 +396,16 @@ class DpvrModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
+def _check_places(config: DpvrConfig, model: PreTrainedModel) -> None:
+    """Refuse what transformers 4 cannot: its own `load_adapter` on an offloaded base. PEFT's shows no device map."""
+    places = set(map(str, vars(model).get("hf_device_map", {}).values()))
+    if LINE_4 and config.saved_shapes is not None and places & {"cpu", "disk"} and places != {"cpu"}:
+        raise ValueError(
+            "transformers 4 cannot load an adapter on a base with layers on the disk or on the CPU beside a GPU: use "
+            "PeftModel.from_pretrained(base, adapter), or transformers 5."
+        )
+
+
 def _check_base(config: DpvrConfig, model: PreTrainedModel) -> None:
     """Raise ValueError unless a base fits the config and its saved weights."""
     owner = getattr(model, TARGET)
@@ -397,38 +422,3 @@ WEIGHTS_PREFIX = f"{ADAPTER_KEY_PREFIX}{TARGET}.{DpvrModel.prefix}."
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DpvrConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = DpvrModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = DpvrModel.prefix
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two functions of PEFT that do not consult the method (PEFT 0.21)
-
-
-_check_mixed, _load_adapter = mixed_model._check_config_compatible, PeftModel.load_adapter
-
-
-@wraps(_check_mixed)
-def _check_config_compatible(peft_config: PeftConfig) -> None:
-    if isinstance(peft_config, DpvrConfig):
-        raise ValueError(
-            "A PeftMixedModel cannot hold a side branch, as it takes LoRA and similar methods alone: call "
-            "inject_adapter_in_model(lora, model), then get_peft_model(model, DpvrConfig(...))."
-        )
-    _check_mixed(peft_config)
-
-
-@wraps(_load_adapter)
-def load_adapter(self: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
-    """As PEFT's, which keeps the config if the name is in use: a side branch needs the plan saved with its weights."""
-    present = self.peft_config.get(adapter_name)
-    if isinstance(present, DpvrConfig):  # saved under the model's own names, not those of its old checkpoints
-        kwargs["key_mapping"] = None
-    # a new one was made by `from_pretrained` just before, with the saved config or with one that the caller passed
-    is_new = isinstance(present, DpvrConfig) and not present.loaded and present.inference_mode != is_trainable
-    if isinstance(present, DpvrConfig) and not is_new:
-        hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "subfolder") if name in kwargs}
-        self.base_model.replace_adapter(adapter_name, DpvrConfig.from_pretrained(model_id, **hub))
-    return _load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-
-
-mixed_model._check_config_compatible = _check_config_compatible
-PeftModel.load_adapter = load_adapter

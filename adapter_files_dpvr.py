@@ -5,7 +5,8 @@ adapter_model.safetensors    names and shapes of one side branch; finite numbers
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,49 +16,70 @@ from transformers.utils import cached_file
 from hub_dpvr import ADAPTER_KEY_PREFIX, ADAPTER_WEIGHTS_NAME
 from loading_dpvr import check_finite, open_weights
 
-CONFIG_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.bin"
+METHOD = "DPVR"  # the name of the PEFT method
+PICKLE_NAME = "adapter_model.bin"
+TEXTS = ("base_model_name_or_path", "revision", "peft_version", "task_type")
+OPTIONAL = (type(None),)
+TYPES = {  # of PEFT's own fields; the layer plan checks those of the method
+    **dict.fromkeys(TEXTS, (str, *OPTIONAL)),
+    "inference_mode": (bool,),
+    "num_hidden_layers": (int, *OPTIONAL),
+    "auto_mapping": (dict, *OPTIONAL),
+}
+AUTO_MAPPING = ("base_model_class", "parent_library")
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_adapter_config(repository: str, method: str, fields: Iterable[str], **where: Any) -> dict[str, Any]:
-    """The config of an adapter.
+def check_adapter_config(path: str, methods: Mapping[str, type], needs_method: bool) -> None:
+    """Check the JSON file of an adapter's config, of this method or another.
 
     Args:
-        method: the name of the PEFT method that it must be of.
-        fields: those that a config of it has.
+        methods: the classes of the methods' configs.
+        needs_method: whether the config has to name its method.
 
     Raises:
-        ValueError: if there is none, or it is no JSON object, of another method, or has misspelt fields.
+        ValueError: if it is no JSON object, of an unknown method, or one of this method with misspelt fields or values
+            of a wrong type.
     """
-    path = cached_file(repository, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
-    if path is None:
-        raise ValueError(f"There is no {CONFIG_NAME} in {repository!r}: name the folder or repository of an adapter.")
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{CONFIG_NAME} in {repository!r} is no JSON ({error}): save the adapter again with save_pretrained."
-        ) from error
+        raise ValueError(f"{path} is no JSON ({error}): save the adapter again with save_pretrained.") from error
     if not isinstance(config, dict):
         raise ValueError(
-            f"{CONFIG_NAME} in {repository!r} is a {type(config).__name__}, and a JSON object is needed: save the "
-            "adapter again with save_pretrained."
+            f"{path} is a {type(config).__name__}, and a JSON object is needed: save the adapter again with "
+            "save_pretrained."
         )
-    if config.get("peft_type") != method:
+    method = config.get("peft_type")
+    if not isinstance(method, str | None) or (method not in methods and (needs_method or "peft_type" in config)):
         raise ValueError(
-            f"{CONFIG_NAME} in {repository!r} is of the method {config.get('peft_type')!r}, not {method!r}: load it "
-            "with PeftModel.from_pretrained, which finds the method's own class."
+            f"{path} is of the method {method!r}, which PEFT does not know here: set peft_type to {METHOD!r} for a "
+            "side branch, or update PEFT."
         )
-    known = {"peft_type", "auto_mapping", *fields}
-    for name in config.keys() - known:
+    if method == METHOD:
+        _check_fields(path, config, {"peft_type", "auto_mapping", *(each.name for each in fields(methods[METHOD]))})
+
+
+def _check_fields(path: str, config: dict[str, Any], known: set[str]) -> None:
+    for name in sorted(config.keys() - known):
         if match := get_close_matches(name, known, n=1, cutoff=0.8):
             raise ValueError(
-                f"{CONFIG_NAME} in {repository!r} has the field {name!r}: did you mean {match[0]!r}? Correct it, or "
-                "save the adapter again with save_pretrained."
+                f"{path} has the field {name!r}: did you mean {match[0]!r}? Correct it, or save the adapter again "
+                "with save_pretrained."
             )
-    return config
+    wrong = [name for name, types in TYPES.items() if name in config and type(config[name]) not in types]
+    mapping = config.get("auto_mapping")
+    if not wrong and mapping is not None and not all(type(mapping.get(name)) is str for name in AUTO_MAPPING):
+        wrong = ["auto_mapping"]
+    for name in wrong:
+        kinds = " or ".join("null" if kind is type(None) else kind.__name__ for kind in TYPES[name])
+        inside = f", with {' and '.join(AUTO_MAPPING)} as str" if name == "auto_mapping" else ""
+        raise ValueError(
+            f"{path} has {name}={config[name]!r}, and {kinds} is needed{inside}: correct it, or save the adapter "
+            "again with save_pretrained."
+        )
 
 
 def find_weights(repository: str, **where: Any) -> str:

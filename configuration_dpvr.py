@@ -24,6 +24,7 @@ With L layers, split s and K fusion layers (o = joint, . = text, c = context, r 
                                                              latent of the image's states (latent_dpvr.py)
 """
 
+import os
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ JOINT, TEXT, CONTEXT, RESET = "joint", "text", "context", "reset"
 LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}
 ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "latent", "none")
 SIDE_BRANCH_INITS = ("split_layer", "identity", "random")
+FIXED_READERS = ("persistent_context", "kv_substitution", "text_only")  # every deep layer reads the image, or none
 METHOD_FIELDS = (
     "routing",
     "split_layer",
@@ -116,6 +118,7 @@ class DpvrLlavaConfig(LlavaConfig):
         num_fusion_layers: K, how many of the last layers fuse the streams again; 1 <= K <= layers - s.
         fusion_layers: for "late_fusion", the layers from the split on that run as `context`, in place of the last K.
             None: the last `num_fusion_layers`. With a list, leave `num_fusion_layers` at 1 or set it to the length.
+            Refused, as is K above 1, with the routings in which every deep layer reads the image, or none.
         side_branch_init: how a new side branch starts: "split_layer" (a copy of the base layers from the split on),
             "identity" (the same with its output projections at zero) or "random".
         latent_rank: r, the width of the latent that "latent" reads; None: the model has no latent.
@@ -169,9 +172,39 @@ class DpvrLlavaConfig(LlavaConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.check_dpvr_fields()
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Called by transformers for every file that a config is read from.
+
+        Raises:
+            ValueError: if it is no JSON object, or not a LLaVA's.
+        """
+        try:
+            values = super()._dict_from_json_file(json_file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{json_file} is no JSON ({error}): download it or save the model again.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{json_file} is a {type(values).__name__}, and a JSON object is needed: save it again.")
+        if values.get("model_type") not in (cls.model_type, LlavaConfig.model_type):
+            raise ValueError(
+                f"{json_file} is of a model of type {values.get('model_type')!r}, and a LLaVA is needed, of type "
+                f"{LlavaConfig.model_type!r} or {cls.model_type!r}: a side branch on another model is a PEFT adapter "
+                "(docs/adapter.md)."
+            )
+        for name in ("text_config", "vision_config", "quantization_config"):
+            if not isinstance(values.get(name, {}), dict) and (name, values[name]) != ("quantization_config", None):
+                raise ValueError(
+                    f"{json_file} has {name}={values[name]!r}, and a JSON object is needed: save the model again."
+                )
+        return values
+
     def dpvr_fields(self) -> dict[str, Any]:
-        """The fields of the method by name, without the base: what another base needs for the same side branch."""
-        return {name: vars(self)[name] for name in METHOD_FIELDS}
+        """The fields of the method by name, without the base: what another base needs for the same side branch.
+
+        Fusion layers are left out under a routing without them, to which `set_routing` may have switched.
+        """
+        own = {name: vars(self)[name] for name in METHOD_FIELDS}
+        return own | ({"fusion_layers": None, "num_fusion_layers": 1} if self.routing in FIXED_READERS else {})
 
     def layer_plan(self, routing: str | None = None) -> LayerPlan:
         """The plan that these fields describe.
@@ -195,6 +228,19 @@ class DpvrLlavaConfig(LlavaConfig):
         """Raise ValueError for a contradiction among the fields."""
         check_choice("side_branch_init", self.side_branch_init, SIDE_BRANCH_INITS)
         self.layer_plan()
+        depth, count = self.text_config.num_hidden_layers, self.num_side_layers
+        if not (_is_count(self.split_layer) and _is_count(count) and count <= depth):  # with routing "none", too
+            raise ValueError(
+                f"split_layer is {self.split_layer!r} and num_side_layers {count!r}: the first is a number of layers, "
+                f"and the side branch has 0 to {depth}, the depth of the decoder."
+            )
+        check_fusion_fields(self.routing, self.num_fusion_layers, self.fusion_layers)
+        base = self.base_model_name_or_path
+        if base is not None and (not isinstance(base, str) or not base.strip()):
+            raise ValueError(
+                f"base_model_name_or_path is {base!r}: name the base by its Hub id or folder, or set it to None if "
+                "the repository holds all weights."
+            )
         if self.latent_rank is not None:
             self.layer_plan("latent")
 
@@ -250,6 +296,29 @@ def make_plan(
         for layer in fusion_layers if routing == "late_fusion" else readers:
             plan[layer] = RESET if routing == "persistent_context" else CONTEXT
     return LayerPlan(split_layer, tuple(plan))
+
+
+def with_fields(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config with `fields` in place of some.
+
+    A routing among `fields` leaves fusion layers of `values` behind that it does not have.
+    """
+    if fields.get("routing") in FIXED_READERS:
+        values = {name: value for name, value in values.items() if name not in ("fusion_layers", "num_fusion_layers")}
+    return {**values, **fields, "model_type": DpvrLlavaConfig.model_type}
+
+
+def check_fusion_fields(routing: str, num_fusion_layers: int, fusion_layers: Sequence[int] | None) -> None:
+    """Raise ValueError for fusion layers with a routing that has none to choose."""
+    if routing in FIXED_READERS and (fusion_layers is not None or num_fusion_layers != 1):
+        name, value = "fusion_layers", fusion_layers
+        if fusion_layers is None:
+            name, value = "num_fusion_layers", num_fusion_layers
+        every = "no" if routing == "text_only" else "every"
+        raise ValueError(
+            f"{name} is {value!r}, but with routing {routing!r} {every} layer from the split on reads the image: "
+            f"leave {name} out, or choose routing='late_fusion'."
+        )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -72,10 +72,11 @@ def side_sources(text_config: PretrainedConfig, split_layer: int, count: int) ->
     """The decoder layers of which the `count` layers of a side branch are copies, and where the branch runs.
 
     These are the first layer of attention from the split on and those of its kind after it; the last one is repeated
-    if there are too few.
+    if there are too few. A split past the decoder, which only routing "none" has, takes the last of all.
     """
     kinds = layer_kinds(text_config)
-    first = next(index for index in range(split_layer, len(kinds)) if kinds[index] != RECURRENT)
+    attention = [index for index, kind in enumerate(kinds) if kind != RECURRENT]
+    first = next((index for index in attention if index >= split_layer), attention[-1])
     alike = [index for index in range(first, len(kinds)) if kinds[index] == kinds[first]]
     return [alike[min(index, len(alike) - 1)] for index in range(count)]
 

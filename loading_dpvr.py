@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     BitsAndBytesConfig,
@@ -24,13 +25,15 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 try:
-    from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig, with_fields
     from .latent_dpvr import Latent, reset_latent
-    from .side_branch_dpvr import reset_side_branch
+    from .side_branch_dpvr import device_of, keep_present, reset_side_branch
+    from .versions_dpvr import LINE_4
 except ImportError:
-    from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig
+    from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig, with_fields
     from latent_dpvr import Latent, reset_latent
-    from side_branch_dpvr import reset_side_branch
+    from side_branch_dpvr import device_of, keep_present, reset_side_branch
+    from versions_dpvr import LINE_4
 
 try:  # transformers 5 renames the weights of old LLaVA checkpoints by model type, version 4 by an inherited attribute
     from transformers.conversion_mapping import (
@@ -70,16 +73,29 @@ def with_side_branch_in_float(quantization: QuantizationConfigMixin | dict) -> B
     """
     if isinstance(quantization, QuantizationConfigMixin):
         quantization = quantization.to_dict()
-    method = QuantizationMethod(quantization.get("quant_method", QuantizationMethod.BITS_AND_BYTES))
-    if method != QuantizationMethod.BITS_AND_BYTES:
+    if not isinstance(quantization, dict):
         raise ValueError(
-            f"The base is quantised by {method.value!r}; a side branch runs on bases that are quantised by "
-            "bitsandbytes, with quantization_config=BitsAndBytesConfig(load_in_4bit=True), or in floating point."
+            f"quantization_config is {quantization!r}: use BitsAndBytesConfig(load_in_4bit=True), or leave it out."
+        )
+    method = quantization.get("quant_method", QuantizationMethod.BITS_AND_BYTES)
+    if method != QuantizationMethod.BITS_AND_BYTES:  # whose members are strings
+        raise ValueError(
+            f"The base is quantised by {str(getattr(method, 'value', method))!r}; a side branch runs on bases that "
+            "are quantised by bitsandbytes, with quantization_config=BitsAndBytesConfig(load_in_4bit=True), or in "
+            "floating point."
         )
     quantization = BitsAndBytesConfig.from_dict(dict(quantization))
     kept = quantization.llm_int8_skip_modules or ["lm_head"]
     quantization.llm_int8_skip_modules = [name for name in kept if name != SIDE_BRANCH] + [SIDE_BRANCH]
     return quantization
+
+
+def with_side_branch_placed(device_map: dict[str, Any]) -> dict[str, Any]:
+    """Return a device_map with a place for the side branch, which one that was made for a LLaVA does not have."""
+    places = {"", SIDE_BRANCH.partition(".")[0], SIDE_BRANCH}
+    if places & device_map.keys() or any(name.startswith(f"{SIDE_BRANCH}.") for name in device_map):
+        return device_map
+    return {**device_map, SIDE_BRANCH: next((at for at in device_map.values() if at not in ("cpu", "disk")), "cpu")}
 
 
 class SideBranchLoading:
@@ -121,8 +137,8 @@ class SideBranchLoading:
         for name in ("vision_tower", "multi_modal_projector", "language_model"):
             setattr(model.model, name, llava.model.get_submodule(name))
         model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
-        base_weight = next(llava.model.language_model.layers[-1].parameters())
-        model.side_branch.to(base_weight.dtype).to_empty(device=base_weight.device)
+        last = llava.model.language_model.layers[-1]
+        model.side_branch.to(next(last.parameters()).dtype).to_empty(device=device_of(last))
         model.reset_side_branch()
         model.remember_base()
         return model.train(llava.training)
@@ -148,7 +164,7 @@ class SideBranchLoading:
         config.check_dpvr_fields()
         latent = Latent(base, config.layer_plan("latent"), latent_rank, config.latent_side_layers)
         like = next(weight for weight in base.layers[-1].parameters() if weight.is_floating_point())
-        self.side_branch.latent = latent.to(like.device, like.dtype)
+        self.side_branch.latent = latent.to(device_of(base.layers[-1]), like.dtype)
         for name in ("latent_rank", *fields):
             setattr(self.config, name, getattr(config, name))
         self.reset_latent()
@@ -191,7 +207,11 @@ class SideBranchLoading:
         }
         if config is None:
             values, _ = DpvrLlavaConfig.get_config_dict(pretrained_model_name_or_path, **where, **hub)
-            config = DpvrLlavaConfig.from_dict({**values, **fields, "model_type": DpvrLlavaConfig.model_type})
+            if not values:
+                raise ValueError(
+                    f"There is no config.json in {str(pretrained_model_name_or_path)!r}: name a saved model."
+                )
+            config = DpvrLlavaConfig.from_dict(with_fields(values, fields))
         else:
             for name, value in fields.items():
                 setattr(config, name, value)
@@ -204,11 +224,21 @@ class SideBranchLoading:
                 branch = _read_side_branch(pretrained_model_name_or_path, **where, **hub)
             kwargs = {name: value for name, value in kwargs.items() if name not in where}
         kwargs["use_safetensors"] = True
+        if isinstance(kwargs.get("device_map"), dict):
+            kwargs["device_map"] = with_side_branch_placed(kwargs["device_map"])
         for options in (vars(config), kwargs):  # the base may be stored in 4 bits, or the caller may ask for them
             if options.get("quantization_config") is not None:
                 options["quantization_config"] = with_side_branch_in_float(options["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        except (OSError, HFValidationError) as error:
+            if base == pretrained_model_name_or_path:
+                raise
+            raise OSError(
+                f"The base {base!r} of {str(pretrained_model_name_or_path)!r} cannot be loaded "
+                f"({' '.join(str(error).split())}): give another with base_model_name_or_path=..."
+            ) from error
         model._check_loaded(base, info, branch, new_side_branch)
         model.remember_base()
         return (model, info) if wants_info else model
@@ -239,8 +269,10 @@ class SideBranchLoading:
                 f"{base!r} is not a full LLaVA: it lacks {len(of_base)} of the weights, such as {of_base[:3]}. Load a "
                 "full LLaVA; in a repository with the side branch alone, set base_model_name_or_path to one."
             )
+        new = missing if branch is None else [name for name in self.state_dict() if is_side_branch(name)]
+        self._keep_side_branch_present(new)
         own = {name: weight for name, weight in self.state_dict().items() if is_side_branch(name)}
-        check_finite({name: weight for name, weight in own.items() if name not in info["missing_keys"]})
+        check_finite({name: weight for name, weight in own.items() if name not in new})
         surplus = sorted(name for name in info["unexpected_keys"] if is_side_branch(name))
         if branch is not None:
             self.load_side_branch(branch)
@@ -254,6 +286,14 @@ class SideBranchLoading:
                 f"layers: {missing[:3]} are missing, {surplus[:3]} are unknown. Set num_side_layers as in its config, "
                 "or new_side_branch=True to train a new one."
             )
+
+    def _keep_side_branch_present(self, new: list[str]) -> None:
+        """Whatever a device_map says, the side branch lies where it runs; its weights in `new` are in no file."""
+        new = [name.removeprefix(f"{SIDE_BRANCH}.") for name in new]
+        if (device := keep_present(self.side_branch, new)) is not None:
+            own = f"{SIDE_BRANCH}."
+            self.hf_device_map = {name: at for name, at in self.hf_device_map.items() if not name.startswith(own)}
+            self.hf_device_map[SIDE_BRANCH] = "cpu" if device.type == "cpu" else device.index
 
     def load_side_branch(self, weights: dict[str, torch.Tensor]) -> None:
         """Copy the weights of a side branch, named as in `state_dict()`, into this model.
@@ -331,15 +371,21 @@ class SideBranchLoading:
             **kwargs: as `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
-            ValueError: with side_branch_only, as `side_branch_base`.
+            ValueError: with side_branch_only, as `side_branch_base`; without, for a base with layers on the disk under
+                transformers 4.
         """
+        if LINE_4 and not side_branch_only and any(weight.device.type == "meta" for weight in self.parameters()):
+            raise ValueError(
+                "transformers 4 cannot save a LLaVA whose layers are on the disk or on the CPU beside a GPU: save "
+                "with side_branch_only=True, load it without device_map, or use transformers 5."
+            )
         base = self.side_branch_base(save_directory) if side_branch_only else None
         if side_branch_only:
             for name in ("max_shard_size", "variant"):
                 if kwargs.get(name) is not None:
                     raise ValueError(
-                        f"{name}={kwargs[name]!r} does not go with side_branch_only=True, as a side branch is read "
-                        f"back as the one file {WEIGHTS_NAME}: leave it out."
+                        f"{name}={kwargs[name]!r} does not go with side_branch_only=True. Expected is None, as a side "
+                        f"branch is read back as the one file {WEIGHTS_NAME}: leave it out."
                     )
             kwargs["max_shard_size"] = "1TB"
             weights = kwargs.pop("state_dict", None) or self.state_dict()
@@ -355,6 +401,7 @@ class SideBranchLoading:
             new._weight_conversions = [WeightRenaming(f"^{old}", name) for old, name in PUBLISHED_NAMES.items()]
         new.config = copy.deepcopy(self.config)
         new.config.base_model_name_or_path = base
+        vars(new.config).update(new.config.dpvr_fields())
         new.config.auto_map = dict(AUTO_MAP)
         if side_branch_only:  # who loads it chooses in how many bits the base is held
             for part in (new.config, new.config.text_config, new.config.vision_config):

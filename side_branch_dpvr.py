@@ -8,7 +8,8 @@ Late-Layer Fusion is Enough, https://arxiv.org/abs/2606.09131, sections 3.2 (pha
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -19,6 +20,11 @@ try:
 except ImportError:
     from decoders_dpvr import side_sources
 
+try:  # a model that was loaded without a device_map needs no accelerate
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import align_module_device, has_offloaded_params
+except ImportError:
+    has_offloaded_params = None
 
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "w2")  # what a layer adds to its input comes out of these
 
@@ -79,7 +85,8 @@ def reset_side_branch(side_branch: nn.ModuleList, decoder: nn.Module, split_laye
     """
     sources = side_sources(decoder.config, split_layer, len(side_branch))
     for side_layer, source in zip(side_branch, sources, strict=True):
-        copied = {} if how == "random" else _plain_weights(decoder.layers[source], side_layer)
+        with present(decoder.layers[source]):
+            copied = {} if how == "random" else _plain_weights(decoder.layers[source], side_layer)
         if new := [name for name in side_layer.state_dict() if name not in copied]:
             fresh = type(side_layer)(side_layer.self_attn.config, source).state_dict()
             std = decoder.config.initializer_range
@@ -135,3 +142,56 @@ def _dense(config: PretrainedConfig, layer: int) -> PretrainedConfig:
     dense = copy.copy(config)
     dense.mlp_only_layers = [*config.mlp_only_layers, layer]
     return dense
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that a device_map has put on the disk, or on the CPU beside a GPU: accelerate lends them their weights
+
+
+@contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """With the weights of a module, which may be offloaded, on the device where it runs."""
+    with ExitStack() as stack:
+        for part in _offloaded(module).values():
+            stack.enter_context(align_module_device(part))
+        yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs, which may be offloaded."""
+    for part in _offloaded(module).values():
+        return torch.device(part._hf_hook.execution_device)
+    return next(module.parameters()).device
+
+
+def keep_present(side_branch: nn.Module, new: Collection[str]) -> torch.device | None:
+    """Bring an offloaded side branch to where it runs, for good: it is small, and is to be trained and saved.
+
+    Args:
+        new: names of its weights that were in no file, and so lie nowhere; their values are undefined afterwards.
+
+    Returns:
+        Where it is now, or None if it was not offloaded.
+    """
+    parts = _offloaded(side_branch)
+    if not parts:
+        return None
+    device = device_of(side_branch)
+    for path, part in parts.items():
+        names = [name for name, _ in part.named_parameters(recurse=False)]
+        if known := not any(f"{path}.{name}".lstrip(".") in new for name in names):
+            with present(part):
+                weights = {name: weight.detach().clone() for name, weight in part.named_parameters(recurse=False)}
+        part._hf_hook.offload = False  # so that removing it moves nothing
+        remove_hook_from_module(part)
+        part.to_empty(device=device, recurse=False)
+        if known:
+            part.load_state_dict(weights, strict=False)
+    return device
+
+
+def _offloaded(module: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a module whose own weights are offloaded, by their paths."""
+    if has_offloaded_params is None:
+        return {}
+    return {path: part for path, part in module.named_modules() if has_offloaded_params(part)}

@@ -66,6 +66,29 @@ def at_least(bound: int) -> Callable[[str], int]:
     return integer
 
 
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields in a YAML file, which a person may have written.
+
+    Raises:
+        ValueError: if there is no such file, or it is no YAML of one mapping from names to values.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {str(path)!r}: give the name of a YAML file.")
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no YAML ({' '.join(str(error).split())}): write name: value lines."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(
+            f"{str(path)!r} holds {found!r}, and name: value lines are needed: write one for each option."
+        )
+    return found
+
+
 def unknown_option(unknown: list[str], known: Iterable[str]) -> str:
     """One line about the first word that is no option: the nearest option, if one is near."""
     first = unknown[0].split("=")[0]

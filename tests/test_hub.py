@@ -16,15 +16,17 @@ from test_loading import SIDE_BRANCH_KEYS
 from test_train_sft import NEEDS_TRAINING
 
 import hub_dpvr
+import train_sft
 from configuration_dpvr import DpvrLlavaConfig
 from dpvr.command_line import run
 from dpvr.push import main as push_folder
 from dpvr.push import parse_args as parse_push_args
 from dpvr.record import run_record
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = {path.name for path in ROOT.glob("*_dpvr.py")} - {"adapter_dpvr.py", "adapter_files_dpvr.py", "lmms_dpvr.py"}
+CODE = {path.name for path in ROOT.glob("*_dpvr.py")} - {path.name for path in ROOT.glob("adapter_*.py")}
 ADAPTER = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 PROCESSOR = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
@@ -37,6 +39,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 
 def logits(model):
@@ -215,24 +218,51 @@ def test_without_a_token_the_error_says_what_to_do(hub, client, tmp_path):
     assert list(hub.commits) == ["me/base"]
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://name.invalid", "ftp://127.0.0.1", "offline"])
-def test_a_hub_that_is_not_reached_is_said_in_one_line(random_mini, monkeypatch, capsys, endpoint):
-    if endpoint == "offline":
+@pytest.fixture(params=["http://127.0.0.1:1", "http://name.invalid", "ftp://127.0.0.1", "offline"])
+def no_hub(request, monkeypatch):
+    """A Hub that is not reached."""
+    if request.param == "offline":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     else:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_dpvr, "HfApi", partial(hub_dpvr.HfApi, endpoint=endpoint))
+        monkeypatch.setattr(hub_dpvr, "HfApi", partial(hub_dpvr.HfApi, endpoint=request.param))
     close_session = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
     close_session()  # a session remembers whether it is offline
-    with pytest.raises(SystemExit, match="2"):
-        run(push_folder, parse_push_args([random_mini, "me/x"]))
-    said = capsys.readouterr().err
+    yield
     close_session()
+
+
+def check_one_line(said: str) -> None:
     assert said.startswith("Error: The Hub does not let you write to 'me/x'") and said.count("\n") == 1, said
     assert "check the network and HF_HUB_OFFLINE" in said
+
+
+def test_a_hub_that_is_not_reached_is_said_in_one_line(no_hub, random_mini, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(push_folder, parse_push_args([random_mini, "me/x"]))
+    check_one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("side_branch_only", [True, False])
+def test_a_model_that_is_pushed_to_no_hub_raises_one_line_without_the_clients_traceback(
+    no_hub, side_branch_only, random_mini
+):
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini)
+    model.config.base_model_name_or_path = "me/base"
     with pytest.raises(OSError, match="check the network and HF_HUB_OFFLINE") as caught:
-        hub_dpvr.make_repository("me/x")
+        model.push_to_hub("me/x", side_branch_only=side_branch_only, processor=load_processor(random_mini))
     assert caught.value.__suppress_context__ and "\n" not in str(caught.value)
+
+
+@NEEDS_TRAINING
+def test_a_run_that_is_to_be_pushed_to_no_hub_ends_in_one_line_before_it_begins(no_hub, random_mini, tmp_path, capsys):
+    words = f"--model_name_or_path {random_mini} --method full --num_rows 8 --push_to_hub --hub_model_id me/x"
+    arguments = train_sft.parse_args([*words.split(), "--output_dir", str(tmp_path / "out"), "--eval_questions", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        run(train_sft.main, *arguments)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and not (tmp_path / "out").exists()
+    check_one_line(said[said.index("Error: ") :])
 
 
 @NEEDS_TRAINING

@@ -152,6 +152,6 @@ def test_layers_that_do_not_fit_are_offloaded_to_the_disk(model, processor, aske
     room = {"device_map": "auto", "max_memory": {"cpu": "16MB"}, "offload_folder": str(tmp_path)}
     offloaded = auto_class.from_pretrained(ROOT, trust_remote_code=True, dtype=torch.float32, **room)
     devices = offloaded.hf_device_map
-    assert set(devices.values()) == {"cpu", "disk"} and devices["model.side_branch"] == "disk", devices
+    assert set(devices.values()) == {"cpu", "disk"} and devices["model.side_branch"] == "cpu", devices
     assert reply(processor, asked, offloaded.generate(**asked, max_new_tokens=8, do_sample=False)) == ANSWER
     assert torch.equal(offloaded(**asked).logits, model(**asked).logits)

@@ -28,6 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from configuration_dpvr import METHOD_FIELDS
 from decoders_dpvr import lowest_split, recurrent_layers
 from dpvr.analysis.saturation import ProbeBatch
+from dpvr.command_line import read_fields
 from dpvr.data.prompts import Batch
 
 TOLERANCE = 0.05  # share of answers that the recommended split may change
@@ -180,8 +181,8 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"There is no plan file {str(path)!r}: dpvr.analysis.probe --find_plan writes one.")
-    found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not set(found) <= set(METHOD_FIELDS):
+    found = read_fields(path)
+    if not set(found) <= set(METHOD_FIELDS):
         raise ValueError(
             f"The plan file {str(path)!r} holds {found!r}, and a plan is YAML with the fields "
             f"{', '.join(METHOD_FIELDS)}: use a file that dpvr.analysis.probe --find_plan wrote."

@@ -1,14 +1,15 @@
 """The arguments of train_sft.py as TRL reads them: the project's options on TRL's classes."""
 
+from argparse import ArgumentError
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import transformers
 from packaging.version import Version
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from dpvr.analysis.plan_search import read_plan
-from dpvr.command_line import unknown_option
+from dpvr.command_line import read_fields, unknown_option
 from dpvr.training.options import AUTO, BaseOptions, DpvrArguments, RecipeOptions
 
 OLDEST_TRANSFORMERS = "5.18"
@@ -34,6 +35,20 @@ class TrainingParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
+    def check(self, fields: dict[str, Any]) -> None:
+        """Check the values of a --config as those of flags are; TRL takes them as they stand."""
+        for name, value in fields.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is None or value is None or isinstance(value, dict):
+                continue
+            if isinstance(value, list) and action.nargs not in ("+", "*"):
+                self.error(f"argument --{name}: one value is needed, not {value!r}")
+            for word in map(str, value if isinstance(value, list) else [value]):
+                try:
+                    self._check_value(action, self._get_value(action, word))
+                except ArgumentError as error:
+                    self.error(str(error))
+
 
 def parse(argv: list[str]) -> tuple[DpvrArguments, SideBranchSFTConfig, BaseArguments]:
     """The arguments of a command line and of the file of its --config.
@@ -51,6 +66,8 @@ def parse(argv: list[str]) -> tuple[DpvrArguments, SideBranchSFTConfig, BaseArgu
     argv = [word for flag in argv for word in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if "--config" in argv[-1:]:
         parser.error("--config needs the name of a YAML file")
+    if "--config" in argv:
+        parser.check(read_fields(argv[argv.index("--config") + 1]))
     args, training, base, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unknown:
         parser.error(unknown_option(unknown, parser._option_string_actions))

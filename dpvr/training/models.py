@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 from trl import get_quantization_config
 
 from adapter_dpvr import DpvrConfig
-from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig, LayerPlan
+from configuration_dpvr import DPVR_FIELDS, DpvrLlavaConfig, LayerPlan, with_fields
 from dpvr.analysis.plan_search import TOLERANCE, causal_split
 from dpvr.cost_table import load_config
 from dpvr.data.prompts import AnsweredPrompts, in_batches
@@ -42,7 +42,7 @@ def check_plan(args: DpvrArguments, base: BaseArguments) -> LayerPlan:
         fields["split_layer"] = 1
     if is_llava(base):
         values, _ = DpvrLlavaConfig.get_config_dict(base.model_name_or_path, revision=base.model_revision)
-        config = DpvrLlavaConfig.from_dict({**values, **fields, "model_type": DpvrLlavaConfig.model_type})
+        config = DpvrLlavaConfig.from_dict(with_fields(values, fields))
         plan, routing = config.layer_plan(), config.routing
     elif args.method != "dpvr":
         return LayerPlan(0, ())
