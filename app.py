@@ -8,7 +8,6 @@ A Hugging Face Space as it stands. docs/chat.md says how to call it from Python.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from dpvr.command_line import Parser, run
@@ -41,11 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from dpvr.inference.chat import Answerer, load
     from dpvr.inference.page import build, launch, write_examples
+    from dpvr.inference.uploads import own_folder
 
     model, processor = load(args.model, args.base, args.revision, trust_remote_code=args.trust_remote_code)
     about = MINI if args.model == ROOT else OTHER.format(name=args.model)
-    with tempfile.TemporaryDirectory() as folder:
-        launch(build(Answerer(model, processor), about, write_examples(Path(folder))), args.host, args.port)
+    with own_folder() as folder:
+        launch(build(Answerer(model, processor), about, write_examples(folder)), args.host, args.port)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,8 @@ class Answerer:
             temperature: 0 takes the likeliest token each time, else from 0.05 to 2.
 
         Raises:
-            ValueError: as `inputs`, and for another temperature.
+            ValueError: as `inputs`, and for another routing or temperature.
+            RuntimeError: if the model fails.
         """
         if not (temperature == 0 or COOLEST <= temperature <= HOTTEST):
             raise ValueError(
@@ -247,7 +248,9 @@ class Answerer:
             try:
                 for tokens in run.growing():
                     yield Partial(self._text(tokens))
-                yield Partial(self._text(run.tokens), run.readout(inputs, job.result()))
+                with of_the_model():
+                    output = job.result()
+                yield Partial(self._text(run.tokens), run.readout(inputs, output))
             finally:
                 run.stop.set()
                 job.exception()  # wait for the end
@@ -281,14 +284,20 @@ class Answerer:
         """Return the text's attention to the pictures under vanilla and the model's own routing, and the pictures.
 
         The pictures, float32 (N, 3, height, width) from 0 to 1, are what the vision tower sees.
+
+        Raises:
+            ValueError: as `inputs`, and without a picture.
         """
+        if not any(turn.pictures for turn in turns):
+            raise ValueError("There is no picture to look at: send one with the question.")
         inputs = self.inputs(turns, max_new_tokens=0)
         with self.place:
             found = []
             for routing in ("none", self.routing):
                 self.model.set_routing(routing)
                 try:
-                    found.append(text_to_image_attention(self.model, inputs))
+                    with of_the_model():
+                        found.append(text_to_image_attention(self.model, inputs))
                 finally:
                     self.model.set_routing(self.routing)
         own = self.processor.image_processor
@@ -393,6 +402,15 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def of_the_model() -> Iterator[None]:
+    """Tell an error of the model, whose input has been checked, from one of the person who asks: a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError("The model failed at an input that had been checked.") from error
 
 
 def _median(readouts: Sequence[Readout]) -> Readout:
