@@ -1,8 +1,8 @@
 """What a page or a program may send to the app: checked before Gradio reads it, so that each fault has its sentence.
 
-    request                             a call of a form that Gradio cannot read  ->  `HANDLERS`, 400
-    {"data": [question, pictures, ...]} as many values as inputs, each of its input's type, files that are uploads
-    the function behind the call        what it says of its input, or else that it failed; the reason is in the log
+request                             a call of a form that Gradio cannot read  ->  `HANDLERS`, 400
+{"data": [question, pictures, ...]} as many values as inputs, each of its input's type, files that are uploads
+the function behind the call        what it says of its input, or else that it failed; the reason is in the log
 """
 
 import json
@@ -78,7 +78,8 @@ def check_call(blocks: list[Component], values: list[Any]) -> None:
     """Check the values of a call against the inputs that take them.
 
     Raises:
-        ValueError: for too few or too many values, values of other types, numbers out of range, and files that are no uploads.
+        ValueError: for too few or too many values, values of other types, numbers out of range, and files that are no
+            uploads.
     """
     if len(values) != len(blocks):
         names = ", ".join(block.label or "null for the chat" for block in blocks) or "none"

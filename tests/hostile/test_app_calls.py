@@ -93,11 +93,12 @@ def answerer(random_mini) -> Answerer:
 
 
 @pytest.fixture(scope="module")
-def api(answerer) -> Iterator[str]:
+def api(answerer) -> Iterator[httpx.Client]:
     with own_folder() as folder:
         app = build(answerer, "About.", write_examples(folder))
         launch(app, host="127.0.0.1", port=None, prevent_thread_lock=True, quiet=True)
-        yield f"{app.local_url}gradio_api/"
+        with httpx.Client(base_url=f"{app.local_url}gradio_api/", timeout=60) as client:
+            yield client
         app.close()
 
 
@@ -105,17 +106,17 @@ def api(answerer) -> Iterator[str]:
 def uploaded(api, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("pictures") / "scene.png"
     make_scene("test", 0, 6).draw().save(path)
-    return httpx.post(f"{api}upload", files={"files": ("scene.png", path.read_bytes())}).json()[0]
+    return api.post("upload", files={"files": ("scene.png", path.read_bytes())}).json()[0]
 
 
-def post(api: str, address: str, body: bytes) -> httpx.Response:
-    return httpx.post(api + address, content=body, headers={"Content-Type": "application/json"}, timeout=60)
+def post(api: httpx.Client, address: str, body: bytes) -> httpx.Response:
+    return api.post(address, content=body, headers={"Content-Type": "application/json"})
 
 
-def call(api: str, name: str, data: list) -> str:
+def call(api: httpx.Client, name: str, data: list) -> str:
     """What the server streams for a call; NaN is sent, too."""
     event = post(api, f"call/{name}", json.dumps({"data": data}).encode()).json()["event_id"]
-    return httpx.get(f"{api}call/{name}/{event}", timeout=60).text
+    return api.get(f"call/{name}/{event}").text
 
 
 def fault(said: str) -> str:
@@ -165,7 +166,7 @@ def test_no_call_goes_past_the_queue_and_none_is_larger_than_a_call(api):
     assert "Please join the queue" in post(api, "run/ask", body).json()["detail"]
     reply = post(api, "call/ask", body + b" " * 2**21)
     assert reply.status_code == 413 and "send at most 2,097,152, and pictures as uploads" in reply.json()["error"]
-    chunks = httpx.post(f"{api}call/ask", content=iter([body]))
+    chunks = api.post("call/ask", content=iter([body]))
     assert chunks.status_code == 411 and "send it with a Content-Length" in chunks.json()["error"]
 
 
