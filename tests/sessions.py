@@ -125,7 +125,7 @@ def to_png(picture: Image.Image) -> bytes:
 
 async def hold(url: str, sessions: Sequence[Session]) -> list[list[Shown]]:
     """Hold all sessions at once; returns for each what its page shows after each of its answers."""
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # which the server may close meanwhile
     async with httpx.AsyncClient(base_url=f"{url}/gradio_api/", timeout=PATIENCE, limits=limits) as client:
         config = (await client.get(f"{url}/config")).json()
         ask = next(
