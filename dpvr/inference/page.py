@@ -14,10 +14,11 @@ from sklearn.datasets import load_sample_images
 from starlette.middleware import Middleware
 
 from dpvr.inference.calls import HANDLERS, CheckedBlocks
-from dpvr.inference.chat import HOTTEST, Answerer
+from dpvr.inference.chat import HOTTEST, ONE_WAY, Answerer
 from dpvr.inference.controls import Api, Page
 from dpvr.inference.uploads import KEPT_SECONDS, UploadLimits
 from dpvr.inference.views import CSS
+from dpvr.inference.ways import VANILLA, StockWays
 from minibench.scenes import make_scene
 
 MAX_NEW_TOKENS = 256
@@ -66,7 +67,7 @@ def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
                 with gr.Tab("Chat"):
                     chat, readout = add_chat()
                 with gr.Tab("Side by side"):
-                    compare, comparison = add_comparison()
+                    compare, comparison = add_comparison(answerer.ways)
                 with gr.Tab("Look inside"):
                     look, overlays, plot = add_look_inside()
         gr.Examples(examples, [gallery, question], label="Examples", elem_id="examples")
@@ -128,11 +129,10 @@ def add_chat() -> tuple[gr.Chatbot, gr.HTML]:
     return chat, gr.HTML(elem_id="readout")
 
 
-def add_comparison() -> tuple[gr.Button, gr.HTML]:
+def add_comparison(ways: StockWays) -> tuple[gr.Button, gr.HTML]:
     """Add the button and the place for vanilla beside DPVR."""
-    gr.Markdown(
-        "The question in the box, or the chat's last one, through vanilla LLaVA and through DPVR on the same weights."
-    )
+    both = "The question in the box, or the chat's last one, through vanilla and through DPVR on the same weights."
+    gr.Markdown(f"There is nothing to compare: {ONE_WAY}" if ways.own == VANILLA else both)
     return gr.Button("Compare", variant="primary"), gr.HTML(elem_id="comparison")
 
 
