@@ -15,7 +15,7 @@ from dpvr.inference.page import build
 from minibench.scenes import make_scene
 from tests.family_processors import WITH_PROCESSOR, save_family
 
-FAMILIES = [name for name in ("qwen2_5_vl", "gemma3", "internvl", "llava_next") if name in WITH_PROCESSOR]
+FAMILIES = [name for name in ("qwen2_5_vl", "qwen3_5", "gemma3", "internvl", "llava_next") if name in WITH_PROCESSOR]
 ROUTING = "kv_substitution"
 QUESTION = "What colour is the star?"
 

@@ -30,6 +30,7 @@ from transformers import (
     ProcessorMixin,
     StoppingCriteria,
 )
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
@@ -389,7 +390,8 @@ class _Run(BaseStreamer):
         vision = sum(self.vision)
         decode, later = self.moments[-1] - self.moments[0], len(self.tokens) - 1
         to_first = self.moments[0] - self.start
-        layers = [layer for layer in cache_in(output).layers if layer.is_initialized]
+        kept = [layer for layer in cache_in(output).layers if isinstance(layer, CacheLayerMixin)]  # others: recurrent
+        keys = [layer.keys.nbytes + layer.values.nbytes for layer in kept if layer.keys is not None]
         return Readout(
             routing=self.ways.now,
             prepare=1e3 * self.prepare,
@@ -399,7 +401,7 @@ class _Run(BaseStreamer):
             decode=1e3 * decode,
             decode_per_token=1e3 * decode / later if later else None,
             tokens_per_second=later / decode if later else None,
-            kv_mib=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / MIB,
+            kv_mib=sum(keys) / MIB,
             prefill_gflops=self.ways.prefill_flops(image, total - image) / 1e9,
             image_tokens=image,
             text_tokens=total - image,
