@@ -1,14 +1,13 @@
 """Image chat with a DPVR model: streamed answers and where their time went, vanilla beside DPVR, a look inside.
 
     python app.py                                                     dpvr-mini, nothing downloaded
-    python app.py --model me/x --port 7861                            any DPVR repository
+    python app.py --model me/x --port 7861                            a DPVR repository, or a stock model
     python app.py --model my-adapter --base llava-hf/llava-1.5-7b-hf  a PEFT adapter and its base
 
 A Hugging Face Space as it stands. docs/chat.md says how to call it from Python.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from dpvr.command_line import Parser, run
@@ -26,9 +25,11 @@ OTHER = "This is **{name}**. Ask about one picture or several."
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--model", default=ROOT, help="a DPVR repository or a PEFT adapter, Hub id or folder; default: dpvr-mini"
+        "--model",
+        default=ROOT,
+        help="a DPVR repository, a PEFT adapter or a stock vision-language model, by Hub id or folder",
     )
-    parser.add_argument("--base", help="the LLaVA under an adapter; default: the one that the adapter names")
+    parser.add_argument("--base", help="the model under an adapter; default: the one that the adapter names")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the model on the Hub")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the code in the model's repository; else none of it runs"
@@ -39,13 +40,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from dpvr.inference.chat import Answerer, load
+    from dpvr.inference.chat import Answerer, load_any
     from dpvr.inference.page import build, launch, write_examples
+    from dpvr.inference.uploads import own_folder
 
-    model, processor = load(args.model, args.base, args.revision, trust_remote_code=args.trust_remote_code)
+    model, processor = load_any(args.model, args.base, args.revision, trust_remote_code=args.trust_remote_code)
     about = MINI if args.model == ROOT else OTHER.format(name=args.model)
-    with tempfile.TemporaryDirectory() as folder:
-        launch(build(Answerer(model, processor), about, write_examples(Path(folder))), args.host, args.port)
+    with own_folder() as folder:
+        launch(build(Answerer(model, processor), about, write_examples(folder)), args.host, args.port)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def free_port() -> int:
 @contextmanager
 def running(
     command: list[str], health: str, output: Path, cwd: Path, env: dict[str, str] | None = None, patience: float = 300
-) -> Iterator[None]:
+) -> Iterator[subprocess.Popen]:
     """Run `command` in `cwd`, its output in a file, and wait until the address `health` answers; end it afterwards.
 
     The test fails with what the server wrote if it has ended, or has not answered within `patience` seconds.
@@ -37,7 +37,7 @@ def running(
                 wrote = output.read_text()[-3000:]
                 pytest.fail(f"the server is not up (exit status {process.poll()}); it wrote:\n{wrote}")
             time.sleep(0.2)
-        yield
+        yield process
     finally:
         process.terminate()
         try:

@@ -1,4 +1,4 @@
-"""Answers of a DPVR repository, streamed, with the time that every stage took.
+"""Answers of a vision-language model, streamed, with the time that every stage took.
 
     turns, pictures -> processor -> vision tower, projector -> prefill -> first token -> ... -> last token
                        prepare      vision                    prefill     decode                            seconds
@@ -20,13 +20,17 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     StoppingCriteria,
 )
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
@@ -34,8 +38,10 @@ from adapter_dpvr import DpvrConfig, find_weights
 from dpvr.analysis.attention import TextToImage, text_to_image_attention
 from dpvr.data.prompts import Conversation, prompt_inputs
 from dpvr.data.texts import fault_of_text, special_tokens
+from dpvr.inference.ways import VANILLA, StockWays, is_dpvr_llava, ways_of
 from dpvr.models import load_model, load_stock
 from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
+from images_dpvr import mark_ids
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 from versions_dpvr import cache_in
@@ -43,6 +49,7 @@ from versions_dpvr import cache_in
 MAX_CHARACTERS = 20_000
 COOLEST, HOTTEST = 0.05, 2.0
 MIB = 2**20
+ONE_WAY = "this is a stock model without an adapter, so vanilla is its only way: train one with train_sft.py."
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,40 @@ class Comparison(NamedTuple):
     repetitions: int
 
 
-def load(
+def load(name: str, *args: Any, **settings: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a DPVR-LLaVA, or an adapter for one and its base, as `load_any`.
+
+    Raises:
+        ValueError: as `load_any`, and for another model.
+    """
+    model, *where = _load(name, *args, **settings)
+    if not is_dpvr_llava(model):
+        raise ValueError(
+            f"{name!r} holds a model of type {model.config.model_type!r}, neither a DPVR model nor an adapter: train "
+            "a side branch on it with train_sft.py first."
+        )
+    return model, load_processor(*where)
+
+
+def load_any(name: str, *args: Any, **settings: Any) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
+    """Load a DPVR repository, an adapter and its base, or a stock vision-language model, with its own processor.
+
+    Args:
+        base: for an adapter, where its base lies, if not where its config says.
+        revision: of what is loaded by its name.
+        device: where to put it; the GPU if there is one, unless said.
+        trust_remote_code: load a repository with its own code; unless said, none of it is run.
+        **loading: as `from_pretrained` takes it: dtype (that of the weights, unless said), attn_implementation, ...
+
+    Raises:
+        ValueError: if it is none of these, if it needs code that is not trusted, or if a base is given for what
+            names its own.
+    """
+    model, *where = _load(name, *args, **settings)
+    return model, load_processor(*where)
+
+
+def _load(
     name: str,
     base: str | None = None,
     revision: str = "main",
@@ -108,51 +148,35 @@ def load(
     *,
     trust_remote_code: bool = False,
     **loading: Any,
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a DPVR repository, or an adapter and its base, with its processor.
-
-    Args:
-        base: for an adapter, where its base lies, if not where its config says.
-        device: where to put it; the GPU if there is one, unless said.
-        trust_remote_code: load a repository with its own code; unless said, none of it is run.
-        **loading: as `from_pretrained` takes it: dtype (that of the weights, unless said), attn_implementation, ...
-
-    Raises:
-        ValueError: if it is neither, if it needs code that is not trusted, or if a base is given for a repository that
-            names its own.
-    """
+) -> tuple[PreTrainedModel | PeftModel, str, str]:
+    """Load a model; returns it, and the name and revision under which its processor lies."""
     home, loading = name, {"dtype": "auto", **loading}
     if _find(name, ADAPTER_CONFIG_NAME, revision) and not _find(name, "config.json", revision):
         config = DpvrConfig.from_pretrained(name, revision=revision)
         home = base or config.base_model_name_or_path
-        model = _on_base(config, home, find_weights(name, revision=revision), **loading)
+        model = _on_base(config, home, name, revision, **loading)
         revision = "main"
     elif base is not None:
         raise ValueError(f"{name!r} is not a PEFT adapter, so it brings its own base: leave the base {base!r} out.")
     else:
         model = load_model(name, revision=revision, trust_remote_code=trust_remote_code, **loading)
-    if model.config.model_type != DpvrLlavaForConditionalGeneration.config_class.model_type:
-        raise ValueError(
-            f"{name!r} holds a model of type {model.config.model_type!r}, neither a DPVR model nor an adapter: train "
-            "a side branch on it with train_sft.py first."
-        )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), load_processor(home, revision)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), home, revision
 
 
-def _on_base(config: DpvrConfig, base: str, weights: str, **loading: Any) -> PreTrainedModel:
+def _on_base(config: DpvrConfig, base: str, name: str, revision: str, **loading: Any) -> PreTrainedModel | PeftModel:
     """Put an adapter's side branch on its base; no code of a base that a mere adapter names is run."""
-    llava, info = load_stock(base, output_loading_info=True, **loading)
+    stock, info = load_stock(base, output_loading_info=True, **loading)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"The base {base!r} lacks {len(missing)} weights, such as {missing[0]!r}: name the LLaVA that the adapter "
+            f"The base {base!r} lacks {len(missing)} weights, such as {missing[0]!r}: name the model that the adapter "
             "was trained on."
         )
-    config.plan_for(llava.config)
-    model = DpvrLlavaForConditionalGeneration.from_llava(llava, **config.dpvr_fields())
-    model.load_side_branch(
-        {key.removeprefix(ADAPTER_KEY_PREFIX): tensor for key, tensor in load_file(weights).items()}
-    )
+    config.plan_for(stock.config)
+    if not isinstance(stock, LlavaForConditionalGeneration):
+        return PeftModel.from_pretrained(stock, name, revision=revision)
+    model = DpvrLlavaForConditionalGeneration.from_llava(stock, **config.dpvr_fields())
+    branch = load_file(find_weights(name, revision=revision))
+    model.load_side_branch({key.removeprefix(ADAPTER_KEY_PREFIX): tensor for key, tensor in branch.items()})
     return model
 
 
@@ -166,7 +190,8 @@ class Answerer:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model = model
         self.processor = processor
-        self.routing = model.config.routing
+        self.ways = ways_of(model)
+        self.routing = self.ways.own
         self.place = threading.Lock()
         self.worker = ThreadPoolExecutor(1)  # one for all answers: a new thread would warm up its own kernels
 
@@ -186,7 +211,7 @@ class Answerer:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         pictures = [picture for turn in turns for picture in turn.pictures]
         inputs = prompt_inputs(self.processor, [Conversation(messages, pictures)])
-        length, room = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        length, room = inputs["input_ids"].shape[1], self.model.config.get_text_config().max_position_embeddings
         if length + max_new_tokens > room:
             raise ValueError(
                 f"The conversation has {length} tokens; with {max_new_tokens} for the answer the model has room for "
@@ -231,7 +256,8 @@ class Answerer:
             temperature: 0 takes the likeliest token each time, else from 0.05 to 2.
 
         Raises:
-            ValueError: as `inputs`, and for another temperature.
+            ValueError: as `inputs`, and for another routing or temperature.
+            RuntimeError: if the model fails.
         """
         if not (temperature == 0 or COOLEST <= temperature <= HOTTEST):
             raise ValueError(
@@ -239,19 +265,21 @@ class Answerer:
             )
         start = time.perf_counter()
         inputs = self.inputs(turns, max_new_tokens)
-        run = _Run(self.model, prepare=time.perf_counter() - start)
-        with self.place, run.hooked():
-            self.model.set_routing(routing or self.routing)
+        run = _Run(self.model, self.ways, prepare=time.perf_counter() - start)
+        with self.place, self.ways.timed_vision(run.now) as run.vision:
+            self.ways.choose(routing or self.routing)
             sampling = {"temperature": float(temperature)} if temperature > 0 else {}
             job = run.begin(self.worker, inputs, max_new_tokens=max_new_tokens, do_sample=temperature > 0, **sampling)
             try:
                 for tokens in run.growing():
                     yield Partial(self._text(tokens))
-                yield Partial(self._text(run.tokens), run.readout(inputs, job.result()))
+                with of_the_model():
+                    output = job.result()
+                yield Partial(self._text(run.tokens), run.readout(inputs, output))
             finally:
                 run.stop.set()
                 job.exception()  # wait for the end
-                self.model.set_routing(self.routing)
+                self.ways.choose(self.routing)
 
     def _text(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip().rstrip("\ufffd")
@@ -267,7 +295,12 @@ class Answerer:
         """Answer under vanilla and under the model's own routing in turn; yield the share done, at last the result.
 
         The first of each is a warm-up and not counted. Likeliest tokens only, so the answers do not vary.
+
+        Raises:
+            ValueError: as `inputs`, and for a stock model.
         """
+        if self.ways.own == VANILLA:
+            raise ValueError(f"There is nothing to compare: {ONE_WAY}")
         routings, results = ("none", self.routing), ([], [])
         total = 2 * (repetitions + 1)
         for count in range(total):
@@ -281,16 +314,27 @@ class Answerer:
         """Return the text's attention to the pictures under vanilla and the model's own routing, and the pictures.
 
         The pictures, float32 (N, 3, height, width) from 0 to 1, are what the vision tower sees.
+
+        Raises:
+            ValueError: as `inputs`, without a picture, and for a model that is no DPVR-LLaVA.
         """
+        if not is_dpvr_llava(self.model):
+            raise ValueError(
+                f"This model is of type {self.model.config.model_type!r}, and only the attention of a DPVR-LLaVA can "
+                "be looked at: serve one, such as dpvr-mini."
+            )
+        if not any(turn.pictures for turn in turns):
+            raise ValueError("There is no picture to look at: send one with the question.")
         inputs = self.inputs(turns, max_new_tokens=0)
         with self.place:
             found = []
             for routing in ("none", self.routing):
-                self.model.set_routing(routing)
+                self.ways.choose(routing)
                 try:
-                    found.append(text_to_image_attention(self.model, inputs))
+                    with of_the_model():
+                        found.append(text_to_image_attention(self.model, inputs))
                 finally:
-                    self.model.set_routing(self.routing)
+                    self.ways.choose(self.routing)
         own = self.processor.image_processor
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (own.image_mean, own.image_std))
         pictures = inputs["pixel_values"].float().cpu() * std + mean
@@ -300,11 +344,12 @@ class Answerer:
 class _Run(BaseStreamer):
     """One call of `generate`, in the worker's thread: its tokens as they come, and the moments between its stages."""
 
-    def __init__(self, model: PreTrainedModel, prepare: float) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, ways: StockWays, prepare: float) -> None:
         self.model = model
+        self.ways = ways
         self.stop = threading.Event()
         self.prepare = prepare
-        self.vision = 0.0
+        self.vision: list[float] = []
         self.tokens: list[int] = []
         self.moments: list[float] = []  # one per token
         self.arrived: queue.Queue[int | None] = queue.Queue()
@@ -315,28 +360,6 @@ class _Run(BaseStreamer):
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Time the vision tower and the projector."""
-        llava, began = self.model.model, 0.0
-
-        def begin(*_: Any) -> None:
-            nonlocal began
-            began = self.now()
-
-        def end(*_: Any) -> None:
-            self.vision += self.now() - began
-
-        hooks = [
-            llava.vision_tower.register_forward_pre_hook(begin),
-            llava.multi_modal_projector.register_forward_hook(end),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def begin(self, pool: ThreadPoolExecutor, inputs: dict[str, torch.Tensor], **settings: Any) -> Future:
         self.start = self.now()
@@ -363,28 +386,31 @@ class _Run(BaseStreamer):
                 yield self.tokens[:count]
 
     def readout(self, inputs: dict[str, torch.Tensor], output: Any) -> Readout:
-        total, image = (
-            inputs["input_ids"].shape[1],
-            int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
-        )
+        total, image = inputs["input_ids"].shape[1], num_image_tokens(self.model.config, inputs["input_ids"])
+        vision = sum(self.vision)
         decode, later = self.moments[-1] - self.moments[0], len(self.tokens) - 1
         to_first = self.moments[0] - self.start
-        layers = [layer for layer in cache_in(output).layers if layer.is_initialized]
+        kept = [layer for layer in cache_in(output).layers if isinstance(layer, CacheLayerMixin)]  # others: recurrent
+        keys = [layer.keys.nbytes + layer.values.nbytes for layer in kept if layer.keys is not None]
         return Readout(
-            routing=self.model.config.routing,
+            routing=self.ways.now,
             prepare=1e3 * self.prepare,
-            vision=1e3 * self.vision,
-            prefill=1e3 * (to_first - self.vision),
+            vision=1e3 * vision,
+            prefill=1e3 * (to_first - vision),
             first_token=1e3 * (self.prepare + to_first),
             decode=1e3 * decode,
             decode_per_token=1e3 * decode / later if later else None,
             tokens_per_second=later / decode if later else None,
-            kv_mib=sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / MIB,
-            prefill_gflops=self.model.prefill_flops(image, total - image) / 1e9,
+            kv_mib=sum(keys) / MIB,
+            prefill_gflops=self.ways.prefill_flops(image, total - image) / 1e9,
             image_tokens=image,
             text_tokens=total - image,
             new_tokens=len(self.tokens),
         )
+
+
+def num_image_tokens(config: PretrainedConfig, input_ids: torch.Tensor) -> int:
+    return int(torch.isin(input_ids, torch.tensor(mark_ids(config), device=input_ids.device)).sum())
 
 
 class _Stop(StoppingCriteria):
@@ -393,6 +419,15 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def of_the_model() -> Iterator[None]:
+    """Tell an error of the model, whose input has been checked, from one of the person who asks: a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError("The model failed at an input that had been checked.") from error
 
 
 def _median(readouts: Sequence[Readout]) -> Readout:

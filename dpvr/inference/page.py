@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from starlette.middleware import Middleware
 
-from dpvr.inference.calls import CheckedBlocks
-from dpvr.inference.chat import HOTTEST, Answerer
+from dpvr.inference.calls import HANDLERS, CheckedBlocks
+from dpvr.inference.chat import HOTTEST, ONE_WAY, Answerer
 from dpvr.inference.controls import Api, Page
+from dpvr.inference.uploads import KEPT_SECONDS, UploadLimits
 from dpvr.inference.views import CSS
+from dpvr.inference.ways import VANILLA, StockWays
 from minibench.scenes import make_scene
 
 MAX_NEW_TOKENS = 256
 LONGEST = 64
 MAX_UPLOAD = "20mb"
-KEPT_SECONDS = 3600
-MAX_WAITING = 32
+CLEANING_SECONDS = 600
 MAX_SESSIONS = 200  # whose chats are kept while nobody looks at them
+MAX_WAITING = MAX_SESSIONS  # one question of each
 
 
 def write_examples(folder: Path) -> list[list]:
@@ -51,7 +55,7 @@ def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
     """Return the app, with a few examples and a text about the model."""
     page = Page(answerer)
     with CheckedBlocks(
-        title="DPVR image chat", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
+        title="DPVR image chat", analytics_enabled=False, delete_cache=(CLEANING_SECONDS, KEPT_SECONDS)
     ) as app:
         gr.Markdown(f"# DPVR image chat\n{about}")
         add_api(Api(answerer))
@@ -63,7 +67,7 @@ def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
                 with gr.Tab("Chat"):
                     chat, readout = add_chat()
                 with gr.Tab("Side by side"):
-                    compare, comparison = add_comparison()
+                    compare, comparison = add_comparison(answerer.ways)
                 with gr.Tab("Look inside"):
                     look, overlays, plot = add_look_inside()
         gr.Examples(examples, [gallery, question], label="Examples", elem_id="examples")
@@ -83,7 +87,7 @@ def build(answerer: Answerer, about: str, examples: list[list]) -> gr.Blocks:
             lambda: ([], [], "", "", None), None, everything, api_visibility="private"
         )
         gallery.upload(page.accept, gallery, gallery, trigger_mode="multiple", api_visibility="private")
-    return app.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
+    return app.queue(default_concurrency_limit=1, max_size=MAX_WAITING, api_open=False)  # all calls wait in the queue
 
 
 def add_inputs() -> tuple[gr.Gallery, gr.Textbox, list[gr.Button], gr.Slider, gr.Slider]:
@@ -125,11 +129,10 @@ def add_chat() -> tuple[gr.Chatbot, gr.HTML]:
     return chat, gr.HTML(elem_id="readout")
 
 
-def add_comparison() -> tuple[gr.Button, gr.HTML]:
+def add_comparison(ways: StockWays) -> tuple[gr.Button, gr.HTML]:
     """Add the button and the place for vanilla beside DPVR."""
-    gr.Markdown(
-        "The question in the box, or the chat's last one, through vanilla LLaVA and through DPVR on the same weights."
-    )
+    both = "The question in the box, or the chat's last one, through vanilla and through DPVR on the same weights."
+    gr.Markdown(f"There is nothing to compare: {ONE_WAY}" if ways.own == VANILLA else both)
     return gr.Button("Compare", variant="primary"), gr.HTML(elem_id="comparison")
 
 
@@ -167,7 +170,7 @@ def add_api(api: Api) -> None:
     with gr.Column(visible=False):
         question = gr.Textbox(label="question")
         pictures = gr.File(label="pictures", file_count="multiple", type="filepath")
-        routing = gr.Textbox(label="routing", value=api.routing)
+        routing = gr.Textbox(label="routing", value=api.routing, max_length=40)
         longest = gr.Slider(1, MAX_NEW_TOKENS, LONGEST, step=1, label="longest")
         temperature = gr.Slider(0, HOTTEST, 0, label="temperature")
         result = gr.JSON()
@@ -181,7 +184,9 @@ def add_api(api: Api) -> None:
 
 def launch(app: gr.Blocks, host: str | None, port: int | None, **options: Any) -> None:
     """Serve the app within the limits on uploads."""
+    limits = Middleware(UploadLimits, folder=get_upload_folder())
     app.launch(
+        app_kwargs={"middleware": [limits], "exception_handlers": HANDLERS},
         server_name=host,
         server_port=port,
         max_file_size=MAX_UPLOAD,

@@ -84,7 +84,7 @@ def _figure(readout: Readout, name: str) -> str:
 
 def show_comparison(comparison: Comparison) -> str:
     """Return both answers beside each other, both bars, and a table with the ratio of the medians."""
-    names = ("Vanilla LLaVA", f"DPVR, {comparison.medians[1].routing}")
+    names = ("Vanilla", f"DPVR, {comparison.medians[1].routing}")
     answers = "".join(
         f"<section><h3>{name}</h3><div class='answer'>{html.escape(text)}</div>{show_stages(readout)}</section>"
         for name, text, readout in zip(names, comparison.texts, comparison.medians, strict=True)

@@ -1,0 +1,200 @@
+"""Many chats with the app at the same time, each about its own picture; every answer is compared with the model alone.
+
+    python -m tests.sessions --sessions 200
+
+    python app.py, a process of its own  <--  upload, question, answer, the next question ...   all sessions at once
+    the same model in this process       -->  what each session must be answered
+
+A session asks as the page does, and its chat is kept by the server. Pictures and questions are MiniBench's. What the
+page would show at the end of each answer is compared: pictures, questions and answers of the whole chat. The memory is
+the resident set of the app's process, after a few sessions to warm up and after all of them. Written to the section
+"sessions" of results/reliability.json. 200 sessions take 3 minutes on two cores of a CPU.
+"""
+
+import asyncio
+import html
+import io
+import json
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+from PIL import Image
+from tqdm import tqdm
+
+from dpvr.command_line import Parser, at_least, run
+from dpvr.inference.chat import Answerer, Turn, load
+from dpvr.record import publish_section, run_record
+from minibench.data import MiniBench
+from tests.servers import free_port, running
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 16  # tokens of an answer
+WARM_UP = 8  # sessions
+PATIENCE = 900  # seconds
+
+
+class Session(NamedTuple):
+    """Pictures as PNG files, and questions with what the model alone answers in a chat of them all."""
+
+    pictures: tuple[bytes, ...]
+    turns: tuple[tuple[str, str], ...]
+
+
+Shown = list[
+    tuple[str, str]
+]  # a chat's messages in order: ("picture", its file's name), ("user" or "assistant", text)
+
+
+def parse_args(argv: list[str] | None = None) -> Any:
+    parser = Parser(__doc__)
+    parser.add_argument("--sessions", type=at_least(1), default=200)
+    parser.add_argument("--questions", type=at_least(1), default=3, help="of each session")
+    parser.add_argument("--model", default=str(ROOT), help="what the app serves; default: dpvr-mini")
+    parser.add_argument("--output", default=str(ROOT / "results" / "reliability.json"))
+    return parser.parse_args(argv)
+
+
+def main(args: Any) -> dict[str, Any]:
+    """Returns the section.
+
+    Raises:
+        ValueError: if an answer is not what the model alone gives, or stands in another chat.
+    """
+    sessions = make_sessions(args.model, args.sessions, args.questions)
+    warm_up = (sessions * WARM_UP)[:WARM_UP]
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "app.py", "--model", args.model, "--host", "127.0.0.1", "--port", str(port)]
+        with running(command, url, Path(folder) / "output.txt", ROOT) as process:
+            asyncio.run(hold(url, warm_up))
+            before = resident(process.pid)
+            begun = time.perf_counter()
+            chats = asyncio.run(hold(url, sessions))
+            seconds = time.perf_counter() - begun
+            after = resident(process.pid)
+    found = {
+        **run_record("-m tests.sessions"),
+        "sessions": len(sessions),
+        "questions_per_session": args.questions,
+        **compare(sessions, chats),
+        "seconds": round(seconds, 1),
+        "resident_mib_before": before["now"],
+        "resident_mib_after": after["now"],
+        "resident_mib_peak": after["peak"],
+    }
+    publish_section("sessions", found, args.output)
+    if found["wrong_answers"] or found["crossed_chats"]:
+        raise ValueError(
+            f"Of {found['answers']} answers {found['wrong_answers']} are not what the model alone gives, and "
+            f"{found['crossed_chats']} stand in another chat than the session's own."
+        )
+    print(f"{found['answers']} answers in {len(sessions)} sessions at once, each as the model alone gives it.")
+    return found
+
+
+def make_sessions(model: str, count: int, questions: int) -> list[Session]:
+    """Sessions about MiniBench's pictures, with the answers that the model gives to each alone."""
+    answerer = Answerer(*load(model))
+    rows = MiniBench("test", count, questions, seed=1)
+    return [_make_session(answerer, rows[index], questions) for index in tqdm(range(count), desc="the model alone")]
+
+
+def _make_session(answerer: Answerer, row: dict[str, Any], questions: int) -> Session:
+    asked = [part["text"] for message in row["messages"][::2] for part in message["content"] if part["type"] == "text"]
+    turns: list[Turn] = []
+    for question in asked[:questions]:
+        turn = Turn(question, () if turns else tuple(row["images"]))
+        answer = answerer.answer([*turns, turn], max_new_tokens=LONGEST).text
+        turns.append(replace(turn, answer=answer))
+    return Session(tuple(map(to_png, row["images"])), tuple((turn.question, turn.answer) for turn in turns))
+
+
+def to_png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+async def hold(url: str, sessions: Sequence[Session]) -> list[list[Shown]]:
+    """Hold all sessions at once; returns for each what its page shows after each of its answers."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # which the server may close meanwhile
+    async with httpx.AsyncClient(base_url=f"{url}/gradio_api/", timeout=PATIENCE, limits=limits) as client:
+        config = (await client.get(f"{url}/config")).json()
+        ask = next(
+            one["id"] for one in config["dependencies"] if one["api_name"] == "ask_1"
+        )  # the page's, "ask" is /ask
+        progress = tqdm(
+            total=sum(len(session.turns) for session in sessions), desc=f"{len(sessions)} sessions at once"
+        )
+        chats = [_chat(client, ask, index, session, progress) for index, session in enumerate(sessions)]
+        return await asyncio.gather(*chats)
+
+
+async def _chat(client: httpx.AsyncClient, ask: int, index: int, session: Session, progress: tqdm) -> list[Shown]:
+    files = [("files", (name, data)) for name, data in zip(names(index, session), session.pictures, strict=True)]
+    paths = (await client.post("upload", files=files)).raise_for_status().json()
+    gallery = [{"image": {"path": path, "meta": {"_type": "gradio.FileData"}}, "caption": None} for path in paths]
+    key, shown = {"session_hash": f"{index}-{uuid.uuid4().hex}"}, []
+    for question, _ in session.turns:
+        call = {"data": [question, gallery, None, LONGEST, 0], "fn_index": ask, **key}
+        (await client.post("queue/join", json=call)).raise_for_status()
+        async with client.stream("GET", "queue/data", params=key) as events:
+            async for line in events.aiter_lines():
+                if '"msg":"process_completed"' in line:
+                    shown.append(_shown(json.loads(line.removeprefix("data:"))))
+                    break
+        progress.update()
+    return shown
+
+
+def _shown(message: dict[str, Any]) -> Shown:
+    """The chat in the message with which an answer ends."""
+    if not message["success"]:
+        raise ValueError(f"The app has failed: {message['output']}")
+    found = []
+    for said in message["output"]["data"][0]:
+        for part in said["content"]:
+            if part["type"] == "file":
+                found.append(("picture", Path(part["file"]["path"]).name))
+            else:
+                found.append((said["role"], html.unescape(part["text"])))
+    return found
+
+
+def names(index: int, session: Session) -> list[str]:
+    """The names of a session's pictures, which no other session's have."""
+    return [f"{index}-{number}.png" for number in range(len(session.pictures))]
+
+
+def compare(sessions: Sequence[Session], chats: Sequence[Sequence[Shown]]) -> dict[str, int]:
+    """Count the answers, those that are not what the model alone gives, and those that stand in another chat."""
+    counts = {"answers": 0, "wrong_answers": 0, "crossed_chats": 0}
+    for index, (session, shown) in enumerate(zip(sessions, chats, strict=True)):
+        expected: Shown = [("picture", name) for name in names(index, session)]
+        for (question, answer), found in zip(session.turns, shown, strict=True):
+            asked = [*expected, ("user", question)]
+            expected = [*asked, ("assistant", answer)]
+            counts["answers"] += 1
+            counts["wrong_answers"] += found[-1] != expected[-1]
+            counts["crossed_chats"] += found[:-1] != asked
+            expected[-1] = found[-1]  # a wrong answer is counted once
+    return counts | {"different_chats": len({session.turns for session in sessions})}
+
+
+def resident(pid: int) -> dict[str, float]:
+    """The resident set of a process now and at most, MiB."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    sizes = dict(line.split(":", 1) for line in lines)
+    return {name: round(int(sizes[key].split()[0]) / 1024, 1) for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_args()))
