@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -46,6 +47,9 @@ class FamilySize(NamedTuple):
     batch_size: int
     text_tokens: int
     image_tokens: int
+
+
+WARM_UP = FamilySize(batch_size=1, text_tokens=4, image_tokens=4)  # before the trial of number formats
 
 
 def plan_fields(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -118,8 +122,9 @@ class FamilyBench:
     def _one_prefill(self, model: PreTrainedModel, dtype: str, size: FamilySize) -> float:
         """Milliseconds of a prefill of the stock model in a number format, to which its weights are converted."""
         model.to(getattr(torch, dtype))
-        prompt = make_prompt(model, size)
+        warm_up, prompt = make_prompt(model, WARM_UP), make_prompt(model, size)
         with torch.inference_mode():
+            model(**warm_up, logits_to_keep=1)
             return timed(lambda: model(**prompt, logits_to_keep=1), self.machine.device)[1]
 
     def _attach(self, model: PreTrainedModel) -> None:
@@ -207,14 +212,13 @@ def machine_for(num_parameters: int, device: str | None, dtype: str | None) -> M
 
 
 def make_random(config: PretrainedConfig, machine: Machine) -> PreTrainedModel:
-    """A model of random weights; all but its decoder and head is moved to "meta", as nothing else runs."""
+    """A model of random weights, without tower and projector, which do not run."""
     torch.manual_seed(SEED)
     with torch.device(machine.device):
         model = AutoModelForImageTextToText.from_config(config, dtype=machine.dtype).eval()
     name, _ = decoder_of(model.model)
-    for other, part in model.model.named_children():
-        if other != name:
-            part.to("meta")
+    for other in model.model._modules.keys() - {name}:
+        setattr(model.model, other, nn.Module())
     return model
 
 

@@ -40,7 +40,8 @@ Bench = LlavaBench | FamilyBench
 
 
 def make_cache(kind: str, model: PreTrainedModel, room: int) -> Cache:
-    return StaticCache(config=model.config, max_cache_len=room) if kind == "static" else DynamicCache()
+    config = model.config
+    return StaticCache(config=config, max_cache_len=room) if kind == "static" else DynamicCache(config=config)
 
 
 @torch.inference_mode()
@@ -60,7 +61,8 @@ def answer(
         with clock.listening(model, split):  # is not timed
             model(**prompt, **{named: make_cache(kind, model, length)}, logits_to_keep=1)
     phases = None if clock is None else clock.milliseconds()
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    layers = [layer for layer in cache.layers if isinstance(vars(layer).get("keys"), torch.Tensor)]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return {
         "prefill_ms": None if clock is None else prefill_ms,
         "prefill_without_tower_ms": prefill_ms if clock is None else prefill_ms - phases["tower"],
