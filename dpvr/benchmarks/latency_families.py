@@ -154,6 +154,7 @@ class FamilyBench:
                 yield self.model
         else:
             self.adapted.set_adapter(PREFIX + name)
+            self.adapted.requires_grad_(False)  # trained weights may be run by other kernels
             yield self.model
 
     def why_not(self, name: str) -> str | None:
@@ -212,14 +213,14 @@ def machine_for(num_parameters: int, device: str | None, dtype: str | None) -> M
 
 
 def make_random(config: PretrainedConfig, machine: Machine) -> PreTrainedModel:
-    """A model of random weights, without tower and projector, which do not run."""
+    """A model of random weights, not trained, without tower and projector, which do not run."""
     torch.manual_seed(SEED)
     with torch.device(machine.device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=machine.dtype).eval()
+        model = AutoModelForImageTextToText.from_config(config, dtype=machine.dtype)
     name, _ = decoder_of(model.model)
     for other in model.model._modules.keys() - {name}:
         setattr(model.model, other, nn.Module())
-    return model
+    return model.eval().requires_grad_(False)
 
 
 class Features(list):
