@@ -12,7 +12,7 @@ from reference_pruning import naive_pruned_logits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 
-from dpvr.benchmarks.pruning import PrunedLlava, prune
+from dpvr.benchmarks.pruning import Pruned, prune
 
 TOLERANCE = 1e-9
 RAGGED = [[1, 2], [2, 0, 1], [3], [0, 3], [1, 0, 2, 1]]  # 1 image, 2 side by side, none, 1 in front, 3
@@ -125,7 +125,7 @@ def test_flops_and_cache_bytes_are_the_counted_ones(base, rank: str, images: int
 def test_weights_are_shared_and_a_dpvr_model_lends_its_vanilla_base() -> None:
     dpvr, batch = make_dpvr(), Prompts([[2, 3]])
     pruned = prune(dpvr, **HALF)
-    assert isinstance(pruned, PrunedLlava) and pruned.lm_head.weight is dpvr.lm_head.weight
+    assert isinstance(pruned, Pruned) and pruned.lm_head.weight is dpvr.lm_head.weight
     assert pruned.model.language_model is dpvr.model.language_model and not pruned.training
     left, want = naive_pruned_logits(dpvr, batch.rows[0], batch.images[0], **HALF)
     for use_cache in (True, False):

@@ -1,10 +1,14 @@
 """The models and prompts of the latency benchmark, and what formulas say of their costs.
 
+LlavaBench            what the rounds (latency_rounds.py) ask of a LLaVA; of other families: latency_families.py
+
 shape or dpvr-mini  -->  make_base: one LLaVA  -->  make_method: a model per method, which shares its weights
                                 |                        |
 Size  -------------------->  make_prompt              counted: FLOPs, bytes of keys and values, layer plan
 """
 
+import itertools
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,13 +18,14 @@ from transformers import LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
 from configuration_dpvr import JOINT, DpvrLlavaConfig, LayerPlan
-from dpvr.benchmarks.pruning import PrunedLlava, prune
+from dpvr.benchmarks.phase_clock import PhaseClock
+from dpvr.benchmarks.pruning import Pruned, prune
 from dpvr.benchmarks.random_models import make_llava
-from dpvr.benchmarks.setups import EARLY_READING, FLASH, LARGE, MINI, PRUNINGS, ROUTINGS, SHAPES
+from dpvr.benchmarks.setups import EARLY_READING, FLASH, LARGE, MINI, PRUNING, PRUNINGS, ROUTINGS, SHAPES
 from dpvr.benchmarks.time_and_memory import check_device
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
-Method = DpvrLlavaForConditionalGeneration | PrunedLlava | LlavaForConditionalGeneration
+Method = DpvrLlavaForConditionalGeneration | Pruned | LlavaForConditionalGeneration
 Row = dict[str, Any]
 
 
@@ -64,7 +69,7 @@ def make_base(shape: str, machine: Machine) -> tuple[LlavaForConditionalGenerati
 def make_method(name: str, llava: LlavaForConditionalGeneration, split_layer: int) -> Method:
     """A model that shares the weights of `llava`; a side branch, where the method has one, is its own."""
     if name in PRUNINGS:
-        return prune(llava, layer=3, keep=0.5, rank=PRUNINGS[name])
+        return prune(llava, **PRUNING, rank=PRUNINGS[name])
     if name == FLASH:
         return llava
     fields = {"routing": "late_fusion", "num_side_layers": 1, "num_fusion_layers": 1, "fusion_layers": None}
@@ -113,7 +118,7 @@ def make_prompt(llava: LlavaForConditionalGeneration, size: Size, machine: Machi
 
 
 def plan_of(model: Method) -> LayerPlan:
-    if isinstance(model, PrunedLlava):
+    if isinstance(model, Pruned):
         return model.plan
     if isinstance(model, DpvrLlavaForConditionalGeneration):
         return model.config.layer_plan()
@@ -145,7 +150,7 @@ def counted(model: Method, size: Size, vanilla: DpvrLlavaForConditionalGeneratio
         "kv_bytes": kv_bytes,
         "deep_image_layers": None,
     }
-    if not isinstance(model, PrunedLlava) and (model is vanilla or model.config.fusion_layers is None):
+    if not isinstance(model, Pruned) and (model is vanilla or model.config.fusion_layers is None):
         row["deep_image_layers"] = deep_image_layers(model, tokens)
     return row
 
@@ -159,3 +164,50 @@ def deep_image_layers(model: DpvrLlavaForConditionalGeneration, tokens: tuple[in
         len(model.config.layer_plan("none").modes) - model.config.split_layer
     )
     return (model.prefill_flops(*tokens, logits_to_keep=0) - everywhere["text_only"]) / unit
+
+
+class LlavaBench:
+    """What the rounds of the benchmark ask of a LLaVA.
+
+    Attributes:
+        shape: its name in the results.
+        machine: where it runs and in which numbers.
+        tried_ms: None, as the number format is not chosen by trial.
+    """
+
+    tried_ms = None
+
+    def __init__(self, args: Namespace) -> None:
+        self.args, self.shape, self.names = args, args.shape, args.methods
+        self.machine = Machine.of(args.shape, args.device, args.dtype)
+
+    def load(self) -> None:
+        """Make the model and its methods."""
+        self.llava, split_layer = make_base(self.shape, self.machine)
+        self.models = {name: make_method(name, self.llava, split_layer) for name in self.names}
+        self.clock = PhaseClock(self.llava, self.machine.device)
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[Method]:
+        """The model under a method, with its kernels."""
+        with kernels_of(name, self.llava):
+            yield self.models[name]
+
+    def why_not(self, name: str) -> str | None:
+        """Why a method cannot run here."""
+        return why_not(name, self.machine)
+
+    def prompt(self, size: Size) -> dict[str, torch.Tensor]:
+        return make_prompt(self.llava, size, self.machine)
+
+    def sizes(self) -> Iterator[Size]:
+        return sizes(self.args)
+
+    def count(self, name: str, size: Size) -> Row:
+        """What formulas say of a method."""
+        vanilla = self.models["vanilla"]
+        return counted(vanilla if name == FLASH else self.models[name], size, vanilla)
+
+
+def sizes(args: Namespace) -> Iterator[Size]:
+    return (Size(*values) for values in itertools.product(args.batch_sizes, args.text_tokens, args.num_images))

@@ -7,105 +7,65 @@ an answer     prefill into a fresh cache, then tokens one by one; PhaseClock tim
 a row         medians over rounds, and ratios to vanilla, each taken within a round: what slows one slows both
 """
 
-import itertools
 import statistics
-import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from dpvr.benchmarks import time_and_memory
+from dpvr.benchmarks.latency_families import FamilyBench, FamilySize
 from dpvr.benchmarks.latency_methods import (
+    LlavaBench,
     Machine,
-    Method,
     Row,
     Size,
-    counted,
     kernels_of,
     make_base,
     make_method,
     make_prompt,
     plan_of,
-    why_not,
+    sizes,
 )
-from dpvr.benchmarks.setups import FLASH
-from dpvr.benchmarks.time_and_memory import resident_peak, synchronize, timed
-from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from dpvr.benchmarks.phase_clock import PARTS, PhaseClock
+from dpvr.benchmarks.time_and_memory import resident_peak, timed
 from versions_dpvr import cache_name
 
 TIMES = ("prefill_ms", "prefill_without_tower_ms", "decode_ms_per_token")
-PARTS = ("tower", "embedding", "shared_stack", "side_branch", "deep_stack", "last_layer", "head")
+Bench = LlavaBench | FamilyBench
 
 
-class PhaseClock:
-    """Milliseconds of a prefill by its parts; each lasts until the next begins.
-
-    tower, embedding, shared stack (layers 0 ... s-1), side branch, deep stack (s ... L-2), last layer, head
-    """
-
-    def __init__(self, llava: LlavaForConditionalGeneration, device: str) -> None:
-        self.llava, self.device = llava, device
-        self.begins: dict[str, float] = {}
-
-    @contextmanager
-    def listening(self, model: Method) -> Iterator[None]:
-        """Take the time of one prefill of `model`, which is a method on the LLaVA's own layers."""
-        layers, self.begins = self.llava.model.language_model.layers, {}
-        split = plan_of(model).split_layer
-        beginnings = [(self.llava.model.vision_tower, "tower"), (layers[0], "shared_stack")]
-        if isinstance(model, DpvrLlavaForConditionalGeneration) and len(model.side_branch):
-            beginnings.append((model.side_branch[0], "side_branch"))
-        if split < len(layers):
-            beginnings.append((layers[split].input_layernorm, "deep_stack"))
-        beginnings.append((layers[-1].input_layernorm, "last_layer"))  # a context layer writes the image's keys first
-        beginnings.append((self.llava.model.language_model.norm, "head"))
-        handles = [module.register_forward_pre_hook(partial(self._begin, part)) for module, part in beginnings]
-        handles.append(self.llava.model.multi_modal_projector.register_forward_hook(partial(self._begin, "embedding")))
-        try:
-            yield
-            self._begin("end")
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _begin(self, part: str, *_: Any) -> None:
-        if part not in self.begins:
-            synchronize(self.device)
-            self.begins[part] = time.perf_counter()
-
-    def milliseconds(self) -> dict[str, float]:
-        """Of every part; 0 of one that the method does not have."""
-        ordered = sorted(self.begins, key=self.begins.get)
-        found = {a: 1000 * (self.begins[b] - self.begins[a]) for a, b in itertools.pairwise(ordered)}
-        return {part: found.get(part, 0.0) for part in PARTS}
-
-
-def make_cache(kind: str, model: Method, room: int) -> Cache:
-    return StaticCache(config=model.config, max_cache_len=room) if kind == "static" else DynamicCache()
+def make_cache(kind: str, model: PreTrainedModel, room: int) -> Cache:
+    config = model.config
+    return StaticCache(config=config, max_cache_len=room) if kind == "static" else DynamicCache(config=config)
 
 
 @torch.inference_mode()
-def answer(model: Method, prompt: dict[str, torch.Tensor], kind: str, clock: PhaseClock, new_tokens: int) -> Row:
-    """One answer: milliseconds of the prefill and of each token, and the bytes that the cache's tensors hold."""
-    length, device, named = prompt["input_ids"].shape[1], clock.device, cache_name(type(model).forward)
+def answer(
+    model: PreTrainedModel, prompt: dict[str, Any], kind: str, clock: PhaseClock | None, device: str, new_tokens: int
+) -> Row:
+    """One answer: milliseconds of the prefill and of each token, and the bytes that the cache's tensors hold.
+
+    Without a clock there is no tower in the prefill, and its parts are not told apart.
+    """
+    length, named = prompt["input_ids"].shape[1], cache_name(type(model).forward)
     cache = make_cache(kind, model, length + new_tokens)
-    with clock.listening(model) if device == "cpu" else nullcontext():
+    split = None if clock is None else plan_of(model).split_layer
+    with clock.listening(model, split) if clock is not None and device == "cpu" else nullcontext():
         _, prefill_ms = timed(lambda: model(**prompt, **{named: cache}, logits_to_keep=1), device)
-    if device != "cpu":  # where listening waits for the device at every part: in a prefill that is not timed
-        with clock.listening(model):
+    if clock is not None and device != "cpu":  # where listening waits for the device at every part: in a prefill that
+        with clock.listening(model, split):  # is not timed
             model(**prompt, **{named: make_cache(kind, model, length)}, logits_to_keep=1)
-    phases = clock.milliseconds()
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    phases = None if clock is None else clock.milliseconds()
+    layers = [layer for layer in cache.layers if isinstance(vars(layer).get("keys"), torch.Tensor)]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return {
-        "prefill_ms": prefill_ms,
-        "prefill_without_tower_ms": prefill_ms - phases["tower"],
+        "prefill_ms": None if clock is None else prefill_ms,
+        "prefill_without_tower_ms": prefill_ms if clock is None else prefill_ms - phases["tower"],
         "phases_ms": phases,
         "decode_ms_per_token": decode(model, prompt["input_ids"], cache, new_tokens, device),
         "kv_bytes": held,
@@ -113,7 +73,7 @@ def answer(model: Method, prompt: dict[str, torch.Tensor], kind: str, clock: Pha
     }
 
 
-def decode(model: Method, input_ids: torch.Tensor, cache: Cache, new_tokens: int, device: str) -> float:
+def decode(model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, new_tokens: int, device: str) -> float:
     """The median of the milliseconds that a token takes after the prompt."""
     (rows, length), token, tokens_ms = input_ids.shape, input_ids[:, -1:], []
     for index in range(new_tokens):
@@ -144,46 +104,40 @@ def peak_in_a_process_of_its_own(name: str, size: Size, shape: str, machine: Mac
     return time_and_memory.peak_in_a_process_of_its_own("dpvr.benchmarks.latency", name, flags)
 
 
-def measure(args: Namespace, machine: Machine) -> list[Row]:
+def make_bench(args: Namespace) -> Bench:
+    """What is measured: a LLaVA in a shape, or a model of any family."""
+    return LlavaBench(args) if args.model is None else FamilyBench(args)
+
+
+def measure(args: Namespace, bench: Bench) -> list[Row]:
     """A row per prompt size, kind of cache and method. Peaks come first, while this process holds no model."""
-    able = [] if args.skip_peaks else [name for name in args.methods if why_not(name, machine) is None]
+    able = [] if args.skip_peaks else [name for name in bench.names if bench.why_not(name) is None]
     peaks = {
-        size: {name: peak_in_a_process_of_its_own(name, size, args.shape, machine) for name in able}
-        for size in sizes(args)
+        size: {name: peak_in_a_process_of_its_own(name, size, bench.shape, bench.machine) for name in able}
+        for size in bench.sizes()
     }
-    llava, split_layer = make_base(args.shape, machine)
-    models = {name: make_method(name, llava, split_layer) for name in args.methods}
+    bench.load()
     return [
         row
-        for size in sizes(args)
+        for size in bench.sizes()
         for kind in args.caches
-        for row in measure_size(models, llava, size, kind, peaks[size], args, machine)
+        for row in measure_size(bench, size, kind, peaks[size], args)
     ]
 
 
-def sizes(args: Namespace) -> Iterator[Size]:
-    return (Size(*values) for values in itertools.product(args.batch_sizes, args.text_tokens, args.num_images))
-
-
 def measure_size(
-    models: dict[str, Method],
-    llava: LlavaForConditionalGeneration,
-    size: Size,
-    kind: str,
-    peaks: dict[str, int | None],
-    args: Namespace,
-    machine: Machine,
+    bench: Bench, size: Size | FamilySize, kind: str, peaks: dict[str, int | None], args: Namespace
 ) -> list[Row]:
     """A row per method."""
     notes = {
-        name: why_not(name, machine) or ("does not fit" if peaks.get(name, 0) is None else None) for name in models
+        name: bench.why_not(name) or ("does not fit" if peaks.get(name, 0) is None else None) for name in bench.names
     }
-    running = {name: model for name, model in models.items() if notes[name] is None}
-    runs = dict.fromkeys(models, ()) | answers_in_turn(running, llava, size, kind, args, machine)
+    running = [name for name in bench.names if notes[name] is None]
+    runs = dict.fromkeys(bench.names, ()) | answers_in_turn(running, bench, size, kind, args)
     rows = []
-    for name, model in models.items():
-        row = {"method": name, "shape": args.shape, **size._asdict(), "cache": kind, "note": notes[name]}
-        row |= counted(models["vanilla"] if name == FLASH else model, size, models["vanilla"])
+    for name in bench.names:
+        row = {"method": name, "shape": bench.shape, **size._asdict(), "cache": kind, "note": notes[name]}
+        row |= bench.count(name, size)
         if runs[name]:
             row |= medians(runs[name])
         row["peak_bytes"] = peaks.get(name)
@@ -194,24 +148,18 @@ def measure_size(
 
 
 def answers_in_turn(
-    models: dict[str, Method],
-    llava: LlavaForConditionalGeneration,
-    size: Size,
-    kind: str,
-    args: Namespace,
-    machine: Machine,
+    names: list[str], bench: Bench, size: Size | FamilySize, kind: str, args: Namespace
 ) -> dict[str, list[Row]]:
     """{method: its answer in every round after the warm-up}. Each round begins with the next method."""
-    names = list(models)
     runs: dict[str, list[Row]] = {name: [] for name in names}
     if not (names and args.rounds):
         return runs
-    clock, prompt = PhaseClock(llava, machine.device), make_prompt(llava, size, machine)
+    prompt, device = bench.prompt(size), bench.machine.device
     for turn in tqdm(range(args.warmup + args.rounds), desc=str(size), unit="round"):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            with kernels_of(name, llava):
-                found = answer(models[name], prompt, kind, clock, args.new_tokens)
+            with bench.running(name) as model:
+                found = answer(model, prompt, kind, bench.clock, device, args.new_tokens)
             if turn >= args.warmup:
                 runs[name].append(found)
     return runs
@@ -219,21 +167,24 @@ def answers_in_turn(
 
 def medians(runs: list[Row]) -> Row:
     """Medians of the times with their 10th and 90th percentiles; and what is the same in all runs."""
-    row = {"kv_bytes": runs[0]["kv_bytes"], "kv_reuse": runs[0]["kv_reuse"]}
+    first = runs[0]
+    row = {"kv_bytes": first["kv_bytes"], "kv_reuse": first["kv_reuse"]}
     for name in TIMES:
-        low, row[name], high = spread([run[name] for run in runs])
-        row[f"{name}_spread"] = [low, high]
-    row["phases_ms"] = {part: statistics.median(run["phases_ms"][part] for run in runs) for part in PARTS}
+        if first[name] is not None:
+            low, row[name], high = spread([run[name] for run in runs])
+            row[f"{name}_spread"] = [low, high]
+    if first["phases_ms"] is not None:
+        row["phases_ms"] = {part: statistics.median(run["phases_ms"][part] for run in runs) for part in PARTS}
     return row
 
 
 def ratios(row: Row, base: Row, runs: list[Row], base_runs: list[Row]) -> dict[str, Any]:
     """To vanilla: of times within a round, their median and spread; of what is counted, as it is."""
-    found = {name: row[name] / base[name] for name in ("kv_bytes", "prefill_flops")}
+    found = {name: row[name] / base[name] if row[name] else None for name in ("kv_bytes", "prefill_flops")}
     found["peak_bytes"] = row["peak_bytes"] / base["peak_bytes"] if row["peak_bytes"] and base["peak_bytes"] else None
     for name in TIMES:
         found[name] = None
-        if runs and base_runs:
+        if runs and base_runs and row[name] is not None:
             low, found[name], high = spread([a[name] / b[name] for a, b in zip(runs, base_runs, strict=True)])
             found[f"{name}_spread"] = [low, high]
     return found

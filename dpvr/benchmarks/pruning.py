@@ -12,46 +12,47 @@ looks at least, once, after the first K layers:
 To the two streams of two_stream_dpvr.py that is a text-only plan split at K whose second stream is the tokens to drop:
 masks, ragged rows, the cache and decoding are those of the method itself, on the same kernels.
 
-    pruned = prune(llava, layer=3, keep=0.5)
+    pruned = prune(model, layer=3, keep=0.5)         any vision-language model with full attention in every layer
     pruned.generate(**inputs, max_new_tokens=20)
 
 Axes: B batch, T tokens of a chunk, V image tokens, N keys, H heads, D width.
 """
 
-import copy
-from functools import partial, wraps
-from typing import Any, Literal
+from functools import lru_cache, partial, wraps
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.utils import can_return_tuple
 
 from configuration_dpvr import JOINT, TEXT, LayerPlan
-from costs_dpvr import CountedCosts, DecoderCosts
+from costs_dpvr import DecoderCosts
+from decoders_dpvr import check_decoder, layer_kinds, lowest_split, owner_of
 from dpvr.analysis.attention import attention_inputs
-from forward_dpvr import check_support, routed_forward
+from forward_dpvr import check_attention, routed_forward, stock_class
 from generation_dpvr import routed
-from twins_dpvr import RoutedLayer
+from twins_dpvr import RoutedLayer, twin
 from two_stream_dpvr import TwoStreamPass
 from versions_dpvr import argument_names
 
 RANKS = ("attention", "random")
+BRANCHES = ("side_branch", "own_branch")  # of DPVR models and adapters, which pruning does not run
 
 
 def prune(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     *,
     layer: int = 3,
     keep: float = 0.5,
     rank: Literal["attention", "random"] = "attention",
     seed: int = 0,
-) -> "PrunedLlava":
-    """A model that shares all weights with `model` (a stock LLaVA, or the vanilla base of a DPVR one) and prunes.
+) -> "Pruned":
+    """A model that shares all weights with `model` and prunes.
 
     Args:
+        model: a stock vision-language model with its head, or the vanilla base of a DPVR one or of one with adapters.
         layer: K, how many layers see every token.
         keep: share of each row's image tokens that the later layers see; V tokens leave round(keep * V), at least one.
         rank: "attention" is FastV, "random" the control.
@@ -60,12 +61,6 @@ def prune(
     Raises:
         ValueError: for arguments that make no plan, and decoders that the method does not run on.
     """
-    depth = model.config.text_config.num_hidden_layers
-    if not (type(layer) is int and 1 <= layer < depth):
-        raise ValueError(
-            f"layer is {layer!r}, but this decoder has {depth} layers: choose 1 to {depth - 1} (FastV's own is 2 of "
-            "32, the paper's comparison 3)."
-        )
     if not 0 < keep <= 1:
         raise ValueError(
             f"keep is {keep!r}, and must be a share of the image tokens above 0 and at most 1; to keep none use "
@@ -73,47 +68,82 @@ def prune(
         )
     if rank not in RANKS:
         raise ValueError(f"rank is {rank!r}: choose {' or '.join(map(repr, RANKS))}.")
-    check_support(model.config)
-    return PrunedLlava(model, layer, keep, rank, seed)
+    check_prunable(model.config, layer)
+    check_attention(model.config)
+    owner = owner_of(model)
+    stock = type(model).own if hasattr(type(model), "own") else type(model)
+    parts = {name: part for name, part in owner._modules.items() if name not in BRANCHES}
+    without_head, pruned = twin(owner), twin(model)
+    without_head.__class__, pruned.__class__ = pruned_model(stock_class(owner)), pruned_head(stock)
+    vars(without_head)["_modules"] = parts
+    vars(pruned)["_modules"] = {**model._modules, "model": without_head}
+    depth = model.config.get_text_config().num_hidden_layers
+    cut = Cut(LayerPlan(layer, (JOINT,) * layer + (TEXT,) * (depth - layer)), layer, keep, rank, seed)
+    vars(without_head)["cut"] = vars(pruned)["cut"] = cut
+    return pruned
 
 
-class PrunedModel(LlavaModel):
-    """A LLaVA without its head that prunes; a twin of the one it is made of."""
+def check_prunable(config: PretrainedConfig, layer: int) -> None:
+    """Raise ValueError, with the reason, if a model cannot drop image tokens after its first `layer` layers.
 
-    @classmethod
-    def of(cls, llava: LlavaModel, pruning: "PrunedLlava") -> "PrunedModel":
-        """Share all of a LLaVA's parts but a side branch."""
-        model = copy.copy(llava)
-        model.__class__, model.pruning = cls, None
-        vars(model)["_modules"] = {name: part for name, part in llava._modules.items() if name != "side_branch"}
-        vars(model)["pruning"] = pruning
-        return model
+    Args:
+        config: of the whole vision-language model.
+    """
+    text = config.get_text_config()
+    others = sorted(set(layer_kinds(text)) - {"full_attention"})
+    if others:
+        raise ValueError(
+            f"FastV and random pruning need full attention in every layer, and the decoder of {config.model_type!r} "
+            f"has layers of {' and '.join(others)}: choose another method, such as late_fusion, or another model."
+        )
+    depth, lowest = text.num_hidden_layers, lowest_split(config)
+    if not (type(layer) is int and lowest <= layer < depth):
+        stacked = " and adds features of its tower after the first of them (DeepStack)" if lowest > 1 else ""
+        raise ValueError(
+            f"layer is {layer!r}, but this decoder has {depth} layers{stacked}: choose {lowest} to {depth - 1} "
+            "(FastV's own is 2 of 32, the paper's comparison 3)."
+        )
+    check_decoder(config, layer)
 
-    @property
-    def plan(self) -> LayerPlan:
-        return self.pruning.plan
+
+class Cut(NamedTuple):
+    """Where image tokens leave, how many are left, and how they are ranked; as `prune` takes it."""
+
+    plan: LayerPlan
+    layer: int
+    keep: float
+    rank: str
+    seed: int
+
+
+@lru_cache
+def pruned_model(stock: type) -> type:
+    """The class for a model without its head that prunes, a subclass of the stock class with the same name.
+
+    It has no side branch, and its plan is that of its `cut`.
+    """
+    names = argument_names(stock.forward)
 
     @can_return_tuple
+    @wraps(stock.forward)
     def forward(self, *args: Any, **kwargs: Any):
-        arguments = dict(zip(argument_names(LlavaModel.forward), args, strict=False)) | kwargs
-        make_pass = partial(PruningPass, pruning=self.pruning, valid=arguments.get("attention_mask"))
-        return routed_forward(self, LlavaModel.forward, nn.ModuleList(), self.plan, arguments, make_pass=make_pass)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        make_pass = partial(PruningPass, cut=self.cut, valid=arguments.get("attention_mask"))
+        return routed_forward(self, stock.forward, nn.ModuleList(), self.plan, arguments, make_pass=make_pass)
+
+    own = {"forward": forward, "plan": property(lambda self: self.cut.plan), "stock": stock}
+    named = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (stock,), own | named)
 
 
-class PrunedLlava(CountedCosts, routed(LlavaForConditionalGeneration)):
-    """LLaVA with fewer image tokens from layer `layer` on; made by `prune`, where the arguments are described."""
+@lru_cache
+def pruned_head(stock: type) -> type:
+    """The class for a model with its head that prunes, a subclass of the stock class with the same name."""
+    base = routed(stock)
 
-    def __init__(self, llava: LlavaForConditionalGeneration, layer: int, keep: float, rank: str, seed: int):
-        super(LlavaForConditionalGeneration, self).__init__(llava.config)
-        self.layer, self.keep, self.rank, self.seed = layer, keep, rank, seed
-        depth = llava.config.text_config.num_hidden_layers
-        self.plan = LayerPlan(layer, (JOINT,) * layer + (TEXT,) * (depth - layer))
-        self.model, self.lm_head = PrunedModel.of(llava.model, self), llava.lm_head
-        self.generation_config, self.training = llava.generation_config, llava.training
-
-    @wraps(LlavaForConditionalGeneration.forward)
+    @wraps(stock.forward)
     def forward(self, *args: Any, **kwargs: Any):
-        """LLaVA's forward; the last token given with an image is the one whose attention ranks.
+        """The stock forward; the last token given with an image is the one whose attention ranks.
 
         So generate with a cache, as is the default: without one every new token would rank anew.
 
@@ -127,18 +157,32 @@ class PrunedLlava(CountedCosts, routed(LlavaForConditionalGeneration)):
             value = kwargs.get(name)
             if value is not None and value is not False:
                 raise ValueError(f"A pruned model is for inference only and takes no {name}: leave them out.")
-        return super().forward(*args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    named = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (Pruned, base), {"forward": forward} | named)
+
+
+class Pruned:
+    """The mixin before a stock class with its head, for a model that `prune` makes; there its `cut` is described."""
+
+    cut: Cut
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.cut.plan
 
     def prefill_flops(
         self, num_image_tokens: int, num_text_tokens: int, *, batch_size: int = 1, logits_to_keep: int = 1
     ) -> int:
+        """As `CountedCosts.prefill_flops`."""
         return batch_size * pruned_flops(
-            DecoderCosts.of(self.config.text_config),
+            DecoderCosts.of(self.config.get_text_config()),
             num_image_tokens,
             num_text_tokens,
-            layer=self.layer,
-            keep=self.keep,
-            rank=self.rank,
+            layer=self.cut.layer,
+            keep=self.cut.keep,
+            rank=self.cut.rank,
             logits_to_keep=logits_to_keep,
         )
 
@@ -150,11 +194,19 @@ class PrunedLlava(CountedCosts, routed(LlavaForConditionalGeneration)):
         batch_size: int = 1,
         dtype: torch.dtype | None = None,
     ) -> int:
-        """As `CountedCosts.kv_cache_bytes`: the first layers hold all tokens, the others the survivors."""
-        layers, kept = DecoderCosts.of(self.config.text_config).layers, num_kept(num_image_tokens, self.keep)
-        image = [num_image_tokens] * self.layer + [kept] * (len(layers) - self.layer)
-        numbers = sum((num_text_tokens + held) * layer.key_width for held, layer in zip(image, layers, strict=True))
+        """As `CountedCosts.kv_cache_bytes`."""
+        costs, size = DecoderCosts.of(self.config.get_text_config()), (num_image_tokens, num_text_tokens)
+        numbers = pruned_kv_numbers(costs, *size, layer=self.cut.layer, keep=self.cut.keep)
         return batch_size * numbers * (dtype or self.dtype).itemsize
+
+
+def pruned_kv_numbers(
+    costs: DecoderCosts, num_image_tokens: int, num_text_tokens: int, *, layer: int, keep: float
+) -> int:
+    """As `costs_dpvr.kv_numbers`: the first layers hold all tokens, the others the survivors."""
+    kept = num_kept(num_image_tokens, keep)
+    image = [num_image_tokens] * layer + [kept] * (len(costs.layers) - layer)
+    return sum((num_text_tokens + held) * each.key_width for held, each in zip(image, costs.layers, strict=True))
 
 
 def num_kept(num_image_tokens: int, keep: float) -> int:
@@ -201,13 +253,13 @@ class PruningPass(TwoStreamPass):
     """A forward pass that finds out on the way which tokens leave: the second stream is the tokens to drop.
 
     Args:
-        pruning: how many tokens leave, and by what rank.
+        cut: how many tokens leave, and by what rank.
         valid: the padding mask (B, past + T), if any.
     """
 
-    def __init__(self, *args: Any, pruning: PrunedLlava, valid: torch.Tensor | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, cut: Cut, valid: torch.Tensor | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pruning, self.valid = pruning, valid
+        self.cut, self.valid = cut, valid
 
     def shared_layer(
         self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
@@ -217,15 +269,15 @@ class PruningPass(TwoStreamPass):
             return super().shared_layer(layer, hidden, arguments, cache)
         watch = Watch(cache)
         out = super().shared_layer(layer, hidden, arguments, watch)
-        if self.pruning.rank == "attention":
+        if self.cut.rank == "attention":
             self.scores = self._last_token_attention(layer, hidden, arguments, watch.keys)
         else:
-            self.scores = random_scores(self.image_mask, self.pruning.seed)
+            self.scores = random_scores(self.image_mask, self.cut.seed)
         return out
 
     def leave(self, hidden: torch.Tensor) -> None:
         """Sort the chunk anew: the second stream is no longer the image but what is dropped."""
-        self.sort(self.image_mask & ~best_image_tokens(self.scores, self.image_mask, self.pruning.keep))
+        self.sort(self.image_mask & ~best_image_tokens(self.scores, self.image_mask, self.cut.keep))
         super().leave(hidden)
 
     def query_slots(self, kind: str) -> torch.Tensor:

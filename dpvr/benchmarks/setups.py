@@ -40,6 +40,7 @@ ROUTINGS = {
     "text_only": {"routing": "text_only", "num_side_layers": 0},  # VTW
 }
 EARLY_READING = {"early_reading_4": (10, 12, 14, 16), "early_reading_8": range(10, 18)}  # of 32 layers, split at 8
+PRUNING = {"layer": 3, "keep": 0.5}
 PRUNINGS = {"fastv": "attention", "random_pruning": "random"}
 METHODS = (
     "vanilla",
@@ -50,5 +51,6 @@ METHODS = (
     *("persistent_context", "kv_substitution", "text_only"),
     *PRUNINGS,
 )
+FAMILY_METHODS = ("vanilla", "late_fusion", "read_everywhere", "latent", *PRUNINGS)  # on a model of any family
 CACHES = ("growing", "static")
 TRAINED_METHODS = ("late_fusion", "lora_r16", "lora_r64", "full")

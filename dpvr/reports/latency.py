@@ -5,6 +5,7 @@ results/latency/peaks/SHAPE.json       the same prompts, --rounds 0: peak memory
 results/latency/text/SHAPE.json        text tokens from 64 to 1024          Table 8 and a figure
 results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
+results/latency/models/NAME.json       shapes of real models of any family
 results/DEVICE/latency/...             the same from a GPU; takes the place of what was only counted
     |
 README.md, docs/performance.md       `python -m dpvr.reports`; figures: latency_figures.py
@@ -30,6 +31,11 @@ NAMES = {
     "text_only": "text only (VTW)",
     "fastv": "FastV, K = 3, half kept",
     "random_pruning": "random pruning, same cut",
+}
+FAMILY_NAMES = NAMES | {
+    "vanilla": "vanilla",
+    "read_everywhere": "split at an eighth, read everywhere",
+    "latent": "latent, a quarter as wide",
 }
 PAPER_TABLE_1 = {
     "vanilla": "14",
@@ -156,6 +162,46 @@ def _with_flops(row: Row) -> str:
     return f"{UNMEASURED}; {flops}" if row[name] is None else f"{_time(row, name, digits=0)}; {flops}"
 
 
+def render_models(results: Path) -> str:
+    """A row per model and method; for every number of image tokens the language model's prefill and its FLOPs."""
+    records = _records(results, "models")
+    points = sorted({(row["image_tokens"], row["text_tokens"]) for record in records for row in record["rows"]})
+    rows = []
+    for record in records:
+        for method in dict.fromkeys(row["method"] for row in record["rows"]):
+            of_method = [row for row in record["rows"] if row["method"] == method]
+            found = {(row["image_tokens"], row["text_tokens"]): row for row in of_method}
+            first = found[points[0]]
+            cells = [cell for point in points for cell in _prefill_and_flops(found[point])]
+            token, cache = _time(first, "decode_ms_per_token"), _bytes(first, "kv_bytes")
+            rows.append([_size(record), FAMILY_NAMES[method], _split(first), *cells, token, cache])
+    header = ["model", "", "split", *(name for point in points for name in ("{} + {}".format(*point), "its FLOPs"))]
+    reasons = dict.fromkeys(row["note"] for record in records for row in record["rows"] if _is_refused(row))
+    return _text(
+        table([*header, "a token", "keys and values"], rows), *map(_protocol, records), *map(_sentence, reasons)
+    )
+
+
+def _prefill_and_flops(row: Row) -> tuple[str, str]:
+    if _is_refused(row):
+        return "not supported", "not supported"
+    return _time(row, "prefill_without_tower_ms", digits=0), f"{row['ratio_to_vanilla']['prefill_flops']:.3f}"
+
+
+def _is_refused(row: Row) -> bool:
+    return row["prefill_flops"] is None
+
+
+def _sentence(note: str) -> str:
+    return note[0].upper() + note[1:]
+
+
+def _split(row: Row) -> str:
+    """The number of layers before the split or the cut; none of vanilla."""
+    shared, deep = (row["plan"] or "|").split("|")
+    return str(len(shared)) if deep else ""
+
+
 def render_phases(results: Path) -> str:
     """Where the time of a prefill goes, part by part; a layer of the shared stack, and arithmetic a second."""
     record = read(results / "latency" / "512x32.json")
@@ -189,6 +235,7 @@ PERFORMANCE: dict[str, Callable[[Path], str]] = {
     "table8": render_table_8,
     "batch": render_batch,
     "images": render_images,
+    "models": render_models,
     "phases": render_phases,
 }
 
@@ -220,7 +267,8 @@ def _records(results: Path, folder: str = "") -> list[Row]:
 
 
 def _is_measured(record: Row) -> bool:
-    return any(row[name] is not None for row in record["rows"] for name in ("prefill_ms", "peak_bytes"))
+    names = ("prefill_without_tower_ms", "peak_bytes")
+    return any(row[name] is not None for row in record["rows"] for name in names)
 
 
 def _size(record: Row, row: Row | None = None) -> str:
@@ -246,17 +294,28 @@ def _peak(record: Row, row: Row, results: Path) -> str:
 def _protocol(record: Row, has_ratios: bool = True) -> str:
     """How one file was measured."""
     first = record["rows"][0]
-    if first["peak_bytes"] is not None and first["prefill_ms"] is None:
+    time = first["prefill_without_tower_ms"]
+    if first["peak_bytes"] is not None and time is None:
         return f"{first['shape']}, peak memory: {record['dtype']}. {_machine(record)}"
-    if first["prefill_ms"] is None:
+    if time is None:
         return f"{first['shape']}: counted on the meta device, {record['dtype']}; {_machine(record)}"
     ratios = "; ratios are taken within a round, in brackets their 10th and 90th percentiles"
+    threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
     return (
-        f"{first['shape']}: {record['dtype']}, {record['threads']} thread{'s' * (record['threads'] > 1)}, "
+        f"{first['shape']}: {record['dtype']}{_trial(record)}, {threads}, "
         f"{CLOCKS[record.get('clock', 'wall')]} time, medians of "
         f"{record['rounds']} interleaved rounds after {record['warmup']} to warm up, {record['new_tokens']} tokens "
         f"decoded in each{ratios * has_ratios}. {_machine(record)}"
     )
+
+
+def _trial(record: Row) -> str:
+    """What a prefill took in each number format, if the faster was chosen."""
+    tried = record.get("tried_ms")
+    if not tried:
+        return ""
+    each = " and ".join(f"{milliseconds:,.0f} ms in {name}" for name, milliseconds in tried.items())
+    return f" (the faster: one prefill took {each})"
 
 
 def _machine(record: Row) -> str:
