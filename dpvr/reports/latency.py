@@ -172,9 +172,12 @@ def render_models(results: Path) -> str:
             of_method = [row for row in record["rows"] if row["method"] == method]
             found = {(row["image_tokens"], row["text_tokens"]): row for row in of_method}
             first = found[points[0]]
-            cells = [cell for point in points for cell in _prefill_and_flops(found[point])]
-            token, cache = _time(first, "decode_ms_per_token"), _bytes(first, "kv_bytes")
-            rows.append([_size(record), FAMILY_NAMES[method], _split(first), *cells, token, cache])
+            if _is_refused(first):
+                cells = ["not supported"] * (2 * len(points) + 2)
+            else:
+                cells = [cell for point in points for cell in _prefill_and_flops(found[point])]
+                cells += [_time(first, "decode_ms_per_token"), _bytes(first, "kv_bytes")]
+            rows.append([_size(record), FAMILY_NAMES[method], _split(first), *cells])
     header = ["model", "", "split", *(name for point in points for name in ("{} + {}".format(*point), "its FLOPs"))]
     reasons = dict.fromkeys(row["note"] for record in records for row in record["rows"] if _is_refused(row))
     return _text(
@@ -183,8 +186,6 @@ def render_models(results: Path) -> str:
 
 
 def _prefill_and_flops(row: Row) -> tuple[str, str]:
-    if _is_refused(row):
-        return "not supported", "not supported"
     return _time(row, "prefill_without_tower_ms", digits=0), f"{row['ratio_to_vanilla']['prefill_flops']:.3f}"
 
 
