@@ -42,6 +42,7 @@ from configuration_dpvr import (
     check_fusion_fields,
     make_plan,
 )
+from costs_dpvr import Branch, DecoderCosts, prefill_flops
 from decoders_dpvr import check_decoder, decoder_of, recurrent_layers
 from forward_dpvr import check_attention, routed_model
 from generation_dpvr import routed
@@ -156,12 +157,35 @@ class DpvrConfig(PeftConfig):
         check_attention(base)
         return plan
 
+    def prefill_ratio(self, base: PretrainedConfig, num_image_tokens: int, num_text_tokens: int) -> float:
+        """Prefill FLOPs of a base's language model with this adapter, as a share of those without.
+
+        Args:
+            base: the config of the whole vision-language model.
+            num_image_tokens, num_text_tokens: of a prompt, V and X.
+
+        Raises:
+            ValueError: as `plan_for`.
+        """
+        costs, plan = DecoderCosts.of(base.get_text_config()), self.plan_for(base)
+        branch = Branch(self.num_side_layers, dense_mlp=self.side_branch_mlp == "dense")
+        if plan.latent_stride:
+            branch = Branch(self.latent_side_layers, self.latent_rank)
+        depth, size = len(plan.modes), (num_image_tokens, num_text_tokens)
+        own, vanilla = (prefill_flops(costs, each, *size, branch=branch) for each in (plan, vanilla_plan(depth)))
+        return own / vanilla
+
     def new_side_branch(self, decoder: nn.Module, plan: LayerPlan) -> SideBranch:
         """A side branch of this config for a decoder, not yet initialised."""
         if plan.latent_stride:
             return SideBranch(latent=Latent(decoder, plan, self.latent_rank, self.latent_side_layers))
         dense = self.side_branch_mlp == "dense"
         return make_side_branch(decoder, plan.split_layer, self.num_side_layers, dense_mlp=dense)
+
+
+def vanilla_plan(depth: int) -> LayerPlan:
+    """The plan of a decoder without an adapter: all layers joint."""
+    return LayerPlan(depth, (JOINT,) * depth)
 
 
 class DpvrLayer(nn.ModuleDict, BaseTunerLayer):
@@ -239,8 +263,7 @@ class WithSideBranches:
             return self.side_branch.plans[name]
         if "own_branch" in self._modules:
             return super().plan
-        depth = len(decoder_of(self)[1].layers)
-        return LayerPlan(depth, (JOINT,) * depth)
+        return vanilla_plan(len(decoder_of(self)[1].layers))
 
     @property
     def branch(self) -> nn.ModuleList:

@@ -18,7 +18,8 @@ base = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_ma
 processor = AutoProcessor.from_pretrained(name)
 model = get_peft_model(base, DpvrConfig(split_layer=6, routing="kv_substitution"))
 model.print_trainable_parameters()
-print("layer plan:", model.peft_config["default"].plan_for(base.config))
+config = model.peft_config["default"]
+print("layer plan:", config.plan_for(base.config), "\nprefill FLOPs:", config.prefill_ratio(base.config, 1024, 128))
 
 picture = make_scene("train", seed=0, index=0).draw()
 asked = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}
@@ -33,7 +34,6 @@ loss.backward()
 torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=1e-4).step()
 model.save_pretrained("my-gemma3")
 print("loss:", loss.item())
-
 base = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map=device)
 model = PeftModel.from_pretrained(base, "my-gemma3")
 reply = model.generate(**prompt, max_new_tokens=20)

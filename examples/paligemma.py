@@ -18,7 +18,8 @@ base = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_ma
 processor = AutoProcessor.from_pretrained(name)
 model = get_peft_model(base, DpvrConfig(split_layer=4, routing="kv_substitution"))
 model.print_trainable_parameters()
-print("layer plan:", model.peft_config["default"].plan_for(base.config))
+config = model.peft_config["default"]
+print("layer plan:", config.plan_for(base.config), "\nprefill FLOPs:", config.prefill_ratio(base.config, 1024, 128))
 
 picture, asked = make_scene("train", seed=0, index=0).draw(), "<image>answer en What is it?"
 prompt = processor(images=picture, text=asked, return_tensors="pt").to(device, base.dtype)

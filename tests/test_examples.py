@@ -50,7 +50,8 @@ def test_a_script_trains_saves_loads_and_answers(name, run, tmp_path):
     lines = dict(line.split(": ", 1) for line in run(name).splitlines() if ": " in line)
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny")
     config = DpvrConfig.from_pretrained(str(tmp_path / f"my-{name}"))
-    assert lines["layer plan"] == str(config.plan_for(base.config)) and "c" in lines["layer plan"]
+    assert lines["layer plan"].strip() == str(config.plan_for(base.config)) and "c" in lines["layer plan"]
+    assert float(lines["prefill FLOPs"]) == config.prefill_ratio(base.config, 1024, 128) < 1
     assert math.isfinite(float(lines["loss"])) and "answer" in lines
     untrained = get_peft_model(base, config).state_dict()
     with safe_open(tmp_path / f"my-{name}" / "adapter_model.safetensors", "pt") as file:

@@ -29,7 +29,7 @@ model = {AUTO_CLASS}.from_pretrained(root, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(root, trust_remote_code=True)
 assert len(AutoTokenizer.from_pretrained(root, trust_remote_code=True)) == len(processor.tokenizer)
 assert type(AutoModel.from_pretrained(root, trust_remote_code=True)).__name__ == type(model).__name__
-assert model.config.routing == "late_fusion" and model.dtype.is_floating_point
+assert model.config.routing == "latent" and model.dtype.is_floating_point
 content = [{{"type": "image"}}, {{"type": "text", "text": question}}]
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
 inputs = processor(images=Image.open(picture), text=prompt, return_tensors="pt")
@@ -67,14 +67,14 @@ def test_its_weights_fit_the_repository():
 
 def test_it_has_twelve_layers_or_more_and_no_tower_of_its_own_to_load(model):
     assert model.config.text_config.num_hidden_layers >= 12
-    assert model.config.routing == "late_fusion" and model.config.base_model_name_or_path is None
+    assert model.config.routing == "latent" and model.config.base_model_name_or_path is None
 
 
-@pytest.mark.parametrize("routing", ["none", "late_fusion"])
+@pytest.mark.parametrize("routing", ["none", "late_fusion", "latent"])
 def test_it_answers_about_pictures_it_has_not_seen_and_stops_by_itself(model, processor, routing):
     model.set_routing(routing)
     scores = evaluate(model, processor, num_questions=60, seed=7, tasks=list(FLOORS))
-    model.set_routing("late_fusion")
+    model.set_routing("latent")
     assert all(scores["tasks"][task] > floor for task, floor in FLOORS.items()), scores["tasks"]
     assert scores["ended"] == 1.0
 
