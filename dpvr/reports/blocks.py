@@ -27,6 +27,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "fits": latents.render_fits(results),
             "accuracy": latents.render_accuracy(results),
             "adapted": latents.render_adapted(results),
+            "shapes": latents.render_shapes(results),
         },
         "docs/training.md": {"training": mini.render_training(results)},
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},

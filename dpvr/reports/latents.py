@@ -8,6 +8,10 @@ results/dpvr_mini/latent/adapted.json    training.json of train_sft.py --compare
 from pathlib import Path
 from typing import Any
 
+from configuration_dpvr import make_plan
+from costs_dpvr import Branch, DecoderCosts, prefill_flops
+from decoders_dpvr import lowest_split
+from dpvr.cost_table import load_config
 from dpvr.reports.documents import read, table
 
 FIT_HEADINGS = [
@@ -29,6 +33,17 @@ ACCURACY_HEADINGS = [
     "latent minus it (95%)",
 ]
 ADAPTED_HEADINGS = ["", "exchanged, %", "ordinary, %", "prefill FLOPs", "trained parameters", "objective", "s a step"]
+
+SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-8b", "internvl3-8b")  # of configs/shapes
+PROMPTS = ((576, 128), (2048, 128))  # image and text tokens
+SHAPE_HEADINGS = [
+    "",
+    "split",
+    "rank",
+    *(f"{image} + {text} tokens" for image, text in PROMPTS),
+    "parameters",
+    "moments",
+]
 
 
 def folder(results: Path) -> Path:
@@ -115,6 +130,28 @@ def render_adapted(results: Path) -> str:
         f"{made_on(record)}. One seed.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def render_shapes(results: Path) -> str:
+    """What a latent of a quarter of the width costs at the shapes of real models, counted here; no record is read."""
+    rows = []
+    for name in SHAPES:
+        config = load_config(f"configs/shapes/{name}.json")
+        text = config.get_text_config()
+        costs, split, rank = DecoderCosts.of(text), max(1, lowest_split(config)), text.hidden_size // 4
+        plan = make_plan(text.num_hidden_layers, routing="latent", latent_split_layer=split, latent_rank=rank)
+        vanilla, branch = make_plan(text.num_hidden_layers, routing="none"), Branch(0, rank)
+        shares = [
+            prefill_flops(costs, plan, *prompt, branch=branch)
+            / prefill_flops(costs, vanilla, *prompt, short_vanilla=True)
+            for prompt in PROMPTS
+        ]
+        read_widths = sum(layer.key_width for layer in costs.layers[split:])
+        parameters = rank * (text.hidden_size + read_widths) + read_widths
+        moments = 8 * text.hidden_size * (text.hidden_size + read_widths)
+        counts = [f"{parameters / 1e6:.0f} million", f"{moments / 1e9:.1f} GB"]
+        rows.append([name, str(split), str(rank), *(f"{share:.3f}" for share in shares), *counts])
+    return "\n".join(table(SHAPE_HEADINGS, rows)) + "\n"
 
 
 def made_on(record: dict[str, Any]) -> str:
