@@ -50,6 +50,7 @@ LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}
 ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "latent", "none")
 SIDE_BRANCH_INITS = ("split_layer", "identity", "random")
 FIXED_READERS = ("persistent_context", "kv_substitution", "text_only")  # every deep layer reads the image, or none
+LATENT_FIELDS = ("latent_rank", "latent_split_layer", "latent_layers", "latent_side_layers", "latent_stride")
 METHOD_FIELDS = (
     "routing",
     "split_layer",
@@ -57,11 +58,7 @@ METHOD_FIELDS = (
     "num_fusion_layers",
     "fusion_layers",
     "side_branch_init",
-    "latent_rank",
-    "latent_split_layer",
-    "latent_layers",
-    "latent_side_layers",
-    "latent_stride",
+    *LATENT_FIELDS,
 )
 DPVR_FIELDS = (*METHOD_FIELDS, "base_model_name_or_path")
 PLAN_FIELDS = ("depth", *(name for name in METHOD_FIELDS if name != "side_branch_init"))

@@ -13,15 +13,18 @@ multi-head latent attention, https://arxiv.org/abs/2405.04434; across layers, ht
 Axes: B batch, V image tokens, D width, r rank, W width of a layer's keys or values.
 """
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
 try:
-    from .configuration_dpvr import CONTEXT, LayerPlan
-    from .side_branch_dpvr import make_side_branch, reset_side_branch
+    from .configuration_dpvr import CONTEXT, LATENT_FIELDS, DpvrLlavaConfig, LayerPlan
+    from .side_branch_dpvr import device_of, make_side_branch, reset_side_branch
 except ImportError:
-    from configuration_dpvr import CONTEXT, LayerPlan
-    from side_branch_dpvr import make_side_branch, reset_side_branch
+    from configuration_dpvr import CONTEXT, LATENT_FIELDS, DpvrLlavaConfig, LayerPlan
+    from side_branch_dpvr import device_of, make_side_branch, reset_side_branch
 
 
 class Projection(nn.Linear):
@@ -96,3 +99,74 @@ def reset_latent(latent: Latent, decoder: nn.Module, plan: LayerPlan, how: str) 
     for module in (latent.reduce, *latent.keys.values(), *latent.values.values()):
         for weight in module.parameters():
             weight.zero_()
+
+
+class WithLatent:
+    """A mixin of a DPVR model: its latent, which may be replaced."""
+
+    def new_latent(self, *, latent_rank: int, **fields: Any) -> None:
+        """Give the model a new latent, to be fitted, in place of the one it has.
+
+        Args:
+            latent_rank, **fields: fields of `DpvrLlavaConfig`.
+
+        Raises:
+            ValueError: for a contradiction among the fields; the model then stays as it was.
+        """
+        config, base = copy.deepcopy(self.config), self.model.language_model
+        for name, value in {"latent_rank": latent_rank, **fields}.items():
+            setattr(config, name, value)
+        config.check_dpvr_fields()
+        latent = Latent(base, config.layer_plan("latent"), latent_rank, config.latent_side_layers)
+        like = next(weight for weight in base.layers[-1].parameters() if weight.is_floating_point())
+        self.side_branch.latent = latent.to(device_of(base.layers[-1]), like.dtype)
+        for name in ("latent_rank", *fields):
+            setattr(self.config, name, getattr(config, name))
+        self.reset_latent()
+
+    def reset_latent(self) -> None:
+        """Start the latent anew, if there is one: it is to be fitted."""
+        if self.side_branch.has_latent:
+            plan, init = self.config.layer_plan("latent"), self.config.side_branch_init
+            reset_latent(self.side_branch.latent, self.model.language_model, plan, init)
+
+    def replace_latent(self, *, routing: str, latent_rank: int | None, **fields: Any) -> None:
+        """Give the model a new latent of these fields, or none with rank None, and a routing."""
+        if latent_rank is not None:
+            self.new_latent(latent_rank=latent_rank, **fields)
+        else:
+            del self.side_branch.latent
+            self.config.latent_rank = None
+        self.config.routing = routing
+        self.config.check_dpvr_fields()
+
+
+def with_saved_latent(
+    config: DpvrLlavaConfig, values: dict[str, Any]
+) -> tuple[DpvrLlavaConfig, dict[str, Any] | None]:
+    """A config to load a repository's weights with, and what `replace_latent` takes afterwards.
+
+    That is None if the wanted latent is the saved one, or none was saved: weights of another latent do not fit.
+
+    Args:
+        config: what is wanted.
+        values: of the repository's config.
+    """
+    if values.get("latent_rank") is None or values.get("model_type") != DpvrLlavaConfig.model_type:
+        return config, None
+    saved = DpvrLlavaConfig.from_dict(dict(values))
+    if _shape(config) == _shape(saved):
+        return config, None
+    wanted = {name: getattr(config, name) for name in ("routing", *LATENT_FIELDS)}
+    for name in LATENT_FIELDS:
+        setattr(config, name, getattr(saved, name))
+    config.latent_split_layer, config.routing = saved.layer_plan("latent").split_layer, "none"
+    return config, wanted
+
+
+def _shape(config: DpvrLlavaConfig) -> tuple | None:
+    """What the weights of a config's latent are for; None without one."""
+    if config.latent_rank is None:
+        return None
+    plan = config.layer_plan("latent")
+    return plan.split_layer, plan.modes, config.latent_rank, config.latent_side_layers

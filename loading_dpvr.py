@@ -26,12 +26,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 try:
     from .configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig, with_fields
-    from .latent_dpvr import Latent, reset_latent
+    from .latent_dpvr import WithLatent, with_saved_latent
     from .side_branch_dpvr import device_of, keep_present, reset_side_branch
     from .versions_dpvr import LINE_4
 except ImportError:
     from configuration_dpvr import AUTO_MAP, DPVR_FIELDS, DpvrLlavaConfig, with_fields
-    from latent_dpvr import Latent, reset_latent
+    from latent_dpvr import WithLatent, with_saved_latent
     from side_branch_dpvr import device_of, keep_present, reset_side_branch
     from versions_dpvr import LINE_4
 
@@ -98,7 +98,7 @@ def with_side_branch_placed(device_map: dict[str, Any]) -> dict[str, Any]:
     return {**device_map, SIDE_BRANCH: next((at for at in device_map.values() if at not in ("cpu", "disk")), "cpu")}
 
 
-class SideBranchLoading:
+class SideBranchLoading(WithLatent):
     """`from_llava`, `from_pretrained` and `save_pretrained` of a model with a `side_branch`; a mixin of the model.
 
     It stands before the stock class.
@@ -149,32 +149,6 @@ class SideBranchLoading:
         reset_side_branch(self.side_branch, self.model.language_model, config.split_layer, config.side_branch_init)
         self.reset_latent()
 
-    def new_latent(self, *, latent_rank: int, **fields: Any) -> None:
-        """Give the model a new latent, to be fitted, in place of the one it has.
-
-        Args:
-            latent_rank, **fields: fields of `DpvrLlavaConfig`.
-
-        Raises:
-            ValueError: for a contradiction among the fields; the model then stays as it was.
-        """
-        config, base = copy.deepcopy(self.config), self.model.language_model
-        for name, value in {"latent_rank": latent_rank, **fields}.items():
-            setattr(config, name, value)
-        config.check_dpvr_fields()
-        latent = Latent(base, config.layer_plan("latent"), latent_rank, config.latent_side_layers)
-        like = next(weight for weight in base.layers[-1].parameters() if weight.is_floating_point())
-        self.side_branch.latent = latent.to(device_of(base.layers[-1]), like.dtype)
-        for name in ("latent_rank", *fields):
-            setattr(self.config, name, getattr(config, name))
-        self.reset_latent()
-
-    def reset_latent(self) -> None:
-        """Start the latent anew, if there is one: it is to be fitted."""
-        if self.side_branch.has_latent:
-            plan, init = self.config.layer_plan("latent"), self.config.side_branch_init
-            reset_latent(self.side_branch.latent, self.model.language_model, plan, init)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -187,7 +161,8 @@ class SideBranchLoading:
         """Load a DPVR repository, with all weights or the side branch alone, or a vanilla LLaVA.
 
         A repository with the side branch alone names its base in `config.base_model_name_or_path`, which is loaded
-        from there. A vanilla LLaVA gets a new side branch.
+        from there. A vanilla LLaVA gets a new side branch. With fields of another latent than the repository's the
+        model gets a new one, to be fitted.
 
         Args:
             pretrained_model_name_or_path, *model_args, config, **kwargs: as `PreTrainedModel.from_pretrained` takes
@@ -212,7 +187,9 @@ class SideBranchLoading:
                     f"There is no config.json in {str(pretrained_model_name_or_path)!r}: name a saved model."
                 )
             config = DpvrLlavaConfig.from_dict(with_fields(values, fields))
+            config, wanted = with_saved_latent(config, values)
         else:
+            wanted = None
             for name, value in fields.items():
                 setattr(config, name, value)
             config.check_dpvr_fields()
@@ -240,6 +217,8 @@ class SideBranchLoading:
                 f"({' '.join(str(error).split())}): give another with base_model_name_or_path=..."
             ) from error
         model._check_loaded(base, info, branch, new_side_branch)
+        if wanted is not None:
+            model.replace_latent(**wanted)
         model.remember_base()
         return (model, info) if wants_info else model
 

@@ -189,7 +189,7 @@ def test_every_command_has_options_that_its_parser_knows(page, command, monkeypa
 def test_the_accuracy_command_ends_in_one_json_document(python):
     printed = python("-m dpvr.benchmarks.accuracy --limit 2 --json")
     document = json.loads(printed.splitlines()[-1])
-    assert [row["name"] for row in document["rows"]] == ["vanilla", "untrained", "late_fusion", "blind"]
+    assert [row["name"] for row in document["rows"]] == ["vanilla", "latent", "blind"]
     assert all(row.keys() >= {"routing", "tasks", "mean", "six_bench_mean", "n"} for row in document["rows"])
 
 
@@ -208,7 +208,9 @@ def test_the_training_command_runs_on_the_embedded_model_in_a_fresh_process(tmp_
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert re.search(
-        r"^vanilla +mean.*^untrained branch +mean.*^trained branch +mean", result.stdout, re.DOTALL | re.MULTILINE
+        r"^vanilla +mean.*^fitted latent +mean.*^trained latent +mean.*^On MiniBench with red and blue swapped the",
+        result.stdout,
+        re.DOTALL | re.MULTILINE,
     )
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 4e6
 

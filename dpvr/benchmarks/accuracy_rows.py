@@ -22,14 +22,15 @@ def load(name_or_path: str) -> DpvrLlavaForConditionalGeneration:
 def measure(
     model: DpvrLlavaForConditionalGeneration, processor: ProcessorMixin, **options: Any
 ) -> list[dict[str, Any]]:
-    """Return the four rows; afterwards the side branch is untrained."""
+    """Return the rows; afterwards the side branch is untrained. A latent is nothing before it is fitted: no such row."""
     routing = model.config.routing
     rows = {}
-    for name, row_routing in (("vanilla", "none"), ("blind", "none"), (routing, routing), ("untrained", routing)):
+    untrained = [("untrained", routing)] if routing != "latent" else []
+    for name, row_routing in (("vanilla", "none"), ("blind", "none"), (routing, routing), *untrained):
         if name == "untrained":
             model.reset_side_branch()
         model.set_routing(row_routing)
         scores = evaluate(model, processor, show=grey if name == "blind" else as_drawn, description=name, **options)
         rows[name] = {"name": name, "routing": row_routing, **scores}
         model.set_routing(routing)
-    return [rows[name] for name in ("vanilla", "untrained", routing, "blind")]
+    return [rows[name] for name in ("vanilla", "untrained", routing, "blind") if name in rows]
