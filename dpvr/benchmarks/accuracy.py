@@ -1,8 +1,8 @@
 """Accuracy of a DPVR model and of what it is compared with, on MiniBench (paper section 4.2, Table 2).
 
     vanilla       the base by itself, routing "none"
-    untrained     the configured routing with its side branch as it was before training
-    late_fusion   the configured routing with the weights as they are (the row has the routing's name)
+    untrained     the configured routing with its side branch as it was before training; not for a latent
+    latent        the configured routing with the weights as they are (the row has the routing's name)
     blind         vanilla, every picture replaced by an even grey one
 
 It prints a table in per cent. The JSON document, which --output writes and --json prints, holds "rows" and the record

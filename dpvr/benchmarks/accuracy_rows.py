@@ -22,7 +22,7 @@ def load(name_or_path: str) -> DpvrLlavaForConditionalGeneration:
 def measure(
     model: DpvrLlavaForConditionalGeneration, processor: ProcessorMixin, **options: Any
 ) -> list[dict[str, Any]]:
-    """Return the rows; afterwards the side branch is untrained. A latent is nothing before it is fitted: no such row."""
+    """Return the rows; afterwards the side branch is untrained. A latent has no such row: it is zero until fitted."""
     routing = model.config.routing
     rows = {}
     untrained = [("untrained", routing)] if routing != "latent" else []
