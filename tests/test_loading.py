@@ -108,7 +108,8 @@ def test_a_vanilla_checkpoint_loads_directly_and_gets_a_copy_of_the_split_layer(
 
 
 def test_a_whole_repository_has_the_names_of_published_checkpoints_which_all_versions_read(repositories, tmp_path):
-    published = load_file(Path(__file__).parent.parent / "model.safetensors").keys()  # as in llava-hf/llava-1.5-7b-hf
+    own = load_file(Path(__file__).parent.parent / "model.safetensors").keys()  # as in llava-hf/llava-1.5-7b-hf
+    published = {name for name in own if ".latent." not in name}
     model = DpvrLlavaForConditionalGeneration.from_pretrained(repositories / "whole")
     model.save_pretrained(tmp_path)
     for folder in (repositories / "whole", tmp_path):
@@ -286,3 +287,29 @@ def test_a_dpvr_repository_that_names_no_class_of_processor_has_llavas(processor
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         change_json(processor_folder / name, processor_class=None)
     assert type(load_processor(str(processor_folder))) is transformers.LlavaProcessor
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_fields_of_another_latent_give_a_new_one_and_the_same_base(random_mini, tmp_path, whole):
+    """A rank, split or reading layers of another latent: its weights do not fit, so it is to be fitted anew."""
+    fields = {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1}
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini, **fields)
+    with torch.no_grad():
+        model.side_branch.latent.reduce.weight.normal_()
+    model.save_pretrained(tmp_path, side_branch_only=not whole)
+    same = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path, latent_stride=2)
+    assert torch.equal(same.side_branch.latent.reduce.weight, model.side_branch.latent.reduce.weight)
+    others = [{"latent_rank": 6}, {"latent_split_layer": 0}, {"latent_side_layers": 1}, {"latent_layers": [2]}]
+    for other in others:
+        new = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path, **other)
+        assert str(new.model.plan) == str(new.config.layer_plan("latent")) and new.config.routing == "latent"
+        assert all(getattr(new.config, name) == value for name, value in other.items())
+        assert not new.side_branch.latent.reduce.weight.any()
+        base = {name: weight for name, weight in new.state_dict().items() if ".latent." not in name}
+        assert all(torch.equal(weight, base[name]) for name, weight in model.state_dict().items() if name in base)
+    without = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path, latent_rank=None, routing="late_fusion")
+    assert not without.side_branch.has_latent and without.config.latent_rank is None
+    without.save_pretrained(tmp_path / "without")
+    assert not any(".latent." in name for name in load_file(tmp_path / "without" / "model.safetensors"))
+    with pytest.raises(ValueError, match="latent_split_layer|latent's split is 9"):
+        DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path, latent_split_layer=9)
