@@ -285,7 +285,7 @@ def test_bad_rows_stop_a_run_before_training_or_are_counted_in_its_record(random
     written = json.loads((tmp_path / "out" / "training.json").read_text())
     assert list(written["data"]["bad_rows"]) == ["3"] and len(written["data"]["fingerprint"]) == 16
     assert record["accuracy"] == [] and record["samples_per_second"] > 0
-    assert written["recipe"]["learning_rate"] == 3e-3 and written["recipe"]["processes"] == 1
+    assert written["recipe"]["learning_rate"] == 1e-3 and written["recipe"]["processes"] == 1
     assert written["method"] == "dpvr" and written["versions"]["peft"]
     assert written["base"]["name"] == f".../{Path(random_mini).name}"
 

@@ -113,7 +113,7 @@ def render_adapted(results: Path) -> str:
         rows.append(
             [
                 row["name"],
-                *(f"{100 * means[row['name'], kind]['mean']:.1f}" for kind in ("swapped", "ordinary")),
+                *(_mean(means[row["name"], kind]) for kind in ("swapped", "ordinary")),
                 f"{row['prefill_flops']:.3f}",
                 f"{row['trained_parameters']:,}" if row["trained_parameters"] else "0",
                 objective,
@@ -169,6 +169,10 @@ def _what(fields: dict[str, Any]) -> str:
         layers = ", ".join(map(str, fields["fusion_layers"]))
         return f"split {fields['split_layer']}, reads in {layers}"
     return f"split {fields['split_layer']}" if fields else ""
+
+
+def _mean(scores: dict[str, Any]) -> str:
+    return f"{100 * scores['mean']:.1f} ({100 * scores['low']:.1f} to {100 * scores['high']:.1f})"
 
 
 def _points(interval: list[float]) -> str:
