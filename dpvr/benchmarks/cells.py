@@ -36,7 +36,7 @@ RANKS = {"fastv": "attention", "random_pruning": "random"}
 SWEPT_FUSION = {SPLIT: (1, 2, 3, 4), 4: (1, 2, 3, 4), 2: (1, 2, 4)}  # K by split
 SPARSE = ((4, [5, 6, 7]), (4, [4, 5, 6, 7]), (4, [6, 7]), (4, [7, 11]), (8, [8]), (2, [4, 5, 6, 7]))  # split, layers
 LAST_READ = 8  # removing the image after so many layers costs 3 points (results/dpvr_mini/depth.json)
-RATES = {  # late fusion's is that of dpvr-mini's side branch; PC and KV take half, as in configs/; the others: learning_rates
+RATES = {  # late fusion's suits dpvr-mini; PC and KV take half, as in configs/; the others: learning_rates
     "late_fusion": 3e-3,
     "persistent_context": 1.5e-3,
     "kv_substitution": 1.5e-3,
