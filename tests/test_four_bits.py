@@ -100,17 +100,20 @@ def test_other_ways_to_quantise_are_refused(random_mini):
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="training is for transformers 5.18 and newer")
-def test_a_side_branch_is_trained_on_a_base_in_four_bits(random_mini, tmp_path):
+@pytest.mark.parametrize("routing", ["late_fusion", "latent"])
+def test_what_is_trained_on_a_base_in_four_bits_is_saved_in_floating_point(random_mini, tmp_path, routing):
     options = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"]
     options += ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4", "--use_cpu", "true", "--max_steps", "3"]
     options += ["--num_rows", "12", "--per_device_train_batch_size", "4", "--eval_questions", "0"]
+    options += ["--routing", routing, *(["--latent_rank", "8", "--fit_rows", "8"] if routing == "latent" else [])]
     train_sft.main(*train_sft.parse_args(options))
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["base"]["bits"] == 4
     trained = DpvrLlavaForConditionalGeneration.from_pretrained(
         tmp_path, quantization_config=in_four_bits(), dtype=torch.bfloat16
     )
-    before = trained.side_branch[0].mlp.down_proj.weight.clone()
+    weight = trained.side_branch.latent.reduce if routing == "latent" else trained.side_branch[0].mlp.down_proj
+    before = weight.weight.clone()
     assert type(trained.model.language_model.layers[0].mlp.up_proj) is bitsandbytes.nn.Linear4bit
     trained.reset_side_branch()
-    assert not torch.equal(before, trained.side_branch[0].mlp.down_proj.weight)
+    assert before.isfinite().all() and not torch.equal(before, weight.weight)

@@ -220,6 +220,18 @@ def test_a_killed_run_of_any_objective_goes_on_to_the_same_weights(random_mini, 
 
 
 @NEEDS_TRAINING
+def test_a_checkpoint_of_another_objective_or_fit_is_not_gone_on_from(random_mini, tmp_path):
+    steps = [*LATENT, "--eval_questions", "0", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    run(random_mini, tmp_path / "out", *steps)
+    for words, said in (
+        (["--objective", "sft"], "objective was 'distil' and is 'sft'"),
+        (["--fit_rows", "4"], "fit_rows was 8 and is 4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(random_mini, tmp_path / "out", *steps, *words, "--resume_from_checkpoint", "last")
+
+
+@NEEDS_TRAINING
 def test_an_objective_lowers_its_own_loss(random_mini, tmp_path):
     many = ["--num_rows", "48", "--num_train_epochs", "3", "--eval_questions", "0", "--learning_rate", "1e-2"]
     for number, objective in enumerate(("match", "distil")):

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from dpvr.training.manifests import begin, digest, files_in, finish, is_empty, is_from_a_run, whole_or_nothing
 
 MANIFEST_NAME, STATE_NAME = "checkpoint.json", "trainer_state.json"
-RUN_FIELDS = ("method", "base", "lora", "recipe", "data", "seed")  # the layer plan is compared by run.py
+RUN_FIELDS = ("method", "objective", "fit_rows", "base", "lora", "recipe", "data", "seed")  # run.py compares plans
 
 
 class LogWhereSaved(TrainerCallback):

@@ -58,6 +58,8 @@ RECIPE = (
     "optim",
     "max_grad_norm",
     "max_length",
+    "first_stage_steps",
+    "first_stage_learning_rate",
     "bf16",
 )
 
@@ -94,7 +96,7 @@ def train(args: DpvrArguments, training: SideBranchSFTConfig, base: BaseArgument
     start = fit_start(model, processor, rows.rows, args, training)
     kind = "latent" if plan_of(model).latent_stride else "branch"
     if args.method == "dpvr":
-        untrained = "fitted latent" if start else f"untrained {kind}"
+        untrained = "fitted latent" if kind == "latent" else "untrained branch"
         scores.add(untrained, model, only=next(iter(scores.shown), None))
     trainer = make_trainer(model, processor, rows.rows, args, training, base)
     trainer.run = run
@@ -143,7 +145,9 @@ def fit_start(
     """
     if args.method != "dpvr" or not (plan_of(model).latent_stride or objective_of(args) == "match"):
         return None
-    target, was_training = Target.of(model.to(PartialState().device).eval()), model.training
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        model.to(PartialState().device)  # else it is there, and cannot be moved
+    was_training, target = model.training, Target.of(model.eval())
     collate, size = collator_of(processor, args, training, for_teacher=True), training.per_device_train_batch_size
     pictured = (row for row in rows if row["images"])
     batches = iter(lambda: list(islice(pictured, size)), [])
@@ -269,6 +273,7 @@ def describe(
         **run_record("train_sft.py"),
         "method": args.method,
         "objective": objective_of(args),
+        "fit_rows": args.fit_rows,
         "base": {
             "name": without_folders(base.model_name_or_path),
             "revision": base.model_revision,
