@@ -87,6 +87,7 @@ def test_another_run_is_refused_before_rows_are_read_and_other_rows_before_anyth
     random_mini, tmp_path, monkeypatch
 ):
     from dpvr.training import run as training
+    from dpvr.training import scores
 
     resumed = ["--resume_from_checkpoint", "last"]
     run(random_mini, tmp_path / "out", *SHORT)
@@ -94,7 +95,7 @@ def test_another_run_is_refused_before_rows_are_read_and_other_rows_before_anyth
     def read(*_, **__):
         raise AssertionError("too late")
 
-    monkeypatch.setattr(training, "evaluate", read)
+    monkeypatch.setattr(scores, "evaluate", read)
     with pytest.raises(ValueError, match="another run: data.fingerprint was"):
         run(random_mini, tmp_path / "out", *SHORT, *resumed, "--num_rows", "20", "--eval_questions", "2")
     for name in ("load_processor", "load_rows", "load_model"):

@@ -102,6 +102,7 @@ def half_text(tmp_path) -> list[str]:
 @NEEDS_TRAINING
 def test_two_processes_follow_the_curve_of_one_to_the_same_files_and_weights(random_mini, tmp_path):
     shared = ["--model_name_or_path", random_mini, "--num_rows", "24", "--eval_questions", "2", *LINEAR]
+    shared += ["--data", "minibench"]
     size = "--per_device_train_batch_size"
     run_alone(*shared, "--output_dir", str(tmp_path / "alone"), size, "4")
     launch(*shared, "--output_dir", str(tmp_path / "together"), size, "2", options=["--multi_gpu"])
@@ -142,6 +143,20 @@ def test_accelerate_reads_every_config(name, kind):
     if name == "zero3":
         assert config.num_machines == 2
         assert config.deepspeed_config["zero_stage"] == 3 and config.deepspeed_config["zero3_save_16bit_model"] is True
+
+
+@NEEDS_TRAINING
+def test_two_processes_distil_a_latent_as_one_does(random_mini, tmp_path):
+    """Each takes the mean over its own rows' text tokens: not quite the mean over all."""
+    shared = ["--model_name_or_path", random_mini, "--num_rows", "16", "--eval_questions", "0", *LINEAR]
+    shared += ["--routing", "latent", "--latent_rank", "8", "--fit_rows", "8"]
+    size = "--per_device_train_batch_size"
+    run_alone(*shared, "--output_dir", str(tmp_path / "alone"), size, "4")
+    launch(*shared, "--output_dir", str(tmp_path / "together"), size, "2", options=["--multi_gpu"])
+    curves = [losses(json.loads((tmp_path / name / "training.json").read_text())) for name in ("alone", "together")]
+    assert len(curves[0]) > 2 and curves[1] == pytest.approx(curves[0], rel=0.2)
+    names = [load_file(tmp_path / name / "model.safetensors") for name in ("alone", "together")]
+    assert all((weight - names[1][name]).abs().max() < 0.1 for name, weight in names[0].items())
 
 
 @NEEDS_TRAINING

@@ -90,7 +90,7 @@ def side(tmp_path_factory) -> Path:
             parameter.mul_(1 + torch.randn_like(parameter) / 2)
     model.save_pretrained(folder, side_branch_only=True)
     AutoProcessor.from_pretrained(ROOT, trust_remote_code=True).save_pretrained(folder)
-    assert (folder / "model.safetensors").stat().st_size < (ROOT / "model.safetensors").stat().st_size / 10
+    assert (folder / "model.safetensors").stat().st_size < (ROOT / "model.safetensors").stat().st_size / 5
     return folder
 
 
