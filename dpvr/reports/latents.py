@@ -18,6 +18,7 @@ FIT_HEADINGS = [
     "plan",
     "rank",
     "side layers",
+    "pictures",
     "explained of keys and values",
     "answers equal",
     "tokens equal",
@@ -58,6 +59,7 @@ def render_fits(results: Path) -> str:
             f"`{fit['plan']}`",
             str(fit["latent_rank"]),
             str(fit["latent_side_layers"]),
+            f"{fit['num_samples']:,}",
             f"{sum(fit['explained'].values()) / len(fit['explained']):.3f}",
             f"{fit['answers_equal']:.1%}",
             f"{fit['tokens_equal']:.1%}",
@@ -69,8 +71,8 @@ def render_fits(results: Path) -> str:
     lines = [
         *table(FIT_HEADINGS, rows),
         "",
-        f"dpvr-mini, fitted on {first['num_samples']} pictures of MiniBench and measured on {first['eval_samples']} "
-        f"others of the same split, with the rows' own answers given; `{first['command']}`, {made_on(first)}. One "
+        f"dpvr-mini, fitted on so many pictures of MiniBench and measured on {first['eval_samples']} others of the same "
+        f"split, with the rows' own answers given; `{first['command']}`, {made_on(first)}. One "
         "seed.",
     ]
     return "\n".join(lines) + "\n"
