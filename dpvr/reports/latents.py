@@ -35,7 +35,8 @@ ACCURACY_HEADINGS = [
 ]
 ADAPTED_HEADINGS = ["", "exchanged, %", "ordinary, %", "prefill FLOPs", "trained parameters", "objective", "s a step"]
 
-SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-8b", "internvl3-8b")  # of configs/shapes
+CONFIGS = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-8b", "internvl3-8b")
 PROMPTS = ((576, 128), (2048, 128))  # image and text tokens
 SHAPE_HEADINGS = [
     "",
@@ -71,7 +72,7 @@ def render_fits(results: Path) -> str:
     lines = [
         *table(FIT_HEADINGS, rows),
         "",
-        f"dpvr-mini, fitted on so many pictures of MiniBench and measured on {first['eval_samples']} others of the same "
+        f"dpvr-mini, fitted on so many pictures of MiniBench and measured on {first['eval_samples']} others of its "
         f"split, with the rows' own answers given; `{first['command']}`, {made_on(first)}. One "
         "seed.",
     ]
@@ -138,7 +139,7 @@ def render_shapes(results: Path) -> str:
     """What a latent of a quarter of the width costs at the shapes of real models, counted here; no record is read."""
     rows = []
     for name in SHAPES:
-        config = load_config(f"configs/shapes/{name}.json")
+        config = load_config(str(CONFIGS / f"{name}.json"))
         text = config.get_text_config()
         costs, split, rank = DecoderCosts.of(text), max(1, lowest_split(config)), text.hidden_size // 4
         plan = make_plan(text.num_hidden_layers, routing="latent", latent_split_layer=split, latent_rank=rank)
