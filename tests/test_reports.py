@@ -279,4 +279,4 @@ def test_one_command_fills_every_document_and_draws_every_figure(made, tmp_path,
         assert {name: between_marks(filled, name) for name in texts} == texts
     drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
     assert drawn == {"accuracy_by_cost.png", "latency_kv.png", "latency_roofline.png", "latency_text.png"}
-    assert "blocks of 6 documents were filled" in capsys.readouterr().out
+    assert "blocks of 7 documents were filled" in capsys.readouterr().out
