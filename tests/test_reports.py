@@ -11,7 +11,7 @@ from dpvr.reports import accuracy as tables
 from dpvr.reports.__main__ import main, parse_args
 from dpvr.reports.blocks import blocks
 from dpvr.reports.claims import better, claims, within
-from dpvr.reports.documents import between_marks, fill, read
+from dpvr.reports.documents import between_marks, fill, read, table
 from dpvr.reports.front import METHODS, render_front
 from dpvr.reports.grid_results import Measured, Results, units
 from dpvr.reports.latency import render_latency
@@ -280,3 +280,8 @@ def test_one_command_fills_every_document_and_draws_every_figure(made, tmp_path,
     drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
     assert drawn == {"accuracy_by_cost.png", "latency_kv.png", "latency_roofline.png", "latency_text.png"}
     assert "blocks of 7 documents were filled" in capsys.readouterr().out
+
+
+def test_a_bar_in_a_cell_does_not_end_it():
+    head, rule, row = table(["plan", "x"], [["`o|ll`", "1"]])
+    assert row == "| `o\\|ll` | 1 |" and head.count("|") == rule.count("|") == 3

@@ -16,8 +16,9 @@ def read(path: Path) -> Any:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    """The lines of a Markdown table. A bar within a cell, as layer plans have, would end it and is escaped."""
+    lines = (header, ["---"] * len(header), *rows)
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
 
 
 def between_marks(document: str, name: str) -> str:
