@@ -263,7 +263,7 @@ def test_a_look_inside_shows_the_attention_over_the_picture_and_its_curve(page, 
     page.get_by_role("button", name="Look inside").click()
     overlays = page.locator("#overlays .grid-wrap img, #overlays .thumbnail-item img")
     expect(overlays).to_have_count(2)
-    expect(page.locator("#overlays")).to_contain_text("late_fusion, layer 11")
+    expect(page.locator("#overlays")).to_contain_text("latent, layer 11")
     expect(page.locator("#curve svg, #curve canvas").first).to_be_visible()
     overlays.first.scroll_into_view_if_needed()
     page.wait_for_timeout(500)

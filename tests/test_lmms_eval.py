@@ -22,8 +22,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from families import FAMILIES
+from family_processors import save_family
 from peft import get_peft_model
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from adapter_dpvr import DpvrConfig
 from dpvr.inference.batches import reply, to_settings
@@ -160,6 +162,27 @@ def test_an_adapter_answers_on_its_stock_base(lmms_dpvr, questions, tmp_path):
     ]
     assert ask(model, questions) == expected
     assert ask(lmms_dpvr.DpvrLlava(**adapter, routing="none"), questions) != expected
+
+
+@pytest.mark.parametrize("name", ["gemma3", "internvl", "llava_onevision", "qwen2_5_vl", "smolvlm"])
+def test_any_family_is_asked_with_its_own_processor_and_with_and_without_its_adapter(
+    lmms_dpvr, questions, name, tmp_path
+):
+    save_family(name, tmp_path / "base")
+    fields = {"routing": "kv_substitution", "split_layer": FAMILIES[name].split}
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, DpvrConfig(**fields, side_branch_init="random"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    stock = lmms_dpvr.DpvrLlava(str(tmp_path / "base"), device="cpu", batch_size=2)
+    own = ask(stock, questions)
+    arguments = {"pretrained": str(tmp_path / "adapter"), "base": str(tmp_path / "base"), "device": "cpu"}
+    assert ask(lmms_dpvr.DpvrLlava(**arguments, routing="none", batch_size=2), questions) == own
+    model = lmms_dpvr.DpvrLlava(**arguments, batch_size=2)
+    conversation = lmms_dpvr.to_conversation(to_messages(rows(questions, "science")[0]))
+    (expected,) = reply(adapted.eval(), model.processor, [conversation], max_new_tokens=10, do_sample=False)
+    assert ask(model, questions)[2] == expected.text
+    with pytest.raises(ValueError, match="routing is 'late_fusion': choose one of none"):
+        lmms_dpvr.DpvrLlava(str(tmp_path / "base"), device="cpu", routing="late_fusion")
 
 
 def test_an_error_in_generation_is_raised(lmms_dpvr, questions, monkeypatch):
@@ -335,6 +358,7 @@ def test_a_run_of_lmms_eval_finds_minibenchs_scores(questions, tmp_path):
     (path,) = tmp_path.rglob("*_results.json")
     found = json.loads(path.read_text())["results"]
     model, processor = load(str(ROOT), device="cpu")
+    model.set_routing("late_fusion")
     expected = evaluate(model, processor, num_questions=2, seed=3)
     assert {task: found[f"minibench_{task}"]["score,none"] for task in TASKS} == expected["tasks"]
     assert found["minibench_all"]["score,none"] == pytest.approx(expected["mean"])

@@ -48,8 +48,8 @@ def prompt_inputs(
     for conversation in conversations:
         _check(conversation, special, room)
     prompts = processor.apply_chat_template([c.messages for c in conversations], add_generation_prompt=True)
-    pictures = [to_rgb(picture) for conversation in conversations for picture in conversation.pictures]
-    return tokenized(processor, prompts, pictures or None, padding=True, padding_side="left")
+    pictures = [[to_rgb(picture) for picture in conversation.pictures] for conversation in conversations]
+    return tokenized(processor, prompts, pictures if any(pictures) else None, padding=True, padding_side="left")
 
 
 def _check(conversation: Conversation, special: list[str], room: int | None) -> None:

@@ -15,16 +15,17 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from dpvr.inference.batches import Conversation, Request, reply_to_all, to_settings
-from dpvr.inference.chat import load
+from dpvr.inference.chat import load_any
+from dpvr.inference.ways import ways_of
 
 
 class DpvrLlava(lmms):
-    """A DPVR repository, or an adapter on its base, asked through its chat template.
+    """A DPVR repository, an adapter on its base, or a stock vision-language model, asked through its chat template.
 
     Args:
-        pretrained: a DPVR repository or an adapter (id or path).
+        pretrained: a DPVR repository, an adapter or a stock model (id or path).
         base: for an adapter, where its base lies, if not where its config says.
-        routing: of these weights; the config's own, unless said. "none" is vanilla LLaVA.
+        routing: of these weights; the config's own, unless said. "none" is the base by itself.
         device: the GPU if there is one, unless said; with several processes each takes its own.
         dtype: such as bfloat16; that of the weights, unless said.
         attn_implementation: sdpa, eager or flex_attention.
@@ -61,9 +62,9 @@ class DpvrLlava(lmms):
             device = str(self.accelerator.device)
         options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        self.model, self.processor = load(str(pretrained), base, revision, device, **options)
+        self.model, self.processor = load_any(str(pretrained), base, revision, device, **options)
         if routing is not None:
-            self.model.set_routing(routing)
+            ways_of(self.model).choose(routing)
         self.device = self.model.device
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
