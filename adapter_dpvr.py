@@ -168,12 +168,14 @@ class DpvrConfig(PeftConfig):
             ValueError: as `plan_for`.
         """
         costs, plan = DecoderCosts.of(base.get_text_config()), self.plan_for(base)
-        branch = Branch(self.num_side_layers, dense_mlp=self.side_branch_mlp == "dense")
-        if plan.latent_stride:
-            branch = Branch(self.latent_side_layers, self.latent_rank)
+        branch = self.branch_for(plan)
         depth, size = len(plan.modes), (num_image_tokens, num_text_tokens)
         own, vanilla = (prefill_flops(costs, each, *size, branch=branch) for each in (plan, vanilla_plan(depth)))
         return own / vanilla
+
+    def branch_for(self, plan: LayerPlan) -> Branch:
+        """What runs on image tokens past the split, to count its costs."""
+        return Branch.of(plan, self.dpvr_fields(), dense_mlp=self.side_branch_mlp == "dense")
 
     def new_side_branch(self, decoder: nn.Module, plan: LayerPlan) -> SideBranch:
         """A side branch of this config for a decoder, not yet initialised."""

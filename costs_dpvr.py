@@ -63,6 +63,13 @@ class Branch(NamedTuple):
     latent_rank: int | None = None
     dense_mlp: bool = False
 
+    @classmethod
+    def of(cls, plan: LayerPlan, fields: dict[str, Any], *, dense_mlp: bool = False) -> "Branch":
+        """What runs under a plan that was made of these fields of a config."""
+        if plan.latent_stride:
+            return cls(fields["latent_side_layers"], fields["latent_rank"])
+        return cls(fields["num_side_layers"], dense_mlp=dense_mlp)
+
 
 ONE_LAYER = Branch()
 

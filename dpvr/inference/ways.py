@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from adapter_dpvr import DpvrConfig
 from configuration_dpvr import ROUTINGS, check_choice, make_plan
-from costs_dpvr import Branch, DecoderCosts, prefill_flops
+from costs_dpvr import DecoderCosts, prefill_flops
 from decoders_dpvr import owner_of, recurrent_layers
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
@@ -92,11 +92,8 @@ class AdapterWays(StockWays):
         if self.now == VANILLA:
             return super().prefill_flops(num_image_tokens, num_text_tokens)
         config, text = self.config, self.stock.config.get_text_config()
-        branch = Branch(config.num_side_layers, dense_mlp=config.side_branch_mlp == "dense")
-        if self.now == "latent":
-            branch = Branch(config.latent_side_layers, config.latent_rank)
-        plan = config.plan_for(self.stock.config)
-        return prefill_flops(DecoderCosts.of(text), plan, num_image_tokens, num_text_tokens, branch=branch)
+        plan, size = config.plan_for(self.stock.config), (num_image_tokens, num_text_tokens)
+        return prefill_flops(DecoderCosts.of(text), plan, *size, branch=config.branch_for(plan))
 
 
 class Ways(StockWays):

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from configuration_dpvr import METHOD_FIELDS, LayerPlan, make_plan
-from costs_dpvr import Branch, DecoderCosts, prefill_flops
+from costs_dpvr import ONE_LAYER, Branch, DecoderCosts, prefill_flops
 from dpvr.inference.evaluation import as_drawn, evaluate, median_prompt
 from dpvr.models import as_base, plan_of
 from dpvr.training.models import method_fields
@@ -75,10 +75,8 @@ def costs(model: PreTrainedModel | PeftModel, processor: ProcessorMixin) -> Row:
     """
     text_config = model.config.get_text_config()
     counted, sizes = DecoderCosts.of(text_config), median_prompt(processor, make_items("validation", MEASURED))
-    plan, fields = plan_of(model), method_fields(model) or {}
-    branch = Branch(fields.get("num_side_layers", 1))
-    if plan.latent_stride:
-        branch = Branch(fields["latent_side_layers"], fields["latent_rank"])
+    plan, fields = plan_of(model), method_fields(model)
+    branch = ONE_LAYER if fields is None else Branch.of(plan, fields)
     flops = prefill_flops(counted, plan, *sizes, branch=branch, short_vanilla=True)
     vanilla = make_plan(text_config.num_hidden_layers, routing="none")
     short, stock = (prefill_flops(counted, vanilla, *sizes, short_vanilla=short) for short in (True, False))
