@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from configuration_dpvr import LayerPlan, make_plan
-from costs_dpvr import Branch, DecoderCosts, prefill_flops
+from costs_dpvr import ONE_LAYER, Branch, DecoderCosts, prefill_flops
 
 
 class PromptCosts:
@@ -22,10 +22,11 @@ class PromptCosts:
         self.tokens = num_image_tokens, num_text_tokens
         self.vanilla = self.flops(make_plan(self.depth, routing="none"))
 
-    def flops(self, plan: LayerPlan, num_side_layers: int = 1) -> int:
-        return prefill_flops(self.counted, plan, *self.tokens, branch=Branch(num_side_layers))
+    def flops(self, plan: LayerPlan, branch: Branch = ONE_LAYER) -> int:
+        return prefill_flops(self.counted, plan, *self.tokens, branch=branch)
 
     def share(self, **fields: Any) -> float:
         """The FLOPs of a plan, given by the fields of `make_plan`, as a share of vanilla's."""
         plan = make_plan(self.depth, **fields)
-        return self.flops(plan, fields.get("num_side_layers", 1)) / self.vanilla
+        branch = Branch.of(plan, {"num_side_layers": 1, "latent_side_layers": 0, **fields})
+        return self.flops(plan, branch) / self.vanilla

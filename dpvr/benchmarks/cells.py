@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedModel
+
 from configuration_dpvr import SIDE_BRANCH_INITS
 from dpvr.analysis.costs import PromptCosts
 from dpvr.benchmarks.pruning import pruned_flops
@@ -57,6 +59,7 @@ class Cell:
         pruning: arguments of `pruning.prune`; None: nothing is pruned.
         seed: of the training.
         split: where the questions come from; "validation" for what is chosen by its score.
+        fit_rows: pictures that a latent is fitted on in closed form, if it is not trained.
         length: how many times as many pictures as the other cells it is trained on.
     """
 
@@ -66,6 +69,7 @@ class Cell:
     seed: int = SEEDS[0]
     split: Split = "test"
     length: int = 1
+    fit_rows: int = 0
 
     @property
     def name(self) -> str:
@@ -78,13 +82,17 @@ class Cell:
         parts = [_plan_name(self.fields) if method in (None, "dpvr") else method]
         if method == "lora":
             parts[0] += f"_r{self.training['lora_r']}"
+        if self.fields["routing"] == "latent":
+            parts += (
+                [self.training["objective"]] if self.training else [f"fitted{self.fit_rows}"] * bool(self.fit_rows)
+            )
         if self.split == "validation":
             parts.append(f"lr{self.training['learning_rate']:.0e}")
         if self.length > 1:
             parts.append(f"x{self.length}")
-        if self.training:
+        if self.training or self.fit_rows:
             parts.append(f"seed{self.seed}")
-        elif self.fields["routing"] not in ("none", "text_only"):
+        elif self.fields["routing"] not in ("none", "text_only", "latent"):
             parts.append("untrained")
         return "_".join(parts)
 
@@ -106,6 +114,9 @@ class GridCosts(PromptCosts):
 
     def ratio(self, fields: Fields) -> float:
         return self.share(**{name: value for name, value in fields.items() if name != "side_branch_init"})
+
+    def of(self, model: PreTrainedModel) -> float:
+        return model.prefill_flops(*self.tokens) / self.vanilla
 
     def pruned_ratio(self, pruning: dict[str, Any]) -> float:
         return pruned_flops(self.counted, *self.tokens, **pruning) / self.vanilla
@@ -320,6 +331,10 @@ def unique_cells(rows: list[Row]) -> list[Cell]:
 def _plan_name(fields: Fields) -> str:
     if fields["routing"] == "none":
         return "vanilla"
+    if fields["routing"] == "latent":
+        return "_".join(
+            ["latent", *(f"{key.split('_')[1]}{value}" for key, value in fields.items() if key != "routing")]
+        )
     name = f"{fields['routing']}_split{fields['split_layer']}"
     if "fusion_layers" in fields:
         name += "_layers" + ".".join(map(str, fields["fusion_layers"]))

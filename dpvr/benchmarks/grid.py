@@ -1,6 +1,6 @@
 """Train and measure the accuracy grid, unattended: a killed run goes on where it stopped.
 
-    cells.py        which models, in which tables, the most important first
+    cells.py, frontier_cells.py   which models, in which tables, the most important first
         |
     train_sft.py, in a process of its own --> WORK_DIR/<cell>          deleted once it is measured
         |
@@ -17,6 +17,7 @@ the work, each with its own cells. It ends with exit status 1 if a cell could no
     python -m dpvr.benchmarks.grid
     python -m dpvr.benchmarks.grid --cells table2 'late_fusion_split4_*'
     python -m dpvr.analysis.probe --find_plan 0.7 0.55 0.45 && python -m dpvr.benchmarks.grid --cells frontier
+    python -m dpvr.benchmarks.grid --grid frontier --limit 500      # latents, and their rivals at the same cost
 """
 
 import argparse
@@ -25,10 +26,17 @@ from pathlib import Path
 
 from dpvr.command_line import Parser, at_least, run
 
+GRIDS = {"paper": "results/minibench", "frontier": "results/frontier"}  # and where their results go
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("results/minibench"), help="a folder for the results")
+    parser.add_argument(
+        "--grid", choices=GRIDS, default="paper", help="the paper's tables, or latents beside what costs as much"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, help="a folder for the results; default: results/minibench, results/frontier"
+    )
     parser.add_argument(
         "--work_dir",
         type=Path,
@@ -49,7 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--cells", nargs="+", default=["*"], help="names of tables or cells, with * for any characters"
     )
     parser.add_argument("--json", action="store_true", help="print what became of each cell as JSON, as the last line")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or Path(GRIDS[args.grid])
+    return args
 
 
 def main(args: argparse.Namespace) -> dict[str, list[str]]:

@@ -31,6 +31,8 @@ from transformers import LlavaForConditionalGeneration, ProcessorMixin
 from transformers.utils import cached_file
 
 from dpvr.benchmarks.cells import BUDGETS, DEFAULTS, Cell, Fields, Grid, GridCosts, Row, unique_cells
+from dpvr.benchmarks.frontier_cells import FrontierGrid, ShortCosts
+from dpvr.benchmarks.latents_run import fit_new
 from dpvr.benchmarks.pruning import prune
 from dpvr.inference.evaluation import Reply, ask, median_prompt, score
 from dpvr.record import run_record, without_folders
@@ -39,6 +41,7 @@ from minibench.tasks import Item
 from modeling_dpvr import DpvrLlavaConfig, DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 
+FRONTIER = "frontier"  # of --grid
 LAST_LOSSES = 3  # logged losses, of ten steps each, whose mean is a run's final loss
 
 
@@ -68,7 +71,10 @@ def make_grid(args: Namespace, questions: Questions) -> tuple[dict[str, list[Row
             f"{ {name: DEFAULTS[name] for name in others} }: set these in its config.json, the cells have plans of "
             "their own."
         )
-    costs = GridCosts(config.text_config, questions.image_tokens, questions.text_tokens)
+    prompt = (questions.image_tokens, questions.text_tokens)
+    if args.grid == FRONTIER:
+        return FrontierGrid(ShortCosts(config.text_config, *prompt), args.num_rows).tables(), []
+    costs = GridCosts(config.text_config, *prompt)
     if args.plans and not (args.plans / "plans.json").exists():
         raise ValueError(
             f"There is no plans.json in {args.plans}: make it with python -m dpvr.analysis.probe --find_plan 0.7 0.55 "
@@ -154,6 +160,13 @@ def load(cell: Cell, folder: Path, base: str) -> LlavaForConditionalGeneration:
     method = cell.training["method"] if cell.training else None
     if method in ("dpvr", "full"):
         return DpvrLlavaForConditionalGeneration.from_pretrained(folder)
+    if cell.fields["routing"] == "latent":
+        model = DpvrLlavaForConditionalGeneration.from_pretrained(base, routing="latent")
+        if cell.fit_rows:
+            usual = {"latent_layers": None, "latent_side_layers": 0, "latent_stride": 1}
+            fields = {name: value for name, value in cell.fields.items() if name != "routing"}
+            fit_new(model, load_processor(base), usual | fields, cell.fit_rows, cell.seed)
+        return model.eval()
     model = DpvrLlavaForConditionalGeneration.from_pretrained(base, new_side_branch=True, **cell.fields)
     if method == "lora":
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()
@@ -167,7 +180,7 @@ def measure(cell: Cell, folder: Path, args: Namespace, questions: Questions, loc
     items = questions.items[cell.split]
     replies = ask(model, processor, items, batch_size=args.batch_size, description=cell.name)
     prompt = (questions.image_tokens, questions.text_tokens)
-    vanilla = GridCosts(model.config.text_config, *prompt).vanilla
+    costs = (ShortCosts if args.grid == FRONTIER else GridCosts)(model.config.text_config, *prompt)
     document = {
         "name": cell.name,
         "cell": asdict(cell),
@@ -175,7 +188,7 @@ def measure(cell: Cell, folder: Path, args: Namespace, questions: Questions, loc
         "row": score(items, replies),
         "right": right(items, replies),
         "trainable_parameters": training["trainable_parameters"] if training else 0,
-        "prefill_flops_ratio": model.prefill_flops(*prompt) / vanilla,
+        "prefill_flops_ratio": costs.of(model),
         "prompt": {"image_tokens": questions.image_tokens, "text_tokens": questions.text_tokens},
         "training": summary(training) if training else None,
         **run_record("-m dpvr.benchmarks.grid"),

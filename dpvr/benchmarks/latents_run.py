@@ -9,9 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from configuration_dpvr import make_plan
-from costs_dpvr import prefill_flops
-from dpvr.benchmarks.cells import Fields, GridCosts
+from dpvr.benchmarks.cells import Fields
+from dpvr.benchmarks.frontier_cells import ShortCosts
 from dpvr.benchmarks.pruning import prune
 from dpvr.data.prompts import AnsweredPrompts, in_batches
 from dpvr.inference.evaluation import Reply, ask, median_prompt
@@ -26,18 +25,6 @@ from processors_dpvr import load_processor
 Model = DpvrLlavaForConditionalGeneration
 BATCH = 16
 RIVALS = {"FastV": "attention", "random pruning": "random"}
-
-
-class ShortCosts(GridCosts):
-    """Costs as shares of a vanilla decoder whose last layer has one query, as that of plans has."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        plan = make_plan(self.depth, routing="none")
-        self.vanilla = prefill_flops(self.counted, plan, *self.tokens, short_vanilla=True)
-
-    def of(self, model: Model | PreTrainedModel) -> float:
-        return model.prefill_flops(*self.tokens) / self.vanilla
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,18 +84,24 @@ def latents(
     """Give the model each latent in turn, its own first; yields the name and the fields."""
     names = ("latent_split_layer", "latent_rank", "latent_side_layers", "latent_stride")
     for number, fields in enumerate([None, *wanted]):
-        if fields is not None:
-            model.set_routing("none")
-            model.new_latent(**fields)
-        model.set_routing("latent")
-        if fields is not None:
-            rows = MiniBench("train", args.fit_rows, questions_per_row=1, seed=args.seed)
-            pictures = (rows[index] for index in range(args.fit_rows))
-            bar = tqdm(AnsweredPrompts(processor, pictures, args.fit_rows), desc="Fitting", total=args.fit_rows)
-            fit_latent(model, (inputs for inputs, _ in in_batches(bar, BATCH)))
+        if fields is None:
+            model.set_routing("latent")
+        else:
+            fit_new(model, processor, fields, args.fit_rows, args.seed)
         found = {name: getattr(model.config, name) for name in names}
         how = "fitted" if number else "as it is in the repository"
         yield f"latent {number + 1}", {**found, "plan": str(model.model.plan), "how": how}
+
+
+def fit_new(model: Model, processor: ProcessorMixin, fields: Fields, num_rows: int, seed: int) -> None:
+    """Give the model a latent in place of its own, fitted in closed form on pictures of MiniBench's train split."""
+    model.set_routing("none")
+    model.new_latent(**fields)
+    model.set_routing("latent")
+    rows = MiniBench("train", num_rows, questions_per_row=1, seed=seed)
+    pictures = (rows[index] for index in range(num_rows))
+    bar = tqdm(AnsweredPrompts(processor, pictures, num_rows), desc="Fitting", total=num_rows, disable=None)
+    fit_latent(model, (inputs for inputs, _ in in_batches(bar, BATCH)))
 
 
 def rivals(

@@ -54,3 +54,4 @@ METHODS = (
 FAMILY_METHODS = ("vanilla", "late_fusion", "read_everywhere", "latent", *PRUNINGS)  # on a model of any family
 CACHES = ("growing", "static")
 TRAINED_METHODS = ("late_fusion", "lora_r16", "lora_r64", "full")
+FAMILY_TRAINED_METHODS = ("late_fusion", "read_everywhere", "latent", "lora_r16", "lora_r64", "full")

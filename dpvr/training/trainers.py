@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer, get_peft_config
 
+from decoders_dpvr import decoder_of, owner_of
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
 from dpvr.training.checkpoints import WholeCheckpoints
 from dpvr.training.collators import TEACHER_IMAGES, AlwaysAPicture, ReplyCollator, WithoutImageLabels
@@ -27,7 +28,7 @@ from dpvr.training.output_folder import side_branch_of, without_shards
 
 WEIGHTS_NAME = "model.safetensors"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class CardlessTrainer(WholeCheckpoints, SFTTrainer):
@@ -125,7 +126,7 @@ def make_trainer(
     if args.method == "lora":
         base.use_peft = True
         lora = get_peft_config(base)
-        lora.target_modules = lora.target_modules or LORA_TARGETS
+        lora.target_modules = lora.target_modules or lora_targets(model)
     own = copy.copy(training)
     own.assistant_only_loss = False  # TRL's way to it, which asks for marks in the template
     if args.method == "dpvr":
@@ -145,6 +146,12 @@ def make_trainer(
     if objective == "distil":
         trainer.set_objective(distil_loss)
     return trainer
+
+
+def lora_targets(model: PreTrainedModel) -> str:
+    """PEFT's pattern for the linear layers of a model's decoder, and of nothing else."""
+    name, _ = decoder_of(owner_of(model))
+    return rf"(.*\.)?{name}\.layers\..*\.({'|'.join(LORA_TARGETS)})"
 
 
 def objective_of(args: DpvrArguments) -> str:
