@@ -89,12 +89,11 @@ class DpvrConfig(PeftConfig):
         metadata={"help": "copy: of the decoder's layers; dense: one MLP in place of a mixture of experts."},
     )
     latent_rank: int | None = field(default=None, metadata={"help": "Width of the latent that `latent` reads."})
-    latent_split_layer: int | None = field(
-        default=None, metadata={"help": "Where `latent` splits, from 0 on; None: at split_layer."}
-    )
+    latent_split_layer: int | None = field(default=None, metadata={"help": "From 0 on; None: split_layer."})
     latent_layers: list[int] | None = field(default=None, metadata={"help": "Layers that read the latent; None: all."})
     latent_side_layers: int = field(default=0, metadata={"help": "Decoder layers that make the latent's states."})
     latent_stride: int = field(default=1, metadata={"help": "Only every k-th image token is read."})
+    latent_score: str | None = field(default=None, metadata={"help": "norm, distance: read those that stand out."})
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Depth of the base's decoder; filled in from the base."}
     )

@@ -50,7 +50,15 @@ LETTERS = {JOINT: "o", TEXT: ".", CONTEXT: "c", RESET: "r"}
 ROUTINGS = ("late_fusion", "persistent_context", "kv_substitution", "text_only", "latent", "none")
 SIDE_BRANCH_INITS = ("split_layer", "identity", "random")
 FIXED_READERS = ("persistent_context", "kv_substitution", "text_only")  # every deep layer reads the image, or none
-LATENT_FIELDS = ("latent_rank", "latent_split_layer", "latent_layers", "latent_side_layers", "latent_stride")
+LATENT_FIELDS = (
+    "latent_rank",
+    "latent_split_layer",
+    "latent_layers",
+    "latent_side_layers",
+    "latent_stride",
+    "latent_score",
+)
+LATENT_SCORES = ("norm", "distance")
 METHOD_FIELDS = (
     "routing",
     "split_layer",
@@ -76,7 +84,8 @@ class LayerPlan(NamedTuple):
 
     split_layer: int
     modes: tuple[str, ...]  # one of JOINT, TEXT, CONTEXT, RESET per layer
-    latent_stride: int = 0  # 0: context comes from the side branch; k: from a latent of every k-th image token
+    latent_stride: int = 0  # 0: context comes from the side branch; k: from a latent of one image token in k
+    latent_score: str | None = None  # which: None, every k-th; else those with the highest score
 
     def __str__(self) -> str:
         """The plan as drawn above, such as "ooooooo|....c"."""
@@ -123,6 +132,9 @@ class DpvrLlavaConfig(LlavaConfig):
         latent_layers: the layers that read the latent; None: all from that split on.
         latent_side_layers: decoder layers that image states run through before the latent.
         latent_stride: k: only every k-th image token of a row is read, its first among them; in layer 0 all are.
+        latent_score: read, in place of every k-th, the share 1/k of each picture's tokens that stand out most: "norm",
+            whose states are longest, or "distance", which differ most in direction from the picture's mean. Pictures
+            without text between them are chosen from together; one that is given in pieces, piece by piece.
         base_model_name_or_path: the frozen LLaVA, if this repository holds the side branch alone; None if it holds
             all weights.
         **kwargs: the fields of `LlavaConfig`.
@@ -146,6 +158,7 @@ class DpvrLlavaConfig(LlavaConfig):
         latent_layers: list[int] | None = None,
         latent_side_layers: int = 0,
         latent_stride: int = 1,
+        latent_score: str | None = None,
         base_model_name_or_path: str | None = None,
         **kwargs,
     ):
@@ -166,6 +179,7 @@ class DpvrLlavaConfig(LlavaConfig):
         self.latent_layers = latent_layers
         self.latent_side_layers = latent_side_layers
         self.latent_stride = latent_stride
+        self.latent_score = latent_score
         self.base_model_name_or_path = base_model_name_or_path
         self.check_dpvr_fields()
 
@@ -255,6 +269,7 @@ def make_plan(
     latent_layers: Sequence[int] | None = None,
     latent_side_layers: int = 0,
     latent_stride: int = 1,
+    latent_score: str | None = None,
     recurrent: Collection[int] = (),
 ) -> LayerPlan:
     """The layer plan of a decoder of `depth` layers; the fields are `DpvrLlavaConfig`'s.
@@ -270,7 +285,7 @@ def make_plan(
         return LayerPlan(depth, (JOINT,) * depth)
     if routing == "latent":
         split = split_layer if latent_split_layer is None else latent_split_layer
-        _check_latent(depth, split, latent_rank, latent_side_layers, latent_stride)
+        _check_latent(depth, split, latent_rank, latent_side_layers, latent_stride, latent_score)
         readers = [layer for layer in range(split, depth) if layer not in recurrent]
         _check_layers("latent_layers", depth, readers, split, latent_layers)
         if split == 0 and 0 not in (readers if latent_layers is None else latent_layers):
@@ -280,7 +295,7 @@ def make_plan(
             )
         read = set(readers if latent_layers is None else latent_layers)
         deep = tuple(CONTEXT if layer in read else TEXT for layer in range(split, depth))
-        return LayerPlan(split, (JOINT,) * split + deep, latent_stride)
+        return LayerPlan(split, (JOINT,) * split + deep, latent_stride, latent_score)
     _check_side_branch(depth, routing, split_layer, num_side_layers)
     readers = [layer for layer in range(split_layer, depth) if layer not in recurrent]
     _check_fusion_layers(depth, readers, split_layer, num_fusion_layers, fusion_layers)
@@ -358,7 +373,9 @@ def _check_fusion_layers(depth: int, readers: list[int], split: int, count: obje
         )
 
 
-def _check_latent(depth: int, split: object, rank: object, num_side_layers: object, stride: object) -> None:
+def _check_latent(
+    depth: int, split: object, rank: object, num_side_layers: object, stride: object, score: object
+) -> None:
     if rank is None or not (_is_count(rank) and rank >= 1):
         raise ValueError(
             f"latent_rank is {rank!r}, and routing 'latent' needs a latent: choose a rank from 1 on and fit it with "
@@ -372,6 +389,11 @@ def _check_latent(depth: int, split: object, rank: object, num_side_layers: obje
         raise ValueError(
             f"latent_side_layers is {num_side_layers!r} and latent_stride {stride!r}: choose 0 to {depth} "
             "layers, and read every k-th image token with k from 1 on."
+        )
+    if score is not None and (score not in LATENT_SCORES or stride == 1):
+        raise ValueError(
+            f"latent_score is {score!r} with latent_stride {stride}: choose {' or '.join(LATENT_SCORES)} and a "
+            "latent_stride from 2 on, as one token in so many is read; None reads every k-th."
         )
 
 

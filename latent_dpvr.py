@@ -22,9 +22,11 @@ from torch import nn
 try:
     from .configuration_dpvr import CONTEXT, LATENT_FIELDS, DpvrLlavaConfig, LayerPlan
     from .side_branch_dpvr import device_of, make_side_branch, reset_side_branch
+    from .streams_dpvr import Runs
 except ImportError:
     from configuration_dpvr import CONTEXT, LATENT_FIELDS, DpvrLlavaConfig, LayerPlan
     from side_branch_dpvr import device_of, make_side_branch, reset_side_branch
+    from streams_dpvr import Runs
 
 
 class Projection(nn.Linear):
@@ -87,9 +89,20 @@ def projections_of(layer: nn.Module, index: int) -> tuple[nn.Module, nn.Module]:
 
 
 def normalised(states: torch.Tensor) -> torch.Tensor:
-    """States divided by their root mean square, in float32 at least."""
+    """States divided by their root mean square, in float32 at least; 1e-12 is added to the mean of squares."""
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
     return (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-12)).to(states.dtype)
+
+
+def token_scores(score: str, states: torch.Tensor, runs: Runs) -> torch.Tensor:
+    """How much the image states (B, V, D) that a latent is made of stand out, (B, V).
+
+    "norm" is their length; "distance" one minus the cosine to the mean of their picture.
+    """
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    if score == "norm":
+        return exact.norm(dim=-1)
+    return 1 - torch.cosine_similarity(exact, runs.mean(exact), dim=-1)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
@@ -123,6 +124,44 @@ def _block_mask_of_keys(full: BlockMask, rows: torch.Tensor | None, columns: tor
         return seen | ((place == at) & (at < 0))
 
     return create_block_mask(mask_mod, batch_size, None, num_queries, num_keys, device=columns.device)
+
+
+@dataclass
+class Runs:
+    """The runs of neighbouring tokens in a stream: the tokens of one picture, or of one tile of it.
+
+    Args:
+        slots: int64 (B, V), negative at padding slots, which are in no run.
+    """
+
+    slots: torch.Tensor
+
+    def __post_init__(self) -> None:
+        before = nn.functional.pad(self.slots, (1, 0), value=-2)[:, :-1]
+        starts, places = self.slots != before + 1, torch.arange(self.slots.shape[1], device=self.slots.device)
+        self.held = self.slots >= 0
+        self.of = starts.cumsum(1)  # the number of each token's run, which never falls along a row
+        self.place = places - (starts * places).cummax(1).values  # among the tokens of its run
+        empty = self.slots.new_zeros(len(self.slots), self.slots.shape[1] + 1)
+        self.sizes = empty.scatter_add(1, self.of, self.held.to(empty))  # (B, V + 1), by the number of the run
+
+    def count(self, stride: int) -> torch.Tensor:
+        """How many tokens of a row are kept, (B,), if of every run one of `stride` is, rounded up."""
+        return (-(-self.sizes // stride)).sum(1)
+
+    def best(self, scores: torch.Tensor, stride: int) -> torch.Tensor:
+        """bool (B, V): of every run one token of `stride`, with the highest scores (B, V); of equals the first."""
+        order = scores.masked_fill(~self.held, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, self.of.gather(1, order).argsort(dim=1, stable=True))  # run by run, as the tokens are
+        within = self.place < (-(-self.sizes // stride)).gather(1, self.of)
+        return torch.zeros_like(self.held).scatter(1, order, within) & self.held
+
+    def mean(self, states: torch.Tensor) -> torch.Tensor:
+        """For every token the mean (B, V, D) of the states (B, V, D) in its run."""
+        at = self.of[..., None].expand_as(states)
+        sums = states.new_zeros(len(states), self.sizes.shape[1], states.shape[2])
+        sums = sums.scatter_add(1, at, states * self.held[..., None])
+        return (sums / self.sizes.clamp(min=1)[..., None]).gather(1, at)
 
 
 def shifted(first: int, slots: torch.Tensor) -> torch.Tensor:

@@ -49,8 +49,9 @@ try:
     )
     from .configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
     from .decoders_dpvr import RECURRENT
+    from .latent_dpvr import token_scores
     from .stream_arguments_dpvr import StreamArguments
-    from .streams_dpvr import Streams
+    from .streams_dpvr import Runs, Streams
     from .twins_dpvr import MASK, RoutedLayer, WriteFirst, WriteMerged, on
 except ImportError:
     from cache_dpvr import (
@@ -63,8 +64,9 @@ except ImportError:
     )
     from configuration_dpvr import CONTEXT, JOINT, RESET, LayerPlan
     from decoders_dpvr import RECURRENT
+    from latent_dpvr import token_scores
     from stream_arguments_dpvr import StreamArguments
-    from streams_dpvr import Streams
+    from streams_dpvr import Runs, Streams
     from twins_dpvr import MASK, RoutedLayer, WriteFirst, WriteMerged, on
 
 TABLES_OF = ("text", "image", "context")  # kinds of layers whose keys are recorded; a joint layer has all, in order
@@ -138,18 +140,32 @@ class TwoStreamPass(StreamArguments):
     def _choose_read(self, most: int) -> None:
         """Choose the image tokens that context layers read: `read_slots` (B, R); `read_index`, their places among all.
 
-        With a latent of stride k every k-th image token of a row, from its first on; else all, and no index.
+        With a latent of stride k every k-th image token of a row, from its first on, or those with the highest score:
+        then only their number is known before the states are. Else all, and no index.
         """
         slots, stride = self.streams.image, self.plan.latent_stride or 1
         self.read_slots, self.read_index = slots, None
         if stride == 1:
             return
+        if self.plan.latent_score:
+            count = int(Runs(slots).count(stride).max())
+            self.read_slots = slots.new_full((len(slots), count), -1)
+            return
         held = slots >= 0
         before = 0 if self.record is None else (self.record.tables["image"] >= 0).sum(1, keepdim=True)
-        kept = held & ((held.cumsum(1) - 1 + before) % stride == 0)
+        self._read(held & ((held.cumsum(1) - 1 + before) % stride == 0), most)
+
+    def _read(self, kept: torch.Tensor, most: int) -> None:
+        """Let context layers read the image tokens `kept`, bool (B, V)."""
         count = int(kept.sum(1).max())
         self.read_index = kept.int().argsort(dim=1, stable=True)[:, most - count :]
-        self.read_slots = slots.masked_fill(~kept, -1).gather(1, self.read_index)
+        self.read_slots = self.streams.image.masked_fill(~kept, -1).gather(1, self.read_index)
+
+    def _read_best(self, states: torch.Tensor) -> None:
+        """Let context layers read the image tokens whose states (B, V, D) have the highest score."""
+        runs = Runs(self.streams.image.to(states.device))
+        kept = runs.best(token_scores(self.plan.latent_score, states, runs), self.plan.latent_stride)
+        self._read(kept.to(self.streams.image.device), states.shape[1])
 
     def _make_room(self, cache: Cache) -> None:
         """Add the layers of the decoder to the cache, and resize those of a static one."""
@@ -292,6 +308,8 @@ class TwoStreamPass(StreamArguments):
             self.image = self._run_side_layers(side_layers, self.image, arguments, cache_name)
         if latent is not None:
             self.latent = latent(self.image)
+            if self.plan.latent_score:
+                self._read_best(self.image)
 
     def _run_side_layers(
         self, side_layers: nn.ModuleList, image: torch.Tensor, arguments: dict[str, Any], cache_name: str

@@ -44,6 +44,9 @@ NUM_NEW = 4
 RECORD = Path(__file__).parent.parent / "results" / "families.json"
 
 
+SCORED = {"latent_stride": 2, "latent_score": "distance"}
+
+
 def plans(name: str) -> list[dict[str, Any]]:
     """Fields of adapters, one of each routing, that a family allows."""
     family = FAMILIES[name]
@@ -60,6 +63,7 @@ def plans(name: str) -> list[dict[str, Any]]:
         {"split_layer": split, "routing": "latent", "latent_rank": 8, "latent_side_layers": 1},
         {"latent_split_layer": lowest, "routing": "latent", "latent_rank": 6, "latent_stride": 3},
         {"split_layer": split, "routing": "latent", "latent_rank": 8, "latent_layers": deep[-2:], "latent_stride": 2},
+        {"latent_split_layer": lowest, "routing": "latent", "latent_rank": 6, **SCORED},
     ]
 
 

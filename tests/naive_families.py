@@ -113,7 +113,7 @@ def latent_keys(
     if latent is None:
         yield
         return
-    compressed = (branch / branch.pow(2).mean(-1, keepdim=True).sqrt()) @ latent.reduce.weight.T
+    compressed = (branch / (branch.pow(2).mean(-1, keepdim=True) + 1e-12).sqrt()) @ latent.reduce.weight.T
     with ExitStack() as stack:
         for name, made in (("k_proj", latent.keys), ("v_proj", latent.values)):
             linear = made[str(index)]
@@ -123,6 +123,32 @@ def latent_keys(
             )
             stack.callback(hook.remove)
         yield
+
+
+def naive_read(places: list[int], states: torch.Tensor, stride: int, score: str | None) -> list[int]:
+    """Which image tokens of a row are read, by their number among them.
+
+    Args:
+        places: where in the row they stand, V of them.
+        states: (V, D), what the latent is made of.
+    """
+    if score is None:
+        return list(range(0, len(places), stride))
+    read, pictures = [], []
+    for number, place in enumerate(places):
+        if number == 0 or place != places[number - 1] + 1:
+            pictures.append([])
+        pictures[-1].append(number)
+    for picture in pictures:
+        mean = sum(states[number] for number in picture) / len(picture)
+        values = {}
+        for number in picture:
+            own = states[number]
+            cosine = (own @ mean) / (own @ own).sqrt() / (mean @ mean).sqrt()
+            values[number] = (own @ own).sqrt() if score == "norm" else 1 - cosine
+        ranked = sorted(picture, key=lambda number: (-float(values[number]), number))
+        read += ranked[: (len(picture) + stride - 1) // stride]
+    return sorted(read)
 
 
 @torch.no_grad()
@@ -154,7 +180,7 @@ def naive_text_logits(
     for layer in side_branch if latent is None else latent.layers:
         branch = watched.run(first, layer, branch, images, None)
     unread = image.clone()
-    unread[images[:: plan.latent_stride or 1]] = False  # but in layer 0
+    unread[images[naive_read(images.tolist(), branch[0], plan.latent_stride or 1, plan.latent_score)]] = False
     if any(mode != "text" for mode in modes[split_layer:]):
         states[:, images] = branch
     to_image = (~image)[:, None] & image[None, :]

@@ -23,6 +23,7 @@ import torch
 from conftest import IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, VOCAB_SIZE, make_llava
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from naive_families import naive_read
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -97,11 +98,13 @@ def naive_states(
         return h.index_copy(0, text, block(layer, h[text], place[text], seen, place))
 
     def text_reading_latent(layer: nn.Module, h: Tensor, index: int) -> Tensor:
-        """Keys and values of every k-th image token come from the latent."""
-        stride = dpvr.latent_stride if index else 1
-        read = image[::stride]
-        latents = _linear(latent.reduce, out_image / out_image.pow(2).mean(-1, keepdim=True) ** 0.5)
-        latents = latents[::stride]
+        """Keys and values of the image tokens that are read come from the latent."""
+        chosen = list(range(len(image)))
+        if index > 0:
+            chosen = naive_read(image.tolist(), out_image.detach(), dpvr.latent_stride, dpvr.latent_score)
+        read = image[chosen]
+        latents = _linear(latent.reduce, out_image / (out_image.pow(2).mean(-1, keepdim=True) + 1e-12) ** 0.5)
+        latents = latents[chosen]
         maps = latent.keys[str(index)], latent.values[str(index)]
         context = torch.cat([read, text]).sort().values
         at = torch.searchsorted(context, read)
@@ -350,4 +353,6 @@ def plans(draw: st.DrawFn) -> dict[str, object]:
             "latent_side_layers": draw(st.integers(0, 2)),
             "latent_stride": draw(st.integers(1, 3)),
         }
+        if fields["latent_stride"] > 1:
+            fields["latent_score"] = draw(st.sampled_from([None, "norm", "distance"]))
     return fields

@@ -25,6 +25,7 @@ VARIANTS = [
     {"fusion_layers": [2]},
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0, "latent_stride": 3},
+    {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_stride": 2, "latent_score": "norm"},
 ]
 COUNTED = [  # kinds of the latent, beside the variants
     {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0},
@@ -210,11 +211,19 @@ def pieces_of_prompts(draw: st.DrawFn) -> list[Prompts]:
 def test_a_prompt_given_in_pieces_is_the_naive_algorithm_on_the_whole(
     plan: dict[str, object], pieces: list[Prompts], attention: str
 ) -> None:
-    model = make_dpvr(attention=attention, **plan)
+    model = make_dpvr(attention=attention, **plan | {"latent_score": None})  # which chooses piece by piece
     assert_cached_logits_are_naive(model, pieces, forward_in_pieces(model, pieces))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("score", ["norm", "distance"])
+@torch.no_grad()
+def test_pictures_are_chosen_from_one_by_one_so_pieces_that_end_behind_them_change_nothing(score: str) -> None:
+    model = make_dpvr(routing="latent", latent_rank=8, latent_split_layer=1, latent_stride=2, latent_score=score)
+    pieces = [Prompts([[1, 2]]), Prompts([[1, 0, 2]]), Prompts([[3]])]  # no two pictures without text between them
+    assert_cached_logits_are_naive(model, pieces, forward_in_pieces(model, pieces))
+
+
+@pytest.mark.parametrize("variant", [one for one in VARIANTS if "latent_score" not in one], ids=str)
 @pytest.mark.parametrize("cut", [[[[1, 0]], [[2]]], [[[0, 0]], [[2]]], [[[2]], [[1, 0]], [[0, 1]]]], ids=str)
 @torch.no_grad()
 def test_a_piece_may_end_with_an_image_or_hold_nothing_else(cut: list, variant: dict[str, object]) -> None:

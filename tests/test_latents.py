@@ -51,9 +51,10 @@ def test_every_latent_is_followed_by_what_costs_no_more(with_latent, tmp_path, c
 def test_a_repository_without_a_latent_and_a_fit_of_no_numbers_are_refused(random_mini):
     with pytest.raises(ValueError, match="has no latent: name a repository with one"):
         main(parse_args(["--model", random_mini]))
-    with pytest.raises(ValueError, match="--fit takes split:rank or split:rank:stride, such as 0:24, not '3'"):
+    with pytest.raises(ValueError, match="--fit takes split:rank, .* such as 0:24:4:norm, not '3'"):
         fit_fields("3")
-    assert fit_fields("1:24:2")["latent_stride"] == 2
+    assert fit_fields("1:24:2")["latent_stride"] == 2 and fit_fields("1:24:2")["latent_score"] is None
+    assert fit_fields("1:24:4:norm")["latent_score"] == "norm"
 
 
 def test_of_the_plans_that_were_tried_the_nearest_within_the_cost_is_compared(tmp_path):

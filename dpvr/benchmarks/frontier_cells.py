@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from configuration_dpvr import make_plan
+from configuration_dpvr import LATENT_SCORES, make_plan
 from costs_dpvr import prefill_flops
 from dpvr.benchmarks.cells import PRUNING, RANKS, RATES, SEEDS, SPLIT, VANILLA, Cell, Fields, GridCosts, Row, late
 
@@ -28,6 +28,7 @@ ROWS = 1200  # pictures that a latent is fitted on
 FEW_ROWS = (10, 30, 100, 300, 1000)
 SWEPT_RANKS, SWEPT_SPLITS = (16, 24, 32, 48, 64, 96), (0, 1, 2, 4)
 STRIDES = (2, 4)  # half and a quarter of the image tokens
+SCORES = ({}, *({"latent_score": score} for score in LATENT_SCORES))
 SIDE_BUDGETS = (0.45, 0.35)  # at which a side layer before the latent is affordable
 DISTILLED_BUDGETS = (0.40, 0.30)
 
@@ -138,10 +139,11 @@ class FrontierGrid:
         return rows
 
     def reduction(self) -> list[Row]:
+        rules = [{}, *({"latent_stride": stride, **score} for stride in STRIDES for score in SCORES)]
         return [
-            Row(f"split {split}, every {stride}", list(self.fitted(latent(split, ENOUGH, latent_stride=stride))))
+            Row(_reduced(split, rule), list(self.fitted(latent(split, ENOUGH, **rule))))
             for split in (1, 0)
-            for stride in (1, *STRIDES)
+            for rule in rules
         ]
 
     def fitted(self, fields: Fields, rows: int = ROWS) -> Iterator[Cell]:
@@ -151,3 +153,9 @@ class FrontierGrid:
 
 def latent(split: int, rank: int, **fields: Any) -> Fields:
     return {"routing": "latent", "latent_rank": rank, "latent_split_layer": split, **fields}
+
+
+def _reduced(split: int, rule: Fields) -> str:
+    score, stride = rule.get("latent_score"), rule.get("latent_stride", 1)
+    which = f"every {stride}" if score is None else f"1/{stride} by {score}"
+    return f"split {split}, {'all' if stride == 1 else which}"

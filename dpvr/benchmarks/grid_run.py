@@ -163,7 +163,7 @@ def load(cell: Cell, folder: Path, base: str) -> LlavaForConditionalGeneration:
     if cell.fields["routing"] == "latent":
         model = DpvrLlavaForConditionalGeneration.from_pretrained(base, routing="latent")
         if cell.fit_rows:
-            usual = {"latent_layers": None, "latent_side_layers": 0, "latent_stride": 1}
+            usual = {"latent_layers": None, "latent_side_layers": 0, "latent_stride": 1, "latent_score": None}
             fields = {name: value for name, value in cell.fields.items() if name != "routing"}
             fit_new(model, load_processor(base), usual | fields, cell.fit_rows, cell.seed)
         return model.eval()

@@ -21,7 +21,12 @@ from dpvr.command_line import Parser, at_least, run
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model", default=".", help="a DPVR repository with a latent (id or path)")
-    parser.add_argument("--fit", nargs="*", default=[], help="latents to fit, as split:rank or split:rank:stride")
+    parser.add_argument(
+        "--fit",
+        nargs="*",
+        default=[],
+        help="latents to fit, as split:rank, split:rank:stride or split:rank:stride:score",
+    )
     parser.add_argument("--fit_rows", type=at_least(1), default=400, help="pictures of the train split to fit on")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="of the questions")
     parser.add_argument("--limit", type=at_least(2), default=500, help="questions of each task")

@@ -65,16 +65,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fit_fields(text: str) -> Fields:
-    """Fields of a latent from "split:rank" or "split:rank:stride".
+    """Fields of a latent from "split:rank", "split:rank:stride" or "split:rank:stride:score".
 
     Raises:
         ValueError: for another text.
     """
-    parts = text.split(":")
-    if len(parts) not in (2, 3) or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--fit takes split:rank or split:rank:stride, such as 0:24, not {text!r}.")
-    split, rank, stride = (*map(int, parts), 1)[:3]
-    fields = {"latent_split_layer": split, "latent_rank": rank, "latent_stride": stride}
+    *numbers, score = text.split(":") if text.count(":") == 3 else [*text.split(":"), None]
+    if len(numbers) not in (2, 3) or not all(part.isdecimal() for part in numbers):
+        raise ValueError(f"--fit takes split:rank, with :stride and :score behind, such as 0:24:4:norm, not {text!r}.")
+    split, rank, stride = (*map(int, numbers), 1)[:3]
+    fields = {"latent_split_layer": split, "latent_rank": rank, "latent_stride": stride, "latent_score": score}
     return {**fields, "latent_layers": None, "latent_side_layers": 0}
 
 
@@ -82,7 +82,7 @@ def latents(
     model: Model, processor: ProcessorMixin, wanted: list[Fields], args: argparse.Namespace
 ) -> Iterator[tuple[str, Fields]]:
     """Give the model each latent in turn, its own first; yields the name and the fields."""
-    names = ("latent_split_layer", "latent_rank", "latent_side_layers", "latent_stride")
+    names = ("latent_split_layer", "latent_rank", "latent_side_layers", "latent_stride", "latent_score")
     for number, fields in enumerate([None, *wanted]):
         if fields is None:
             model.set_routing("latent")

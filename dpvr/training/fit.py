@@ -48,6 +48,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--latent_stride", type=at_least(1), default=1, help="read only every k-th image token")
     parser.add_argument(
+        "--latent_score", choices=("norm", "distance"), help="read those that stand out, not every k-th"
+    )
+    parser.add_argument(
         "--tolerance", type=float, default=0.02, help="how much less a rank may explain than the full one, for auto"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/latent"), help="a new folder")

@@ -25,6 +25,7 @@ from generation_dpvr import IGNORED_LABEL
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 
+LATENT_OPTIONS = ("latent_side_layers", "latent_layers", "latent_stride", "latent_score")
 AUTO = "auto"  # of --latent_rank
 SHOWN_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
@@ -56,7 +57,7 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
         "data": without_folders(args.data),
         "plan": str(target.plan),
         **{name: vars(args)[name] for name in ("num_samples", "eval_samples", "split_layer", "dtype", "seed")},
-        **{name: vars(args)[name] for name in ("latent_side_layers", "latent_layers", "latent_stride")},
+        **{name: vars(args)[name] for name in LATENT_OPTIONS},
         "latent_rank": rank,
         "image_tokens_fitted": fitted.count,
         "moments_bytes": moments_bytes(fitted),
@@ -75,7 +76,7 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
 def with_latent(base: PreTrainedModel, args: argparse.Namespace, rank: int) -> PreTrainedModel | PeftModel:
     """The base with a new latent: in a DPVR model its own, in any other model an adapter's."""
     fields = {"latent_rank": rank, "latent_split_layer": args.split_layer, "routing": "latent"}
-    fields |= {name: vars(args)[name] for name in ("latent_side_layers", "latent_layers", "latent_stride")}
+    fields |= {name: vars(args)[name] for name in LATENT_OPTIONS}
     if not isinstance(base, DpvrLlavaForConditionalGeneration):
         return get_peft_model(base, DpvrConfig(**fields, split_layer=max(1, args.split_layer))).eval()
     base.new_latent(**fields)

@@ -63,6 +63,9 @@ class MethodOptions:
     )
     latent_side_layers: int | None = field(default=None, metadata={"help": "Decoder layers before the latent."})
     latent_stride: int | None = field(default=None, metadata={"help": "Only every k-th image token is read."})
+    latent_score: str | None = field(
+        default=None, metadata={"help": "norm or distance: those that stand out are read, not every k-th."}
+    )
     fit_rows: int = field(
         default=400,
         metadata={"help": "Rows on whose pictures a latent is fitted, in closed form, before it is trained."},

@@ -83,6 +83,11 @@ FIELDS = {  # fields of a config -> what is said
         "latent_side_layers is 1000000",
     ),
     "a stride of 0": ({"routing": "latent", "latent_rank": 4, "latent_stride": 0}, "latent_stride 0"),
+    "a score of all": ({"routing": "latent", "latent_rank": 4, "latent_score": "norm"}, "latent_stride from 2 on"),
+    "an unknown score": (
+        {"routing": "latent", "latent_rank": 4, "latent_stride": 2, "latent_score": "size"},
+        "choose norm or distance",
+    ),
     "a latent layer below the split": (
         {"routing": "latent", "latent_rank": 4, "latent_layers": [0]},
         r"latent_layers is \[0\]",
