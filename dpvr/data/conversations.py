@@ -4,9 +4,10 @@
                                             +--> turns and marks --> pictures decode --> Conversations(rows, bad_rows)
     LLaVA's JSON     image, conversations --+
 
-Pictures stand in front of the first question, as in the chat template. They are decoded once for the check and again
-when a row is used; in between a row holds paths or encoded bytes. A bad row stops the reading, or with
-`skip_bad_rows` it is left out, reported and kept in `bad_rows`.
+A data set may have a column teacher_images too: the same pictures as the base knows them, which it is shown in place
+of images when a side branch or a latent learns from it. Pictures stand in front of the first question, as in the chat
+template. They are decoded once for the check and again when a row is used; in between a row holds paths or encoded
+bytes. A bad row stops the reading, or with `skip_bad_rows` it is left out, reported and kept in `bad_rows`.
 
     rows, bad_rows = load_conversations("llava_v1_5_mix665k.json", image_folder="images")
     rows, bad_rows = load_conversations("outputs/train", skip_bad_rows=True)  # what minibench.export writes
@@ -53,6 +54,7 @@ FEATURES = Features(
         "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
     }
 )
+TEACHER_IMAGES = "teacher_images"
 LISTED = 20
 KINDS = {dict: "dictionary", list: "list", str: "string"}
 BATCH = 1000  # rows held as Python objects before they become Arrow
@@ -75,12 +77,16 @@ class _BadRow(Exception):
 
 
 class _Source(NamedTuple):
-    """`rows()` starts the raw rows anew, `read` checks one and turns it into TRL's, `table` holds a data set's."""
+    """`rows()` starts the raw rows anew, `read` checks one and turns it into TRL's, `table` holds a data set's.
+
+    `pictures` are the columns of pictures.
+    """
 
     name: str
     rows: Callable[[], Iterable[Any]]
     read: Callable[[Any], Row]
     table: Dataset | IterableDataset | None = None
+    pictures: tuple[str, ...] = ("images",)
 
 
 def load_conversations(
@@ -96,7 +102,8 @@ def load_conversations(
 
     Args:
         data: a Hub id or a folder that `load_dataset` or `load_from_disk` reads, with the columns images and messages
-            (content as parts or as a string), or LLaVA's rows in a .json (one list) or .jsonl (one row a line) file.
+            (content as parts or as a string) and perhaps teacher_images, or LLaVA's rows in a .json (one list) or
+            .jsonl (one row a line) file.
         split: of a data set; a JSON file has only one.
         image_folder: what the names in a JSON file are relative to; no picture outside of it is opened.
         skip_bad_rows: leave bad rows out and warn, in place of raising.
@@ -115,7 +122,9 @@ def load_conversations(
     bad_rows: dict[int, str] = {}
     if not streaming:
         return Conversations(_read_all(source, bad_rows, skip_bad_rows), bad_rows)
-    rows = IterableDataset.from_generator(partial(_read_on, source, bad_rows, skip_bad_rows), features=FEATURES)
+    rows = IterableDataset.from_generator(
+        partial(_read_on, source, bad_rows, skip_bad_rows), features=_features(source.pictures)
+    )
     rows.info.description = f"{data}, {os.path.getsize(data)} bytes" if is_json else f"{data}, split {split}"
     return Conversations(rows, bad_rows)
 
@@ -129,9 +138,9 @@ def data_fingerprint(rows: Dataset | IterableDataset) -> str:
     """
     if isinstance(rows, IterableDataset):
         return hashlib.sha256(rows.info.description.encode()).hexdigest()[:16]
-    digest = hashlib.sha256()
-    for row in _raw_rows(rows.select_columns(list(FEATURES))):
-        pictures = [_identify(picture) for picture in row["images"]]
+    digest, pictures_in = hashlib.sha256(), [name for name in ("images", TEACHER_IMAGES) if name in rows.column_names]
+    for row in _raw_rows(rows.select_columns([*pictures_in, "messages"])):
+        pictures = [_identify(picture) for name in pictures_in for picture in row[name]]
         digest.update(json.dumps([pictures, row["messages"]], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -202,8 +211,18 @@ def _open_dataset(data: str, split: str, image_folder: str | None, streaming: bo
             f"{data!r} has the columns {dict(features)}, and training needs images, {IMAGES}, and "
             "messages: rename and cast the columns, or give LLaVA's JSON file and its image_folder."
         )
-    table = table.select_columns(list(FEATURES))
-    return _Source(data, partial(_raw_rows, table), _from_messages, table)
+    pictures = ("images", TEACHER_IMAGES) if TEACHER_IMAGES in features else ("images",)
+    if features[pictures[-1]] != IMAGES:
+        raise ValueError(
+            f"{data!r} has {TEACHER_IMAGES} of the type {features[TEACHER_IMAGES]}, and {IMAGES} is needed: cast or "
+            "drop the column."
+        )
+    table = table.select_columns([*pictures, "messages"])
+    return _Source(data, partial(_raw_rows, table), _from_messages, table, pictures)
+
+
+def _features(pictures: tuple[str, ...]) -> Features:
+    return Features({name: FEATURES.get(name, FEATURES["images"]) for name in (*pictures, "messages")})
 
 
 def _raw_rows(table: Dataset | IterableDataset) -> Iterator[Row]:
@@ -229,8 +248,10 @@ def _read_all(source: _Source, bad_rows: dict[int, str], skip_bad_rows: bool) ->
     report_bad_rows(source.name, bad_rows, total, skip_bad_rows)
     table = concatenate_datasets(batches)
     if source.table is not None:
-        table = concatenate_datasets([source.table.select_columns("images"), table], axis=1)
-    table = Dataset(table.data, info=DatasetInfo(features=FEATURES))  # the same storage, read by `Picture`
+        table = concatenate_datasets([source.table.select_columns(list(source.pictures)), table], axis=1)
+    table = Dataset(
+        table.data, info=DatasetInfo(features=_features(source.pictures))
+    )  # the same storage, read by `Picture`
     return table.select([index for index in range(total) if index not in bad_rows]) if bad_rows else table
 
 
@@ -300,7 +321,21 @@ def _from_messages(row: Row, inside: str | None = None) -> Row:
     if first is not None and isinstance(raw[first]["content"], str) and not marked:
         messages[first]["content"] = [PICTURE] * len(images) + messages[first]["content"]
     _check_conversation(messages, len(images))
-    return {"images": [_check_picture(picture, inside) for picture in images], "messages": messages}
+    checked = {"images": [_check_picture(picture, inside) for picture in images]}
+    if TEACHER_IMAGES in row:
+        teacher = _typed(row[TEACHER_IMAGES], list, TEACHER_IMAGES)
+        checked[TEACHER_IMAGES] = [_check_picture(picture, inside) for picture in teacher]
+        sizes = [[_size(picture) for picture in pictures] for pictures in checked.values()]
+        if sizes[0] != sizes[1]:
+            raise _BadRow(
+                f"its images have the sizes {sizes[0]} and its {TEACHER_IMAGES} {sizes[1]}: the base must see as "
+                "many pictures, of the same sizes"
+            )
+    return {**checked, "messages": messages}
+
+
+def _size(picture: Row) -> tuple[int, int]:
+    return Picture().decode_example(picture).size
 
 
 def _message(speaker: Any, content: Any, roles: dict[str, str]) -> Row:

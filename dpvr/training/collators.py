@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from dpvr.data.conversations import Row
+from dpvr.data.conversations import TEACHER_IMAGES, Row
 from dpvr.data.pictures import to_rgb
 from dpvr.data.prompts import TEACHER
 from dpvr.data.templates import Messages, reply_spans, tokenized
@@ -22,7 +22,6 @@ from dpvr.models import plan_of
 from generation_dpvr import IGNORED_LABEL
 from images_dpvr import mark_ids
 
-TEACHER_IMAGES = "teacher_images"
 Collate = Callable[[list[Row]], dict[str, torch.Tensor]]
 
 

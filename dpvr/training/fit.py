@@ -5,6 +5,8 @@ rows with pictures --> one forward of the base each --> moments --> least square
 rows that were not fitted on --> OUTPUT_DIR/fit.json                   for any other vision-language model
     how much of every layer's keys and values is explained, by rank; and how many answers are the base's
 
+What was read is saved every ten minutes: the same command goes on where a killed one stopped.
+
 python -m dpvr.training.fit --split_layer 1 --latent_rank 64                                    # dpvr-mini
 python -m dpvr.training.fit --split_layer 1 --latent_rank auto                                  # and its rank
 python -m dpvr.training.fit --model Qwen/Qwen3-VL-2B-Instruct --data rows.jsonl --split_layer 4 --latent_rank 512

@@ -20,6 +20,7 @@ from dpvr.analysis.probe_samples import MINIBENCH, load_rows
 from dpvr.data.prompts import AnsweredPrompts, Batch, in_batches
 from dpvr.models import as_base, load_model
 from dpvr.record import publish, run_record, without_folders
+from dpvr.training.fit_progress import NAME, check_folder, collect_on
 from dpvr.training.latent_fit import Moments, Solution, Target, collect, solve
 from generation_dpvr import IGNORED_LABEL
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -32,15 +33,14 @@ SHOWN_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 def fit(args: argparse.Namespace) -> dict[str, Any]:
     """Fit, report and save; the document of fit.json."""
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise ValueError(f"The folder {str(args.output_dir)!r} is not empty: choose a new one with --output_dir.")
+    check_folder(args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(args.model)
     base = load_model(args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa").eval().to(args.device)
     width = base.config.get_text_config().hidden_size
     model = with_latent(base, args, width if args.latent_rank == AUTO else args.latent_rank)
     target = Target.of(model)
-    fitted = collect(target, batches(args, processor, 0, args.num_samples, "Fitting"))
+    fitted = collect_on(target, lambda first, count: batches(args, processor, first, count, "Fitting"), args)
     solution = solve(fitted)
     held_out = collect(target, batches(args, processor, args.num_samples, args.eval_samples, "Measuring"))
     ranks = [rank for rank in SHOWN_RANKS if rank < width] + [width]
@@ -68,6 +68,7 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
     }
     save(model, processor, args)
     publish(document, args.output_dir / "fit.json")
+    (args.output_dir / NAME).unlink(missing_ok=True)
     print("\n".join(table(document)))
     publish(document, None, args.json)
     return document

@@ -1,0 +1,136 @@
+"""The frontier's tables and its figure: what answers are kept at how much of the prefill, on the same test questions.
+
+results/frontier/ --Results--> frontier, reduction, rows, ranks      blocks of docs/latent.md
+                          --> docs/accuracy_by_cost.png             for the front page
+"""
+
+import gzip
+import json
+from itertools import chain
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dpvr.reports.accuracy import points
+from dpvr.reports.claims import NOT_MEASURED
+from dpvr.reports.documents import COVERED, table
+from dpvr.reports.grid_results import Measured, Results
+from dpvr.reports.latents import made_on
+from minibench.tasks import TASKS
+
+HEADINGS = ["", "prefill FLOPs", "mean, %", "minus vanilla (95%)", "replies equal", "seeds"]
+TABLES = ("frontier", "reduction", "rows", "ranks")
+KINDS = {  # of rows, by what their names hold, the first that fits: colour (Okabe and Ito), marker
+    "vanilla": ("#000000", "*"),
+    "latent": ("#0072B2", "o"),
+    "kv_substitution": ("#009E73", "v"),
+    "persistent_context": ("#009E73", "v"),
+    "late_fusion": ("#D55E00", "s"),
+    "fastv": ("#E69F00", "P"),
+    "random_pruning": ("#CC79A7", "X"),
+    "vtw": ("#999999", "^"),
+    "lora": ("#56B4E9", "D"),
+    "full": ("#56B4E9", "D"),
+}
+LEGEND = {
+    "vanilla": "vanilla",
+    "latent": "latent (docs/latent.md)",
+    "late_fusion": "late fusion, the paper's",
+    "kv_substitution": "DPVR-KV",
+    "fastv": "FastV",
+    "random_pruning": "random pruning",
+    "vtw": "text only (VTW)",
+    "lora": "LoRA, all weights",
+}
+
+
+def blocks(results: Path) -> dict[str, str]:
+    """{block: text} of docs/latent.md."""
+    grid = Results(results / "frontier")
+    replies = {name: _replies(results / "frontier", name) for name in grid.measured}
+    return {name: _render(grid, name, replies) for name in TABLES}
+
+
+def _render(grid: Results, name: str, replies: dict[str, list[str]]) -> str:
+    """A row per model that was measured, and below what was asked and which rows are still to be."""
+    vanilla = grid.row("frontier", "vanilla")
+    measured = [row for row in grid.tables[name] if row.cells]
+    rows = [_row(row, vanilla, replies) for row in measured]
+    missing = [row.name for row in grid.tables[name] if row.planned and not row.cells]
+    none = [row.name for row in grid.tables[name] if not row.planned]
+    lines = [*table(HEADINGS, rows), "", _note(grid, measured)]
+    if missing:
+        lines += ["", f"{NOT_MEASURED.capitalize()}: {'; '.join(missing)}."]
+    if none:
+        lines += ["", f"Nothing fits these budgets: {'; '.join(none)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(row: Measured, vanilla: Measured, replies: dict[str, list[str]]) -> list[str]:
+    base = replies[vanilla.cells[0]["name"]]
+    shares = [sum(map(str.__eq__, replies[cell["name"]], base)) / len(base) for cell in row.cells]
+    return [
+        row.name,
+        f"{row.flops:.3f}",
+        f"{100 * row.mean:.1f}",
+        "" if row is vanilla else points(row.minus(vanilla)),
+        f"{sum(shares) / len(shares):.1%}",
+        str(len(row.cells)) if len(row.planned) > 1 else "",
+    ]
+
+
+def _note(grid: Results, measured: list[Measured]) -> str:
+    first = measured[0].cells[0]
+    image, text = (grid.prompt[name] for name in ("image_tokens", "text_tokens"))
+    return (
+        f"dpvr-mini, {grid.settings['limit']} questions of each of the {len(TASKS)} tasks, test split, the same for "
+        f"all rows; rows with several seeds are their means. {COVERED} Prefill FLOPs of a prompt of {image} image and "
+        f"{text} text tokens, as a share of vanilla's whose last layer has one query too. `python -m "
+        f"dpvr.benchmarks.grid --grid frontier --limit {grid.settings['limit']}`, {made_on(first)}."
+    )
+
+
+def _replies(folder: Path, name: str) -> list[str]:
+    texts = json.loads(gzip.decompress((folder / "cells" / f"{name}.replies.json.gz").read_bytes()))
+    return list(chain.from_iterable(texts))
+
+
+def draw(results: Path, docs: Path) -> list[Path]:
+    """Write accuracy_by_cost.png, and return it."""
+    grid = Results(results / "frontier")
+    figure = Figure(figsize=(9, 4.8), facecolor="white", layout="constrained")
+    axis, vanilla = figure.subplots(), grid.row("frontier", "vanilla")
+    for row in (row for name in ("frontier", "reduction") for row in grid.tables[name] if row.cells):
+        _point(axis, row, vanilla)
+    axis.axhline(100 * vanilla.mean, color="black", linestyle=":", linewidth=1)
+    axis.grid(alpha=0.3)
+    axis.set(xlabel="prefill FLOPs, share of vanilla's", ylabel="accuracy, mean of eight tasks, %")
+    axis.set_title("dpvr-mini on MiniBench; bars: 95% interval of the difference to vanilla", fontsize="medium")
+    handles = [
+        axis.scatter([], [], color=KINDS[kind][0], marker=KINDS[kind][1], label=LEGEND[kind]) for kind in LEGEND
+    ]
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    path = docs / "accuracy_by_cost.png"
+    figure.savefig(path, dpi=150)
+    return [path]
+
+
+def kind_of(row: Measured) -> str:
+    name = "latent" if row.cells[0]["cell"]["fields"]["routing"] == "latent" else row.name
+    return next(kind for kind in KINDS if kind in name)
+
+
+def _point(axis: Axes, row: Measured, vanilla: Measured) -> None:
+    colour, marker = KINDS[kind_of(row)]
+    estimate, low, _ = row.minus(vanilla)
+    axis.errorbar(
+        row.flops,
+        100 * row.mean,
+        yerr=None if row is vanilla else 100 * (estimate - low),
+        fmt=marker,
+        color=colour,
+        markersize=11 if row is vanilla else 6,
+        zorder=3 if kind_of(row) in ("vanilla", "latent") else 2,
+        elinewidth=0.6,
+    )
