@@ -1,12 +1,12 @@
 """Which block stands in which document, and where the figures go.
 
-results/ --> mini, latency, accuracy, families, latents, front: {block: text} --> documents.fill
-         --> pareto, latency_figures: pictures
+results/ --> mini, latency, accuracy, families, latents, frontier, front: {block: text} --> documents.fill
+         --> pareto, frontier, latency_figures: pictures
 """
 
 from pathlib import Path
 
-from dpvr.reports import accuracy, latency, latency_figures, latents, mini, pareto
+from dpvr.reports import accuracy, frontier, latency, latency_figures, latents, mini, pareto
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
@@ -28,6 +28,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "accuracy": latents.render_accuracy(results),
             "adapted": latents.render_adapted(results),
             "shapes": latents.render_shapes(results),
+            **frontier.blocks(results),
         },
         "docs/training.md": {"training": mini.render_training(results)},
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
@@ -40,6 +41,6 @@ def draw(results: Path, docs: Path) -> list[Path]:
     grid = Results(results / "minibench")
     return [
         *pareto.draw(grid, results / "minibench"),
-        *pareto.draw_by_cost(grid, docs),
+        *frontier.draw(results, docs),
         *latency_figures.draw(results, docs),
     ]

@@ -1,7 +1,6 @@
 """The paper's Figure 1 at mini scale: accuracy by prefill FLOPs, and by trained parameters.
 
     pareto.png, pareto.svg     both, for docs/accuracy.md
-    accuracy_by_cost.png       the first, for the front page
 
 Bars are paired 95 % intervals of the difference to vanilla, which is asked the same questions.
 """
@@ -27,7 +26,6 @@ COLOURS = {  # Okabe and Ito
     "random pruning": "#CC79A7",
     "LoRA, all weights": "#56B4E9",
 }
-LABEL_WIDTH = 0.13  # of a plan's name, on the axis of prefill FLOPs
 MARKERS = dict(zip(COLOURS, "*osDv^PX", strict=True))
 
 
@@ -74,49 +72,6 @@ def draw(results: Results, folder: Path) -> list[Path]:
     with rc_context({"svg.hashsalt": "pareto"}):  # the same file for the same results
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
-
-
-def draw_by_cost(results: Results, folder: Path) -> list[Path]:
-    """Write accuracy_by_cost.png for the front page, and return it: the first panel, with the trained plans named."""
-    vanilla = results.vanilla
-    if vanilla is None:
-        return []
-    figure = Figure(figsize=(9, 4.8), facecolor="white", layout="constrained")
-    axis = figure.subplots()
-    _by_cost(axis, results, vanilla)
-    axis.set_title("dpvr-mini on MiniBench; bars: 95% interval of the difference to vanilla", fontsize="medium")
-    _name_plans(axis, results)
-    filled = [Line2D([], [], marker="o", linestyle="", color="0.4", markerfacecolor=face) for face in ("0.4", "white")]
-    labels = [*COLOURS, "filled: trained", "hollow: not trained"]
-    figure.legend([*_legend(), *filled], labels, loc="outside right center", frameon=False)
-    path = folder / "accuracy_by_cost.png"
-    figure.savefig(path, dpi=150)
-    return [path]
-
-
-def _name_plans(axis: Axes, results: Results) -> None:
-    """The split and the reading layers of the frontier's trained plans, in a line above all points."""
-    plans = [row for row in rows(results, ["frontier"]) if row.name.endswith(" plan")]
-    height = axis.get_ylim()[1] + 3
-    axis.set_ylim(top=height + 5)
-    place = 2.0
-    for row in sorted(plans, key=lambda row: -row.flops):
-        place = min(row.flops, place - LABEL_WIDTH)
-        axis.annotate(
-            _describe(row.cells[0]["cell"]["fields"]),
-            (row.flops, 100 * row.mean),
-            (place, height),
-            arrowprops={"arrowstyle": "-", "color": "0.5", "shrinkB": 4},
-            fontsize="small",
-            ha="center",
-        )
-
-
-def _describe(fields: dict[str, Any]) -> str:
-    layers = fields["fusion_layers"]
-    in_a_row = layers[-1] - layers[0] == len(layers) - 1 > 0
-    named = f"{layers[0]} to {layers[-1]}" if in_a_row else ", ".join(map(str, layers))
-    return f"split {fields['split_layer']}, reads in\n{named}"
 
 
 def _by_cost(axis: Axes, results: Results, vanilla: Measured) -> None:
