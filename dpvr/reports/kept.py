@@ -3,8 +3,9 @@
 claims.json --each: document, text, numbers {as written: source}--> recomputed, compared --+
 documents   --their numbers (prose.py), less those of claims-------------------------------+--> what does not hold
 
-A number that was not measured here has a claim too, with "given" in place of "numbers": which kind of number it is, and
-where it stands. `python -m dpvr.reports` prints what does not hold; tests/test_claims.py fails on it.
+A number that was not measured here has a claim too, with "given" in place of "numbers", or of one number's source:
+which kind of number it is, and where it stands. `python -m dpvr.reports` prints what does not hold, and
+tests/test_claims.py fails on it.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ FIELDS = {"document", "text"}
 
 
 class Claim(NamedTuple):
-    """A fragment of a document that stands in it once, and the sources of its numbers or what kind of numbers they are."""
+    """A fragment of a document that stands in it once, and the sources of its numbers or their kind."""
 
     document: str
     text: str
@@ -53,7 +54,7 @@ def is_given(source: Any) -> bool:
 
 def documents(root: Path) -> list[str]:
     pages = (path.relative_to(root).as_posix() for path in sorted((root / "docs").glob("*.md")))
-    return ["README.md", "CONTRIBUTING.md", *pages, *APP]
+    return [document for document in ("README.md", "CONTRIBUTING.md", *pages, *APP) if (root / document).exists()]
 
 
 def problems(root: Path) -> list[str]:
@@ -98,7 +99,8 @@ def unclaimed(claims: list[Claim], prose: str) -> list[str]:
         )
 
     return [
-        f"{number.written} has no claim in results/claims.json: ...{prose[max(0, number.start - 60) : number.start + 40]}..."
+        f"{number.written} has no claim in results/claims.json: "
+        f"...{prose[max(0, number.start - 60) : number.start + 40]}..."
         for number in unrecognised(prose)
         if not stands(number)
     ]

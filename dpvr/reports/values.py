@@ -4,8 +4,8 @@
     {"ratio": [SOURCE, SOURCE]}                  arithmetic on sources (ARITHMETIC)
     {"grid": ["table2", "late_fusion"]}          what is counted or averaged first (COUNTED)
 
-A step of a path is a key, a place in a list ("-1"), "*" for everything in it, or "method=fastv&batch_size=4" for the one
-row with these values.
+A step of a path is a key, a place in a list ("-1"), "*" for everything in it, or "method=fastv&batch_size=4" for the
+one row with these values.
 """
 
 import importlib
@@ -20,8 +20,10 @@ from typing import Any
 from safetensors import safe_open
 
 from dpvr.cost_table import Model, load_config, make_model, row
+from dpvr.reports.claims import weak_spot
 from dpvr.reports.documents import read
 from dpvr.reports.grid_results import Measured, Results
+from minibench.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "configs" / "shapes"
@@ -103,8 +105,14 @@ def grid_flops(results: Path, row: list[str]) -> float:
 
 
 def grid_difference(results: Path, rows: list[str]) -> list[float]:
-    """First row minus second, [table, row, table, row], and the limits of the paired 95% interval."""
-    return list(_row(results, *rows[:2]).minus(_row(results, *rows[2:])))
+    """First row minus second, [table, row, table, row, then tasks if not all], and the paired 95% interval's limits."""
+    return list(_row(results, *rows[:2]).minus(_row(results, *rows[2:4]), tuple(rows[4:]) or TASKS))
+
+
+def weak_spot_of_late_fusion(results: Path, _: Any) -> list[float]:
+    """What late fusion loses on multi_image, less what it loses elsewhere, with its interval's limits."""
+    compared = weak_spot(_row(results, "table2", "late_fusion"), _row(results, "table2", "vanilla"))
+    return list(compared.interval)
 
 
 def _row(results: Path, table: str, name: str) -> Measured:
@@ -123,13 +131,15 @@ def counted(_: Path, wanted: dict[str, Any]) -> int:
     """What `python -m dpvr.costs` counts at the shape of a real model.
 
     Args:
-        wanted: "shape", a file of configs/shapes; "plan", fields of a plan; "tokens", image and text tokens (576 and 128);
-            "what", prefill_flops, kv_bytes, trained_parameters or parameters; with "short" vanilla's last layer has one
-            query, too.
+        wanted: "shape", a file of configs/shapes; "plan", fields of a plan; "tokens", image and text tokens (576 and
+            128); "what", prefill_flops, kv_bytes, trained_parameters or parameters; with "short" vanilla's last layer
+            has one query, too.
     """
     model, what = _shape(wanted["shape"]), wanted.get("what", "prefill_flops")
     image_tokens, text_tokens = wanted.get("tokens", (576, 128))
-    args = Namespace(image_tokens=image_tokens, text_tokens=text_tokens, dtype="bfloat16", short_vanilla="short" in wanted)
+    args = Namespace(
+        image_tokens=image_tokens, text_tokens=text_tokens, dtype="bfloat16", short_vanilla="short" in wanted
+    )
     return model.num_parameters if what == "parameters" else row(model, wanted["plan"], args)[what]
 
 
@@ -160,6 +170,7 @@ COUNTED: dict[str, Callable[[Path, Any], Any]] = {
     "grid": grid_mean,
     "grid_flops": grid_flops,
     "grid_difference": grid_difference,
+    "weak_spot": weak_spot_of_late_fusion,
     "counted": counted,
     "counted_share": counted_share,
     "weights": weights,

@@ -6,6 +6,7 @@ load --> collect(fitted rows) --> solve --> choose the rank --> write into the m
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -38,9 +39,11 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
     base = load_model(args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa").eval().to(args.device)
     width = base.config.get_text_config().hidden_size
     model = with_latent(base, args, width if args.latent_rank == AUTO else args.latent_rank)
-    target = Target.of(model)
+    target, start = Target.of(model), time.perf_counter()
     fitted = collect(target, batches(args, processor, 0, args.num_samples, "Fitting"))
+    forwards, start = time.perf_counter() - start, time.perf_counter()
     solution = solve(fitted)
+    seconds = {"forwards": forwards, "solution": time.perf_counter() - start}
     held_out = collect(target, batches(args, processor, args.num_samples, args.eval_samples, "Measuring"))
     ranks = [rank for rank in SHOWN_RANKS if rank < width] + [width]
     by_rank = {rank: mean_explained(solution, held_out, rank) for rank in ranks}
@@ -60,6 +63,7 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
         "latent_rank": rank,
         "image_tokens_fitted": fitted.count,
         "moments_bytes": moments_bytes(fitted),
+        "seconds": seconds,
         "latent_parameters": sum(weight.numel() for weight in target.latent.parameters()),
         "explained_by_rank": by_rank,
         "explained": {f"{layer} {kind}": value for (layer, kind), value in solution.explained(held_out, rank).items()},
