@@ -3,8 +3,8 @@
     python -m tests.fresh --output results/fresh.json
 
 dpvr-mini stands in for the checkpoint, as a stock LLaVA in a folder outside the repository, and MiniBench for the data
-and the questions; the rest of each command is as the page has it. The environments are made by pip, from the index that
-pip is set to, as requirements.txt and docs/lmms_eval.md say. The record is written after every step.
+and the questions; the rest of each command is as the page has it. The environments are made by pip, from pip's own
+index, as requirements.txt and docs/lmms_eval.md say. The record is written after every step.
 """
 
 import json

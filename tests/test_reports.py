@@ -1,6 +1,9 @@
 """dpvr/reports: tables, claims and figures of answers made up here, and of those in results/."""
 
 import json
+import os
+import subprocess
+import sys
 from math import sqrt
 from pathlib import Path
 from shutil import copyfile, copytree

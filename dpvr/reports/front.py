@@ -11,7 +11,7 @@ from configuration_dpvr import CONTEXT, LETTERS
 from dpvr.benchmarks.cells import DEPTH
 from dpvr.reports.accuracy import points
 from dpvr.reports.claims import NOT_MEASURED
-from dpvr.reports.documents import read, table
+from dpvr.reports.documents import COVERED, read, table
 from dpvr.reports.grid_results import Measured, Results
 from minibench.tasks import TASKS
 
@@ -94,8 +94,8 @@ def _note(grid: Results, large: dict[str, Any], timed: dict[str, Any]) -> str:
     shared, deep = row["plan"].split("|")
     layers = [index for index, letter in enumerate(shared + deep) if letter == LETTERS[CONTEXT]]
     return (
-        f"Costs are ratios to vanilla. Accuracy, *prefill FLOPs* and trained parameters are those of dpvr-mini, which "
-        f"has {DEPTH} layers: the mean of MiniBench's {tasks} tasks, {grid.settings['limit']} questions each, and a "
+        f"Costs are ratios to vanilla. {COVERED} Accuracy, *prefill FLOPs* and trained parameters are those of "
+        f"dpvr-mini, which has {DEPTH} layers: the mean of MiniBench's {tasks} tasks, {grid.settings['limit']} questions each, and a "
         f"prompt of {images} image and {texts} text tokens. There late fusion, DPVR-KV and VTW split after "
         f"{split['split_layer']} layers, and FastV keeps {pruning['keep']:.0%} of the image tokens after "
         f"{pruning['layer']} layers. *7B* is counted at LLaVA-1.5-7B's shape, for {row['image_tokens']} image and "

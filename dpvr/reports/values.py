@@ -105,7 +105,7 @@ def grid_flops(results: Path, row: list[str]) -> float:
 
 
 def grid_difference(results: Path, rows: list[str]) -> list[float]:
-    """First row minus second, [table, row, table, row, then tasks if not all], and the paired 95% interval's limits."""
+    """First row minus second, [table, row, table, row, tasks if not all], and the paired 95% interval's limits."""
     return list(_row(results, *rows[:2]).minus(_row(results, *rows[2:4]), tuple(rows[4:]) or TASKS))
 
 
