@@ -14,7 +14,8 @@ from typing import Any
 
 from dpvr.benchmarks.cells import Cell
 from dpvr.reports.claims import NONE_FITS, NOT_MEASURED, Claim, Comparison, claims
-from dpvr.reports.documents import COVERED, table as markdown
+from dpvr.reports.documents import COVERED
+from dpvr.reports.documents import table as markdown
 from dpvr.reports.grid_results import Interval, Measured, Results
 from minibench.tasks import TASKS
 
