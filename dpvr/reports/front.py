@@ -96,8 +96,8 @@ def _note(grid: Results, large: dict[str, Any], timed: dict[str, Any]) -> str:
     return (
         f"Costs are ratios to vanilla. {COVERED} Accuracy, *prefill FLOPs* and trained parameters are those of "
         f"dpvr-mini, which has {DEPTH} layers: the mean of MiniBench's {tasks} tasks, {grid.settings['limit']} "
-        f"questions each, and a prompt of {images} image and {texts} text tokens. There late fusion, DPVR-KV and VTW split after "
-        f"{split['split_layer']} layers, and FastV keeps {pruning['keep']:.0%} of the image tokens after "
+        f"questions each, and a prompt of {images} image and {texts} text tokens. There late fusion, DPVR-KV and "
+        f"VTW split after {split['split_layer']} layers, and FastV keeps {pruning['keep']:.0%} of the image tokens after "
         f"{pruning['layer']} layers. *7B* is counted at LLaVA-1.5-7B's shape, for {row['image_tokens']} image and "
         f"{row['text_tokens']} text tokens; no such model was run. The time is measured for that prompt on a model of "
         f"random weights, {width} wide and {depth} layers deep, on {timed['hardware']}. The accuracy of the early "
