@@ -1,9 +1,12 @@
 """dpvr/reports: tables, claims and figures of answers made up here, and of those in results/."""
 
 import json
+import os
+import subprocess
+import sys
 from math import sqrt
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 
 import pytest
 
@@ -280,6 +283,26 @@ def test_one_command_fills_every_document_and_draws_every_figure(made, tmp_path,
     drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
     assert drawn == {"accuracy_by_cost.png", "latency_kv.png", "latency_roofline.png", "latency_text.png"}
     assert "blocks of 7 documents were filled" in capsys.readouterr().out
+
+
+def test_two_runs_make_the_same_bytes(tmp_path):
+    """Every document, table and figure, from copies of results/, in processes whose sets and dicts hash otherwise."""
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        copytree(RESULTS, folder / "results")
+        copytree(ROOT / "docs", folder / "docs")
+        copyfile(ROOT / "README.md", folder / "README.md")
+        for picture in (*folder.rglob("*.png"), *folder.rglob("*.svg")):
+            picture.write_bytes(b"")  # app.png is no figure and stays empty
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-m", "dpvr.reports"], cwd=folder, env=variables, check=True)
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.*")) if path.is_file()}
+        for folder in (tmp_path / "1", tmp_path / "2")
+    )
+    assert one == two
+    empty = {str(path) for path, content in one.items() if path.suffix in (".png", ".svg") and not content}
+    assert empty == {"docs/app.png"}
 
 
 def test_a_bar_in_a_cell_does_not_end_it():

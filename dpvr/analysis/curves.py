@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -141,9 +142,10 @@ def layer_table(found: dict[str, Any]) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as .png and .svg."""
-    for kind in ("png", "svg"):
-        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
+    """Write a figure as .png and .svg, the same bytes for the same figure."""
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    with rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _curve(axis: Axes, curve: dict[str, list[float]], name: str, colour: str, style: str) -> None:

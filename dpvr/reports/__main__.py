@@ -1,8 +1,9 @@
 """Make every table and figure of the documents from the records in results/.
 
 results/ --> README.md and docs/*.md     the blocks between marks such as <!-- accuracy --> and <!-- /accuracy -->
-         --> docs/*.png, results/minibench/pareto.png and .svg
+         --> docs/*.png, the figures of results/minibench and results/saturation
          --> results/minibench/table2.json     the rows of the paper's Table 2
+claims.json --> printed                what does not hold of the numbers in the documents' sentences
 
 python -m dpvr.reports                   in the repository's root, after a measurement
 """
@@ -23,6 +24,7 @@ def main(args: argparse.Namespace) -> None:
     from dpvr.reports.blocks import DOCS, RESULTS, blocks, draw
     from dpvr.reports.documents import fill
     from dpvr.reports.grid_results import Results
+    from dpvr.reports.kept import problems
 
     grid = Results(RESULTS / "minibench")
     documents = blocks(RESULTS)
@@ -35,6 +37,8 @@ def main(args: argparse.Namespace) -> None:
     for path, texts in documents.items():
         print(f"{path:<24}{', '.join(texts)}")
     print(f"{'figures':<24}{', '.join(map(str, figures))}")
+    found = problems(Path())
+    print("\n".join([f"{len(found)} numbers or claims in sentences do not hold.", *found]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from dpvr.benchmarks.cells import Cell
 from dpvr.reports.claims import NONE_FITS, NOT_MEASURED, Claim, Comparison, claims
+from dpvr.reports.documents import COVERED
 from dpvr.reports.documents import table as markdown
 from dpvr.reports.grid_results import Interval, Measured, Results
 from minibench.tasks import TASKS
@@ -154,7 +155,7 @@ def render_summary(results: Results) -> str:
         [
             render_table(results, "table2", with_tasks=False),
             render_claims(results, in_short=True),
-            "*yes* and *no*: the whole interval is on that side; *open*: it reaches both sides.",
+            f"*yes* and *no*: the whole interval is on that side; *open*: it reaches both sides. {COVERED}",
             "",
         ]
     )

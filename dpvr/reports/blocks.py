@@ -1,12 +1,15 @@
 """Which block stands in which document, and where the figures go.
 
 results/ --> mini, latency, accuracy, families, latents, frontier, front: {block: text} --> documents.fill
-         --> pareto, frontier, latency_figures: pictures
+         --> pareto, frontier, latency_figures, dpvr.analysis: pictures
 """
 
 from pathlib import Path
 
+from dpvr.analysis import curves
+from dpvr.analysis.plan_report import draw_frontier
 from dpvr.reports import accuracy, frontier, latency, latency_figures, latents, mini, pareto
+from dpvr.reports.documents import read
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
@@ -38,9 +41,12 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
 
 def draw(results: Path, docs: Path) -> list[Path]:
     """Draw every figure, and return the files."""
-    grid = Results(results / "minibench")
+    grid, saturation = Results(results / "minibench"), results / "saturation"
+    curves.draw(read(saturation / "saturation.json"), saturation)
+    draw_frontier(read(saturation / "plans.json"), saturation)
     return [
         *pareto.draw(grid, results / "minibench"),
         *frontier.draw(results, docs),
         *latency_figures.draw(results, docs),
+        *(saturation / f"{name}.{kind}" for name in ("saturation", "plan_frontier") for kind in ("png", "svg")),
     ]

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+COVERED = "Intervals cover the choice of questions, not seeds, other base models or photographs."
+
 
 def read(path: Path) -> Any:
     """A JSON file."""

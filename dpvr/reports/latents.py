@@ -12,7 +12,7 @@ from configuration_dpvr import make_plan
 from costs_dpvr import Branch, DecoderCosts, prefill_flops
 from decoders_dpvr import lowest_split
 from dpvr.cost_table import load_config
-from dpvr.reports.documents import read, table
+from dpvr.reports.documents import COVERED, read, table
 
 FIT_HEADINGS = [
     "plan",
@@ -100,7 +100,7 @@ def render_accuracy(results: Path) -> str:
         "",
         f"{document['limit']} questions of each of the 8 tasks, {document['split']} split, the same for all. Prefill "
         f"FLOPs of a prompt of {prompt['image_tokens']} image and {prompt['text_tokens']} text tokens, as a share of "
-        f"vanilla's whose last layer has one query too. `{document['command']}`, {made_on(document)}.",
+        f"vanilla's whose last layer has one query too. {COVERED} `{document['command']}`, {made_on(document)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -129,8 +129,8 @@ def render_adapted(results: Path) -> str:
         *table(ADAPTED_HEADINGS, rows),
         "",
         f"MiniBench's validation questions, n = {fitted['n']}, {steps} steps each on the same rows. The latent as it "
-        f"was fitted, before any step: {100 * fitted['mean']:.1f} on exchanged pictures. `{record['command']}`, "
-        f"{made_on(record)}. One seed.",
+        f"was fitted, before any step: {100 * fitted['mean']:.1f} on exchanged pictures. {COVERED} "
+        f"`{record['command']}`, {made_on(record)}. One seed.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dpvr.analysis.curves import save
 from dpvr.reports.grid_results import Measured, Results
 
 COLOURS = {  # Okabe and Ito
@@ -67,11 +67,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     sizes.set_title("Table 2 and the side branch's depth and start", fontsize="medium")
     sizes.set_xscale("symlog", linthresh=1e5)
     sizes.set(xlabel="trained parameters", xlim=(-2e4, 1e7))
-    paths = [folder / "pareto.png", folder / "pareto.svg"]
-    figure.savefig(paths[0], dpi=150)
-    with rc_context({"svg.hashsalt": "pareto"}):  # the same file for the same results
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
+    save(figure, folder / "pareto")
+    return [folder / "pareto.png", folder / "pareto.svg"]
 
 
 def _by_cost(axis: Axes, results: Results, vanilla: Measured) -> None:

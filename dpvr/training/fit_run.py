@@ -6,6 +6,7 @@ load --> collect(fitted rows) --> solve --> choose the rank --> write into the m
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -40,8 +41,7 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
     width = base.config.get_text_config().hidden_size
     model = with_latent(base, args, width if args.latent_rank == AUTO else args.latent_rank)
     target = Target.of(model)
-    fitted = collect_on(target, lambda first, count: batches(args, processor, first, count, "Fitting"), args)
-    solution = solve(fitted)
+    fitted, solution, seconds = solved(target, processor, args)
     held_out = collect(target, batches(args, processor, args.num_samples, args.eval_samples, "Measuring"))
     ranks = [rank for rank in SHOWN_RANKS if rank < width] + [width]
     by_rank = {rank: mean_explained(solution, held_out, rank) for rank in ranks}
@@ -61,6 +61,7 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
         "latent_rank": rank,
         "image_tokens_fitted": fitted.count,
         "moments_bytes": moments_bytes(fitted),
+        "seconds": seconds,
         "latent_parameters": sum(weight.numel() for weight in target.latent.parameters()),
         "explained_by_rank": by_rank,
         "explained": {f"{layer} {kind}": value for (layer, kind), value in solution.explained(held_out, rank).items()},
@@ -72,6 +73,17 @@ def fit(args: argparse.Namespace) -> dict[str, Any]:
     print("\n".join(table(document)))
     publish(document, None, args.json)
     return document
+
+
+def solved(
+    target: Target, processor: ProcessorMixin, args: argparse.Namespace
+) -> tuple[Moments, Solution, dict[str, float]]:
+    """The moments of the rows to fit on, the maps, and the seconds that this run took for each."""
+    start = time.perf_counter()
+    fitted = collect_on(target, lambda first, count: batches(args, processor, first, count, "Fitting"), args)
+    forwards, start = time.perf_counter() - start, time.perf_counter()
+    solution = solve(fitted)
+    return fitted, solution, {"forwards": forwards, "solution": time.perf_counter() - start}
 
 
 def with_latent(base: PreTrainedModel, args: argparse.Namespace, rank: int) -> PreTrainedModel | PeftModel:
