@@ -18,7 +18,7 @@ from dpvr.reports.documents import between_marks, fill, read, table
 from dpvr.reports.front import METHODS, render_front
 from dpvr.reports.grid_results import Measured, Results, units
 from dpvr.reports.latency import render_latency
-from dpvr.reports.pareto import draw, draw_by_cost
+from dpvr.reports.pareto import draw
 from minibench.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -194,14 +194,13 @@ def test_the_weak_spot_is_where_late_fusion_loses_more_than_elsewhere(folder):
 
 def test_the_figures_are_drawn_and_not_without_vanilla(folder, tmp_path):
     assert draw(Results(folder), tmp_path) == [tmp_path / "pareto.png", tmp_path / "pareto.svg"]
-    assert draw_by_cost(Results(folder), tmp_path) == [tmp_path / "accuracy_by_cost.png"]
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("pareto.png", "accuracy_by_cost.png"))
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
     drawn = (tmp_path / "pareto.svg").read_bytes()
     draw(Results(folder), tmp_path)
     assert (tmp_path / "pareto.svg").read_bytes() == drawn
     (folder / "cells" / "vanilla.json").unlink()
     (tmp_path / "pareto.png").unlink()
-    assert draw(Results(folder), tmp_path) == draw_by_cost(Results(folder), tmp_path) == []
+    assert draw(Results(folder), tmp_path) == []
     assert not (tmp_path / "pareto.png").exists()
 
 
@@ -223,25 +222,21 @@ def test_the_front_page_has_one_row_per_method_from_three_records():
     lines = render_front(RESULTS).splitlines()
     rows = {method.latency: line.strip("| ").split(" | ") for method, line in zip(METHODS, lines[2:], strict=False)}
     assert len(rows) == 6 and lines[8] == "" and len(lines) == 10
-    cells = {path.name: read(path) for path in (RESULTS / "minibench" / "cells").glob("*.json")}
-    large, timed = (read(RESULTS / "latency" / f"{shape}.json")["rows"] for shape in ("llava-1.5-7b", "512x32"))
-    for latency, *names in (
-        ("late_fusion", *(f"late_fusion_split8_seed{seed}.json" for seed in (1, 2, 3))),
-        ("kv_substitution", "kv_substitution_split8_seed1.json"),
-        ("early_reading_4", *(f"late_fusion_split1_layers1.4.5.8.9_seed{seed}.json" for seed in (1, 2, 3))),
+    cells = {path.name: read(path) for path in (RESULTS / "frontier" / "cells").glob("*.json")}
+    records = (read(RESULTS / "latency" / "models" / f"{name}.json") for name in ("llava-1.5-7b", "smolvlm2-500m"))
+    large, timed = ({row["method"]: row for row in record["rows"] if row["image_tokens"] == 576} for record in records)
+    for latency, name in (
+        ("vanilla", "vanilla.json"),
+        ("latent", "latent.json"),
+        ("read_everywhere", "kv_substitution_split2_untrained.json"),
         ("fastv", "fastv_layer3_keep0.5.json"),
-        ("text_only", "text_only_split8.json"),
     ):
-        _, accuracy, _, flops, *costs, trained = rows[latency]
-        assert float(accuracy) == pytest.approx(
-            100 * sum(cells[name]["row"]["mean"] for name in names) / len(names), abs=0.051
-        )
-        assert flops == f"{cells[names[0]]['prefill_flops_ratio']:.3f}"
-        assert trained == f"{cells[names[0]]['trainable_parameters']:,}"
-        (counted,), (measured,) = ([row for row in records if row["method"] == latency] for records in (large, timed))
-        ratios = (counted["ratio_to_vanilla"]["prefill_flops"], counted["ratio_to_vanilla"]["kv_bytes"])
-        assert costs == [f"{ratio:.3f}" for ratio in (*ratios, measured["ratio_to_vanilla"]["prefill_ms"])]
-    assert "reading in layers 1, 4, 5, 8 and 9," in lines[9] and "reading in layers 10, 12, 14 and 16." in lines[9]
+        _, accuracy, _, flops, *costs = rows[latency]
+        assert accuracy == f"{100 * cells[name]['row']['mean']:.1f}"
+        assert flops == f"{cells[name]['prefill_flops_ratio']:.3f}"
+        counted, measured = (record[latency]["ratio_to_vanilla"] for record in (large, timed))
+        ratios = (counted["prefill_flops"], counted["kv_bytes"], measured["prefill_without_tower_ms"])
+        assert costs == [f"{ratio:.3f}" for ratio in ratios]
 
 
 @pytest.mark.parametrize(("clock", "named"), [("cpu", "processor time"), ("wall", "wall time"), (None, "wall time")])

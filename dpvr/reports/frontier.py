@@ -21,6 +21,7 @@ from minibench.tasks import TASKS
 
 HEADINGS = ["", "prefill FLOPs", "mean, %", "minus vanilla (95%)", "replies equal", "seeds"]
 TABLES = ("frontier", "reduction", "rows", "ranks")
+LISTED = 24  # rows named that were not measured
 KINDS = {  # of rows, by what their names hold, the first that fits: colour (Okabe and Ito), marker
     "vanilla": ("#000000", "*"),
     "latent": ("#0072B2", "o"),
@@ -53,15 +54,16 @@ def blocks(results: Path) -> dict[str, str]:
 
 
 def _render(grid: Results, name: str, replies: dict[str, list[str]]) -> str:
-    """A row per model that was measured, and below what was asked and which rows are still to be."""
+    """A row per model that was measured, and below which are still to be; and of the first table what was asked."""
     vanilla = grid.row("frontier", "vanilla")
     measured = [row for row in grid.tables[name] if row.cells]
     rows = [_row(row, vanilla, replies) for row in measured]
     missing = [row.name for row in grid.tables[name] if row.planned and not row.cells]
     none = [row.name for row in grid.tables[name] if not row.planned]
-    lines = [*table(HEADINGS, rows), "", _note(grid, measured)]
+    lines = [*table(HEADINGS, rows), *(["", _note(grid, vanilla)] if name == TABLES[0] else [])]
     if missing:
-        lines += ["", f"{NOT_MEASURED.capitalize()}: {'; '.join(missing)}."]
+        listed = "; ".join(missing) if len(missing) <= LISTED else f"{len(missing)} more rows of this table"
+        lines += ["", f"{NOT_MEASURED.capitalize()}: {listed}."]
     if none:
         lines += ["", f"Nothing fits these budgets: {'; '.join(none)}."]
     return "\n".join(lines) + "\n"
@@ -80,14 +82,13 @@ def _row(row: Measured, vanilla: Measured, replies: dict[str, list[str]]) -> lis
     ]
 
 
-def _note(grid: Results, measured: list[Measured]) -> str:
-    first = measured[0].cells[0]
+def _note(grid: Results, vanilla: Measured) -> str:
     image, text = (grid.prompt[name] for name in ("image_tokens", "text_tokens"))
     return (
         f"dpvr-mini, {grid.settings['limit']} questions of each of the {len(TASKS)} tasks, test split, the same for "
         f"all rows; rows with several seeds are their means. {COVERED} Prefill FLOPs of a prompt of {image} image and "
         f"{text} text tokens, as a share of vanilla's whose last layer has one query too. `python -m "
-        f"dpvr.benchmarks.grid --grid frontier --limit {grid.settings['limit']}`, {made_on(first)}."
+        f"dpvr.benchmarks.grid --grid frontier --limit {grid.settings['limit']}`, {made_on(vanilla.cells[0])}."
     )
 
 
