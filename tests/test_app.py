@@ -19,8 +19,9 @@ from PIL import Image
 
 from app import parse_args
 from dpvr.inference import controls
-from dpvr.inference.chat import Answerer, Turn, load
+from dpvr.inference.chat import Answerer, Turn
 from dpvr.inference.controls import MAX_PICTURES, Api, Asked, Page, continued, shown
+from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from minibench.scenes import make_scene
 

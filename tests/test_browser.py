@@ -15,7 +15,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import free_port, running
 
-from dpvr.inference.chat import Answerer, load
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from minibench.scenes import make_scene
 from versions_dpvr import NEWEST_TESTED

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from adapter_dpvr import DpvrConfig
-from dpvr.inference.chat import Answerer, Turn, load
+from dpvr.inference.chat import Answerer, Turn
+from dpvr.inference.loading import load
 from dpvr.pretraining.processor import save_processor
 from hub_dpvr import ADAPTER_WEIGHTS_NAME
 from minibench.scenes import make_scene

@@ -9,8 +9,9 @@ from transformers import AutoModelForImageTextToText
 from adapter_dpvr import DpvrConfig
 from decoders_dpvr import lowest_split
 from dpvr.data.prompts import Conversation, prompt_inputs
-from dpvr.inference.chat import ONE_WAY, Answerer, Turn, load_any
+from dpvr.inference.chat import ONE_WAY, Answerer, Turn
 from dpvr.inference.controls import Api, Page
+from dpvr.inference.loading import load_any
 from dpvr.inference.page import build
 from minibench.scenes import make_scene
 from tests.family_processors import WITH_PROCESSOR, save_family

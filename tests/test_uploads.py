@@ -12,7 +12,8 @@ import pytest
 from gradio.utils import get_upload_folder
 
 from dpvr.inference import uploads
-from dpvr.inference.chat import Answerer, load
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from dpvr.inference.uploads import KEPT_SECONDS, MIB, UploadLimits, own_folder
 

@@ -10,7 +10,8 @@ import pytest
 from gradio.utils import get_upload_folder
 
 from dpvr.inference.calls import FAILED, UNREADABLE, WRONG_FORM
-from dpvr.inference.chat import Answerer, load
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from dpvr.inference.uploads import own_folder
 from minibench.scenes import make_scene
