@@ -15,6 +15,7 @@ import asyncio
 import html
 import io
 import json
+import re
 import sys
 import tempfile
 import time
@@ -170,8 +171,8 @@ def _shown(message: dict[str, Any]) -> Shown:
     found = []
     for said in message["output"]["data"][0]:
         for part in said["content"]:
-            if part["type"] == "file":
-                found.append(("picture", Path(part["file"]["path"]).name))
+            if part["type"] == "component" and said["role"] == "user":
+                found += [("picture", name) for name in re.findall(r"src='[^']*?([\w.-]+)'", part["value"])]
             elif part["type"] == "text":
                 found.append((said["role"], html.unescape(part["text"])))
     return found

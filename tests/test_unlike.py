@@ -1,4 +1,4 @@
-"""unlike.py and dpvr.benchmarks.unlike: pictures that dpvr-mini was not trained on are told apart, at the recorded rates."""
+"""unlike.py and dpvr.benchmarks.unlike: pictures that dpvr-mini was not trained on are told apart."""
 
 import json
 from pathlib import Path

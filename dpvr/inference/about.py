@@ -2,9 +2,9 @@
 
 from peft import PeftModel
 
-from dpvr.inference.chat import Answerer
-from dpvr.inference.dial import MARKS, PROMPT, costs_of
-from dpvr.inference.ways import VANILLA
+from dpvr.inference.chat import ONE_WAY, Answerer
+from dpvr.inference.dial import PROMPT, costs_of
+from dpvr.inference.ways import NAMES, VANILLA
 
 REAL_PROMPT = (576, 128)  # image and text tokens of LLaVA-1.5's prompts in the paper
 
@@ -15,7 +15,7 @@ def describe(answerer: Answerer) -> str:
     text = stock.config.get_text_config()
     prompt = REAL_PROMPT if answerer.criterion is None else PROMPT
     costs = costs_of(ways, prompt)
-    shares = ", ".join(f"{MARKS[routing]} {cost:.2f}" for routing, cost in costs.items() if routing != VANILLA)
+    shares = ", ".join(f"{NAMES[routing]} {cost:.2f}" for routing, cost in costs.items() if routing != VANILLA)
     own_name = stock.config.name_or_path.rstrip("/").rpartition("/")[2] or "a model in memory"
     name = own_name if answerer.criterion is None else "dpvr-mini"
     lines = [
@@ -37,11 +37,11 @@ def plan_of(answerer: Answerer) -> str:
     """The layer plan of the model's own routing, with its legend."""
     ways = answerer.ways
     if ways.own == VANILLA:
-        return "none, image tokens pass every layer"
+        return f"none: {ONE_WAY}"
     model = answerer.model
     if isinstance(model, PeftModel):
         plan = ways.config.plan_for(ways.stock.config)
     else:
         plan = model.config.layer_plan()
     legend = "`o` image and text together, `l` or `c` text reads the image, `.` text alone"
-    return f"`{plan}` ({MARKS.get(ways.own, ways.own)}; {legend})"
+    return f"`{plan}` ({NAMES[ways.own]}; {legend})"

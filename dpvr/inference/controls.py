@@ -68,8 +68,8 @@ class Page(Model):
 
     @property
     def setting(self) -> Setting:
-        """The setting with which the page opens: the model's own routing, or vanilla where it is not on the dial."""
-        return self.settings.get(self.routing, self.settings[VANILLA])
+        """The setting with which the page opens: the model's own routing."""
+        return self.settings[self.routing]
 
     def dial(self, routing: str) -> str:
         return show_dial(self.points, self.settings[routing])

@@ -16,7 +16,7 @@ import gradio as gr
 
 from dpvr.data.pictures import open_picture
 from dpvr.inference.chat import Turn
-from dpvr.inference.views import show_note
+from dpvr.inference.views import show_note, show_pictures
 
 MAX_PICTURES = 8
 PICTURE_WORDS = re.compile(r"\b(?:picture|image|photo|photograph|screenshot)s?\b|图|照片", re.IGNORECASE)
@@ -104,12 +104,10 @@ def shown(turns: Sequence[Asked]) -> list[dict[str, Any]]:
     """Return a chat in the chatbot's form; it takes text for HTML, also when it renders no Markdown."""
     messages = []
     for turn in turns:
-        pictures = [
-            {"path": path, "alt_text": f"Picture {number} of the question"}
-            for number, path in enumerate(turn.paths, 1)
-        ]
-        question = [html.escape(turn.question, quote=False)] if turn.question else []
-        messages += [{"role": "user", "content": content} for content in (*pictures, *question)]
+        if turn.paths:
+            messages.append({"role": "user", "content": gr.HTML(show_pictures(turn.paths), render=False)})
+        if turn.question:
+            messages.append({"role": "user", "content": html.escape(turn.question, quote=False)})
         if turn.answer is not None:
             messages.append({"role": "assistant", "content": html.escape(turn.answer, quote=False) or "…"})
         messages += [{"role": "assistant", "content": gr.HTML(part, render=False)} for part in turn.below]

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from costs_dpvr import DecoderCosts, prefill_flops
-from dpvr.inference.ways import VANILLA, StockWays, Ways
+from dpvr.inference.ways import NAMES, VANILLA, StockWays, Ways
 
 RESULTS = Path(__file__).parents[2] / "results" / "dpvr_mini"
 PROMPT = (64, 25)  # image and text tokens of MiniBench's median prompt, which the records are of
 LATENT = "latent"
-MARKS = {VANILLA: "vanilla", "late_fusion": "late fusion", LATENT: "latent"}
+ON_DIAL = (VANILLA, "late_fusion", LATENT)
 GREEN, GREY = "#009e73", "#767676"
 
 
@@ -48,10 +48,14 @@ class Setting(NamedTuple):
 
     @property
     def label(self) -> str:
-        said = f"{MARKS[self.routing].capitalize()}: {self.cost:.2f} of the compute"
+        said = f"{capital(NAMES[self.routing])}: {self.cost:.2f} of the compute"
         if self.measured is None or self.routing == VANILLA:
             return said
         return f"{said}, {self.measured.points:+.1f} points"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def measured(results: Path = RESULTS) -> list[Point]:
@@ -70,7 +74,7 @@ def _point(row: dict[str, Any]) -> Point | None:
     """A row's point; None for one of another method, such as pruning."""
     what = row.get("what", {})
     routing = what.get("routing", LATENT if "latent_split_layer" in what else VANILLA if not what else None)
-    if routing not in MARKS:
+    if routing not in ON_DIAL:
         return None
     return Point(routing, what.get("plan"), row["prefill_flops"], 100 * row["minus_vanilla"][0])
 
@@ -87,7 +91,7 @@ def late_fusion_point(cost: float, results: Path = RESULTS) -> Point | None:
 def costs_of(ways: StockWays, prompt: tuple[int, int] = PROMPT) -> dict[str, float]:
     """Prefill FLOPs of the ways on the dial, as shares of vanilla's, without those that the model cannot take."""
     costs, before = {}, ways.now
-    for routing in MARKS:
+    for routing in dict.fromkeys((*ON_DIAL, ways.own)):
         if routing in ways.choices:
             try:
                 ways.choose(routing)
@@ -129,7 +133,7 @@ def points_of(ways: Ways) -> list[Point]:
 def show_dial(points: list[Point], chosen: Setting) -> str:
     """Return the curve of accuracy against prefill cost, the chosen method filled and named; a text without points."""
     if not points:
-        return f"<p>{MARKS[chosen.routing].capitalize()}: accuracy not measured on this model.</p>"
+        return f"<p>{capital(NAMES[chosen.routing])}: accuracy not measured on this model.</p>"
     low = min(-4.0, *(point.points for point in points))
     place = {point: (40 + 240 * point.cost, 15 + 95 * (1 - point.points) / (1 - low)) for point in points}
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place.values())
@@ -140,11 +144,11 @@ def show_dial(points: list[Point], chosen: Setting) -> str:
         marks += f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{8 if is_chosen else 5}' stroke='{colour}' stroke-width='2' "
         marks += f"fill='{colour if is_chosen else 'var(--background-fill-primary)'}'/>"
         if is_chosen:
-            marks += f"<text x='{x:.1f}' y='{y + 24:.1f}' text-anchor='middle'>{MARKS[point.routing]}</text>"
-    said = "; ".join(f"{MARKS[each.routing]} {each.cost:.2f}, {each.points:+.1f} points" for each in points)
+            marks += f"<text x='{x:.1f}' y='{y + 24:.1f}' text-anchor='middle'>{NAMES[point.routing]}</text>"
+    said = "; ".join(f"{NAMES[each.routing]} {each.cost:.2f}, {each.points:+.1f} points" for each in points)
     return (
         f"<svg class='dial' viewBox='0 0 300 150' role='img' aria-label='Accuracy against prefill cost. {said}. "
-        f"Chosen: {MARKS[chosen.routing]}'><path d='M40 10V120H290' fill='none' stroke='currentColor' opacity='.5'/>"
+        f"Chosen: {NAMES[chosen.routing]}'><path d='M40 10V120H290' fill='none' stroke='currentColor' opacity='.5'/>"
         f"<text x='34' y='{15 + 95 / (1 - low):.0f}' text-anchor='end'>0</text>"
         f"<text x='34' y='114' text-anchor='end'>{low:.0f}</text><text x='40' y='134' text-anchor='middle'>0</text>"
         "<text x='160' y='134' text-anchor='middle'>0.5</text><text x='280' y='134' text-anchor='middle'>1</text>"

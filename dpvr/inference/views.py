@@ -14,6 +14,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -23,19 +24,12 @@ from dpvr.analysis.attention import TextToImage
 from dpvr.inference.chat import Beside
 from dpvr.inference.comparison import Comparison
 from dpvr.inference.runs import Readout
-from dpvr.inference.ways import VANILLA
+from dpvr.inference.ways import NAMES, VANILLA
 
 MATERIAL = 0.05  # of a token's attention: below it a map would show noise
 ORANGE = np.array([230, 90, 0]) / 255
 OVERLAY_SIDE = 256
 BLUE, GREEN = "#0072b2", "#009e73"
-METHODS = {
-    VANILLA: "vanilla",
-    "late_fusion": "late fusion",
-    "kv_substitution": "DPVR-KV",
-    "persistent_context": "DPVR-PC",
-    "text_only": "text only",
-}
 TERMS = {
     "First word": "Time from sending the question to the first token of the answer, pictures included.",
     "compute": "FLOPs of the language model in its pass over the prompt, by the model's cost formula, as a share of "
@@ -68,10 +62,6 @@ COUNTS = {
 }
 
 
-def method_name(routing: str) -> str:
-    return METHODS.get(routing, routing)
-
-
 def term(name: str) -> str:
     """A term with its explanation, for a pointer or the keyboard."""
     tip = html.escape(TERMS[name])
@@ -89,6 +79,16 @@ def digits(value: float | None, unit: str = "ms") -> str:
 def show_note(text: str) -> str:
     """A sentence of the app's own under an answer, such as a warning."""
     return f"<p class='note'>{html.escape(text)}</p>"
+
+
+def show_pictures(paths: Sequence[str]) -> str:
+    """The pictures of a question, whole and side by side; each opens by itself in another tab."""
+    images = ""
+    for number, path in enumerate(paths, 1):
+        address = f"gradio_api/file={quote(path)}"
+        image = f"<img src='{address}' alt='Picture {number} of the question'>"
+        images += f"<a href='{address}' target='_blank' rel='noopener'>{image}</a>"
+    return f"<div class='pictures'>{images}</div>"
 
 
 def show_line(answer: str, readout: Readout, beside: Beside | None = None, *, varies: bool = False) -> str:
@@ -122,7 +122,7 @@ def _details(line: str, own: Readout, vanilla: Readout | None = None) -> str:
 
 def _figures(own: Readout, vanilla: Readout | None = None) -> str:
     """A table of the readout, or of both and their ratio; what no method changes stands once, below."""
-    columns = [method_name(readout.routing) for readout in (own, vanilla) if readout is not None]
+    columns = [NAMES[readout.routing] for readout in (own, vanilla) if readout is not None]
     heads = [*columns, "ratio"] if vanilla is not None else columns
     head = "".join(f"<th scope='col'>{name}</th>" for name in heads)
     rows = ""
@@ -139,7 +139,7 @@ def _figures(own: Readout, vanilla: Readout | None = None) -> str:
 def show_comparison(found: Comparison) -> str:
     """Return what was found about the prefill in words, as two bars, and in figures."""
     vanilla, own = found.medians
-    name = method_name(own.routing)
+    name = NAMES[own.routing]
     rows = "".join(
         f"<tr><th scope='row'>{label}</th><td><div class='bar' style='width: {100 * each.prefill / longest:.1f}%; "
         f"background: {colour}'></div></td><td>{digits(each.prefill)}</td></tr>"
@@ -161,7 +161,8 @@ def verdict(found: Comparison) -> str:
     estimate, low, high = found.ratio
     interval = f"{low:.2f} to {high:.2f}, 95% interval of {found.repetitions} rounds"
     if not found.ratio.is_narrow:
-        return f"The machine is too busy to tell: the ratio of the prefill times lies from {interval}."
+        said = "too busy to tell how much DPVR saves" if high < 1 else "too busy to tell"
+        return f"The machine is {said}: the ratio of the prefill times lies from {interval}."
     if high < 1:
         return f"DPVR's prefill takes <b>{estimate:.2f}</b> of vanilla's time ({interval})."
     if low > 1:
@@ -174,7 +175,7 @@ def agreement(found: Comparison) -> str:
     vanilla, own = (html.escape(text) for text in found.texts)
     if found.is_same_answer:
         return f"Both answer “{own}”."
-    return f"The answers differ: vanilla says “{vanilla}”, {method_name(found.medians[1].routing)} “{own}”."
+    return f"The answers differ: vanilla says “{vanilla}”, {NAMES[found.medians[1].routing]} “{own}”."
 
 
 def ratios(comparison: Comparison) -> dict[str, float | None]:
@@ -213,10 +214,10 @@ def show_inside(found: dict[str, TextToImage], pictures: torch.Tensor) -> str:
     first = next(iter(masses.values()))
     layer = int((first.round(decimals=2) == first.round(decimals=2).max()).nonzero().max())  # the deepest of equals
     figures = "".join(
-        _figure(method_name(routing), layer, masses[routing][layer].item(), one.maps[layer], pictures)
+        _figure(NAMES[routing], layer, masses[routing][layer].item(), one.maps[layer], pictures)
         for routing, one in found.items()
     )
-    curves = {method_name(routing): mass.tolist() for routing, mass in masses.items()}
+    curves = {NAMES[routing]: mass.tolist() for routing, mass in masses.items()}
     return (
         "<section class='card'><h3>Where the answer's first word looks</h3>"
         f"<p>In layer {layer}, counted from 0, it gives the picture most of its attention without DPVR.</p>"

@@ -21,6 +21,14 @@ from decoders_dpvr import owner_of, recurrent_layers
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 VANILLA = "none"
+NAMES = {
+    VANILLA: "vanilla",
+    "late_fusion": "late fusion",
+    "kv_substitution": "DPVR-KV",
+    "persistent_context": "DPVR-PC",
+    "text_only": "text only",
+    "latent": "latent",
+}
 
 
 @dataclass
