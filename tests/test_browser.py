@@ -157,7 +157,7 @@ def test_a_visit_of_twenty_seconds(browser, url, size, scheme):
     page.get_by_role("button", name="Look inside").click()
     expect(page.locator("#chat .looks figure")).to_have_count(2)
     expect(page.locator("#actions")).to_be_visible()
-    assert "of its attention is on the picture" in page.locator("#chat .looks").inner_text()
+    assert "of its attention is on the pictures (1: " in page.locator("#chat .looks").inner_text()
     assert all(page.locator("#chat .looks img").evaluate_all("images => images.map(image => image.alt)"))
     page.locator("#chat .looks").scroll_into_view_if_needed()
     shoot(page, f"{name}-look")

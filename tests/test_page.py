@@ -100,7 +100,7 @@ def test_an_answer_ends_with_its_line_and_what_vanilla_took(answerer, picture):
     expected = answerer.answer([Turn("What is it?", (Image.open(picture),))], max_new_tokens=6).text
     assert {turn[-1].answer for turn in turns[-2:]} == {expected}
     assert [bool(turn[-1].line) for turn in turns[-3:]] == [False, True, True]
-    assert "without DPVR" not in turns[-2][-1].line and "; without DPVR" in turns[-1][-1].line
+    assert "; without DPVR" not in turns[-2][-1].line and "; without DPVR" in turns[-1][-1].line
 
 
 def test_the_page_regenerates_the_last_answer_and_no_other(answerer, picture):

@@ -111,10 +111,12 @@ def attention(last_layer: float) -> TextToImage:
 def test_a_map_is_shown_where_its_mass_is_material_with_the_mass_in_the_caption():
     pictures = torch.rand(1, 3, 8, 8)
     page = show_inside({"none": attention(0.0), "latent": attention(0.0)}, pictures)
-    assert page.count("<img") == 2 and "In layer 1, counted from 0" in page
+    figures, layers = page.split("<details>")
+    assert figures.count("<img") == 2 and "In layer 1, counted from 0" in figures
+    assert layers.count("<img") == 2 and layers.count("<td>0%</td>") == 4  # layers 0 and 2 of both
     assert "vanilla</b>: 60% of its attention is on the picture." in page
     faint = attention(0.0)
     faint.maps[1] = 1e-3
     page = show_inside({"none": attention(0.0), "latent": faint}, pictures)
-    assert page.count("<img") == 1
+    assert page.split("<details>")[0].count("<img") == 1
     assert "latent</b>: 0% of its attention is on the picture; no map, as less than 5% is too little to show." in page

@@ -223,7 +223,8 @@ class Answerer:
                 if rounds >= WARM_UP:
                     times[number].append(spent)
             rounds += 1
-            yield 0.5 + 0.5 * min(0.95, 1 - (end - time.perf_counter()) / patience), None
+            spent_share = 1 - max(0.0, end - time.perf_counter()) / patience if patience else 1.0
+            yield 0.5 + 0.5 * min(0.95, spent_share), None
         medians = [
             _with_times(found.readout, vision.milliseconds, statistics.median(spent))
             for found, spent in zip(answers, times, strict=True)

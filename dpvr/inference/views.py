@@ -28,7 +28,7 @@ from dpvr.inference.ways import NAMES, VANILLA
 
 MATERIAL = 0.05  # of a token's attention: below it a map would show noise
 ORANGE = np.array([230, 90, 0]) / 255
-OVERLAY_SIDE = 256
+OVERLAY_SIDE, STRIP_SIDE = 256, 64
 BLUE, GREEN = "#0072b2", "#009e73"
 TERMS = {
     "First word": "Time from sending the question to the first token of the answer, pictures included.",
@@ -188,15 +188,15 @@ def ratios(comparison: Comparison) -> dict[str, float | None]:
     }
 
 
-def overlay(picture: torch.Tensor, heat: torch.Tensor) -> Image.Image:
+def overlay(picture: torch.Tensor, heat: torch.Tensor, warmest: torch.Tensor | None = None) -> Image.Image:
     """Return a picture, float[3, height, width] from 0 to 1, in grey, with the patches' heat, float[V / N], in orange.
 
-    The warmest patch is full orange: heat is relative to it.
+    The warmest patch is full orange, or heat of `warmest`.
     """
     side = round(len(heat) ** 0.5)
     size = (OVERLAY_SIDE, OVERLAY_SIDE)
     seen = Image.fromarray((255 * picture.permute(1, 2, 0).numpy()).round().astype(np.uint8)).resize(size)
-    warmth = (heat / heat.max()).reshape(side, side).float().numpy()
+    warmth = (heat / (heat.max() if warmest is None else warmest)).reshape(side, side).float().numpy()
     warmth = Image.fromarray((255 * warmth).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     strength = 0.8 * np.asarray(warmth, dtype=np.float32)[..., None] / 255
     grey = np.asarray(seen.convert("L"), dtype=np.float32)[..., None] / 255
@@ -214,30 +214,57 @@ def show_inside(found: dict[str, TextToImage], pictures: torch.Tensor) -> str:
     first = next(iter(masses.values()))
     layer = int((first.round(decimals=2) == first.round(decimals=2).max()).nonzero().max())  # the deepest of equals
     figures = "".join(
-        _figure(NAMES[routing], layer, masses[routing][layer].item(), one.maps[layer], pictures)
+        _figure(NAMES[routing], masses[routing][layer].item(), one.maps[layer], pictures)
         for routing, one in found.items()
     )
     curves = {NAMES[routing]: mass.tolist() for routing, mass in masses.items()}
     return (
         "<section class='card'><h3>Where the answer's first word looks</h3>"
         f"<p>In layer {layer}, counted from 0, it gives the picture most of its attention without DPVR.</p>"
-        f"<div class='looks'>{figures}</div>{_curve(curves)}</section>"
+        f"<div class='looks'>{figures}</div>{_curve(curves)}{_layers(found, masses, pictures)}</section>"
     )
 
 
-def _figure(name: str, layer: int, mass: float, maps: torch.Tensor, pictures: torch.Tensor) -> str:
+def _figure(name: str, mass: float, maps: torch.Tensor, pictures: torch.Tensor) -> str:
     """The pictures with one method's maps, float[N, V / N]; those that are hardly looked at have none."""
+    shares = [heat.sum().item() for heat in maps]
     images = "".join(
-        _image(overlay(picture, heat), f"{name}: picture {number}, {heat.sum():.0%} of the attention in orange")
-        for number, (picture, heat) in enumerate(zip(pictures, maps, strict=True), 1)
-        if heat.sum() >= MATERIAL
+        _image(overlay(picture, heat), f"{name}: picture {number}, {share:.0%} of the attention, in orange")
+        for number, (picture, heat, share) in enumerate(zip(pictures, maps, shares, strict=True), 1)
+        if share >= MATERIAL
     )
-    left_out = sum(heat.sum().item() < MATERIAL for heat in maps)
     caption = f"<b>{name}</b>: {mass:.0%} of its attention is on the picture"
-    if left_out:
-        what = "no map, as" if left_out == len(maps) else f"{left_out} of {len(maps)} pictures are left out:"
+    if len(maps) > 1:
+        said = ", ".join(f"{number}: {share:.0%}" for number, share in enumerate(shares, 1))
+        caption = f"<b>{name}</b>: {mass:.0%} of its attention is on the pictures ({said})"
+    if min(shares) < MATERIAL:
+        what = "no map, as" if max(shares) < MATERIAL else "no map for the others, as"
         caption += f"; {what} less than {MATERIAL:.0%} is too little to show"
     return f"<figure>{images}<figcaption>{caption}.</figcaption></figure>"
+
+
+def _layers(found: dict[str, TextToImage], masses: dict[str, torch.Tensor], pictures: torch.Tensor) -> str:
+    """A table that opens: per layer and method the share, and the maps of all pictures where it is material."""
+    head = "".join(f"<th scope='col'>{NAMES[routing]}</th>" for routing in found)
+    rows = ""
+    for layer in range(len(next(iter(masses.values())))):
+        cells = ""
+        for routing, one in found.items():
+            mass = masses[routing][layer].item()
+            strip = _strip(one.maps[layer], pictures, f"{NAMES[routing]}, layer {layer}") if mass >= MATERIAL else ""
+            cells += f"<td>{strip}{mass:.0%}</td>"
+        rows += f"<tr><th scope='row'>{layer}</th>{cells}</tr>"
+    table = f"<table class='layers'><tr><th scope='col'>layer</th>{head}</tr>{rows}</table>"
+    return f"<details><summary>Every layer</summary>{table}</details>"
+
+
+def _strip(maps: torch.Tensor, pictures: torch.Tensor, name: str) -> str:
+    """All pictures side by side; the warmest patch of them all is full orange."""
+    strip = Image.new("RGB", (STRIP_SIDE * len(maps), STRIP_SIDE))
+    for number, (picture, heat) in enumerate(zip(pictures, maps, strict=True)):
+        tile = overlay(picture, heat, warmest=maps.max()).resize((STRIP_SIDE, STRIP_SIDE))
+        strip.paste(tile, (STRIP_SIDE * number, 0))
+    return _image(strip, f"{name}: where it looks, in orange")
 
 
 def _image(picture: Image.Image, alt: str) -> str:

@@ -6,7 +6,7 @@ results/ --> mini, latency, accuracy, families, latents, front: {block: text} --
 
 from pathlib import Path
 
-from dpvr.reports import accuracy, latency, latency_figures, latents, mini, pareto
+from dpvr.reports import accuracy, chat, latency, latency_figures, latents, mini, pareto
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
@@ -22,6 +22,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "accuracy": mini.render_accuracy(results),
             "pretraining": mini.render_pretraining(results),
         },
+        "docs/chat.md": {"demo": chat.render_demo(results), "unlike": chat.render_unlike(results)},
         "docs/families.md": {"families": render_families(results)},
         "docs/latent.md": {
             "fits": latents.render_fits(results),
