@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> None:
     from dpvr.inference.page import build, launch, write_examples
     from dpvr.inference.uploads import own_folder
 
+    if args.adapter and args.base:
+        raise ValueError("--adapter lies on --model, and --base under an adapter given as --model: give one of both.")
     name, base = (args.adapter, args.model) if args.adapter else (args.model, args.base)
     model, processor = load_any(name, base, args.revision, trust_remote_code=args.trust_remote_code)
     is_mini = args.model == ROOT and args.adapter is None

@@ -172,7 +172,7 @@ def test_the_dial_marks_the_chosen_method_and_the_next_answer_takes_it(browser, 
     page = opened(browser, url, size, scheme)
     page.locator("#drawer .toggle-button").click()
     page.get_by_label(re.compile("Vanilla: 1.00")).check()
-    expect(page.locator("#dial svg")).to_have_attribute("aria-label", re.compile("Chosen: vanilla"))
+    expect(page.locator("#dial svg.dial")).to_have_attribute("aria-label", re.compile("Chosen: vanilla"))
     expect(page.locator("#about")).to_contain_text("dpvr-mini")
     shoot(page, f"{size}-{scheme}-dial")
     assert violations(page) == []

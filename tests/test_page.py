@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from app import ROOT
+from app import ROOT, main, parse_args
 from dpvr.inference import controls
 from dpvr.inference.about import describe
 from dpvr.inference.chat import Answerer, Turn
@@ -170,6 +170,26 @@ def test_actions_are_there_once_there_is_an_answer(answerer):
 def test_a_picture_of_the_camera_comes_into_the_box(answerer):
     assert Page(answerer).add_picture("a.png", box("q", "b.png")) == (box("q", "b.png", "a.png"), None)
     assert Page(answerer).add_picture("a.png", None) == (box("", "a.png"), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "loaded"),
+    [
+        (["--model", "base", "--adapter", "mine"], ("mine", "base", "main")),
+        (["--model", "mine", "--base", "base", "--revision", "a"], ("mine", "base", "a")),
+        (["--model", "me/x"], ("me/x", None, "main")),
+    ],
+)
+def test_a_model_and_its_adapter_are_named(options, loaded, monkeypatch):
+    def load_any(*args: object, **_: object) -> None:
+        raise ValueError(args)
+
+    monkeypatch.setattr("dpvr.inference.loading.load_any", load_any)
+    with pytest.raises(ValueError) as asked:
+        main(parse_args(options))
+    assert asked.value.args == (loaded,)
+    with pytest.raises(ValueError, match="give one of both"):
+        main(parse_args(["--adapter", "a", "--base", "b"]))
 
 
 def test_what_is_said_of_the_model_is_read_from_it(mini, answerer):

@@ -38,6 +38,17 @@ PHOTOGRAPHS = [
     ((0, 1), "What do these two pictures have in common?"),
     ((1,), "What colour is the flower?"),
 ]
+# Gradio calls its examples a list and gives it buttons for items, which a screen reader cannot make sense of.
+HEAD = """<script>
+new MutationObserver(() => document.querySelectorAll("#chat .examples[role=list]").forEach(
+    examples => examples.setAttribute("role", "group"))
+).observe(document.documentElement, {childList: true, subtree: true})
+</script>"""
+FAINT = {"": "*neutral_600", "_dark": "*neutral_300"}  # Gradio's own is too faint to be read
+THEME = gr.themes.Default(font="system-ui", font_mono="monospace").set(
+    **{f"body_text_color_subdued{mode}": colour for mode, colour in FAINT.items()},
+    **{f"input_placeholder_color{mode}": colour for mode, colour in FAINT.items()},
+)
 PRIVATE = {"concurrency_id": "model", "api_visibility": "private"}
 Examples = list[tuple[list[str], str]]
 
@@ -177,8 +188,9 @@ def launch(app: gr.Blocks, host: str | None, port: int | None, **options: Any) -
         state_session_capacity=MAX_SESSIONS,
         ssr_mode=False,
         show_error=True,
+        head=HEAD,
         css_paths=Path(__file__).with_name("page.css"),
-        theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
+        theme=THEME,
         footer_links=["api"],
         **options,
     )
