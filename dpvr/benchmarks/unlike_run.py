@@ -44,34 +44,27 @@ def measure(model_name: str, pictures: int, drawn: int, criterion_path: Path) ->
     )
     criterion.threshold = torch.quantile(criterion.distances(validation), 1 - FALSE_ALARMS).item()
     criterion.save(criterion_path)
-    others = {f"package {name}": found for name in PACKAGES if (found := _of_package(name))}
-    rng = random.Random(SEED)
-    flat = [picture for found in others.values() for picture in found.values()]
-    made = {
-        **{name: [draw(rng) for _ in range(drawn)] for name, draw in DRAWINGS.items()},
-        "quarters of photographs": [part for picture in flat for part in _quarters(picture)],
-    }
-    flagged = {
-        name: dict(zip(found, criterion.are_unlike(features([*found.values()])), strict=True))
-        for name, found in others.items()
-    }
-    packaged = [is_unlike for found in flagged.values() for is_unlike in found.values()]
     return {
         "pictures_of_each_split": pictures,
         "seed": SEED,
         "features": "mean of the vision tower's last states",
         "threshold": criterion.threshold,
         "false_alarms": {"validation": _share(criterion, validation), "test": _share(criterion, test)},
-        "told_apart": {
-            "photographs and drawings of packages": {"share": float(np.mean(packaged)), "pictures": len(packaged)},
-            **{
-                name: {"share": _share(criterion, features(found)), "pictures": len(found)}
-                for name, found in made.items()
-            },
-        },
-        "missed": sorted(
-            f"{name}/{file}" for name, found in flagged.items() for file, yes in found.items() if not yes
-        ),
+        **_others(lambda found: criterion.are_unlike(features(found)), drawn),
+    }
+
+
+def _others(are_unlike: Callable[[list[Image.Image]], list[bool]], drawn: int) -> dict[str, Any]:
+    """The share of each kind of other pictures that is told apart, and the packages' pictures that are missed."""
+    packaged = {f"{name}/{file}": picture for name in PACKAGES for file, picture in _of_package(name).items()}
+    flagged = dict(zip(packaged, are_unlike([*packaged.values()]), strict=True))
+    rng = random.Random(SEED)
+    made = {name: are_unlike([draw(rng) for _ in range(drawn)]) for name, draw in DRAWINGS.items()}
+    quarters = are_unlike([part for picture in packaged.values() for part in _quarters(picture)])
+    kinds = {"photographs and drawings of packages": [*flagged.values()], **made, "quarters of these": quarters}
+    return {
+        "told_apart": {name: {"share": float(np.mean(each)), "pictures": len(each)} for name, each in kinds.items()},
+        "missed": sorted(name for name, is_unlike in flagged.items() if not is_unlike),
     }
 
 

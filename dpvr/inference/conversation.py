@@ -20,10 +20,7 @@ from dpvr.inference.views import show_note, show_pictures
 
 MAX_PICTURES = 8
 PICTURE_WORDS = re.compile(r"\b(?:picture|image|photo|photograph|screenshot)s?\b|图|照片", re.IGNORECASE)
-WHICH_PICTURE = (
-    "Which picture? Add one with the paper clip, drop it, paste it, or start a new chat and click an example. The "
-    "question waits."
-)
+WHICH_PICTURE = "Which picture? Add one with the paper clip, drop it or paste it, and send: the question waits."
 
 
 @dataclass(frozen=True)
