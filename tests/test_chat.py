@@ -160,11 +160,10 @@ def test_a_comparison_encodes_the_pictures_once_for_all_its_prefills(answerer, m
     *_, (_, found) = answerer.compare(TURNS, max_new_tokens=2)
     assert len(calls) == 3 and found.repetitions > 3  # one for each whole answer, one for the prefills
     inputs, vision = answerer.inputs(TURNS, 1), SharedVision()
-    for _ in range(2):
-        answerer._prefill(inputs, "none", vision)
-    (features,) = vision.outputs
-    own = answerer.model.get_image_features(inputs["pixel_values"])
-    torch.testing.assert_close(features.pooler_output[0], own.pooler_output[0])
+    for routing in ("none", "late_fusion", "none"):
+        answerer._prefill(inputs, routing, vision)
+    assert len(calls) == 4 and len(vision.outputs) == 1
+    assert "get_image_features" not in vars(answerer.model.model)
 
 
 def test_a_comparison_ends_by_patience_and_says_that_it_is_open(answerer, monkeypatch):
