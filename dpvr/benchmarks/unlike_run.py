@@ -56,12 +56,12 @@ def measure(model_name: str, pictures: int, drawn: int, criterion_path: Path) ->
 
 def _others(are_unlike: Callable[[list[Image.Image]], list[bool]], drawn: int) -> dict[str, Any]:
     """The share of each kind of other pictures that is told apart, and the packages' pictures that are missed."""
-    packaged = {f"{name}/{file}": picture for name in PACKAGES for file, picture in _of_package(name).items()}
+    packaged = {f"package {name}/{file}": picture for name in PACKAGES for file, picture in _of_package(name).items()}
     flagged = dict(zip(packaged, are_unlike([*packaged.values()]), strict=True))
     rng = random.Random(SEED)
     made = {name: are_unlike([draw(rng) for _ in range(drawn)]) for name, draw in DRAWINGS.items()}
     quarters = are_unlike([part for picture in packaged.values() for part in _quarters(picture)])
-    kinds = {"photographs and drawings of packages": [*flagged.values()], **made, "quarters of these": quarters}
+    kinds = {"photographs and drawings of packages": [*flagged.values()], **made, "quarters of photographs": quarters}
     return {
         "told_apart": {name: {"share": float(np.mean(each)), "pictures": len(each)} for name, each in kinds.items()},
         "missed": sorted(name for name, is_unlike in flagged.items() if not is_unlike),
