@@ -225,18 +225,25 @@ def require_hub_base(base: str, remedy: str = SHARE_ALL) -> None:
         )
 
 
-def make_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Create a repository on the Hub unless it exists, and return its full id.
+def make_repository(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    space_sdk: str | None = None,
+) -> str:
+    """Create a repository on the Hub unless it exists, and return its full id; with `space_sdk` it is a Space.
 
     Raises:
         OSError: if the Hub cannot be reached or the token may not write there. For a repository that exists the right
             to write is checked with huggingface_hub 2 or newer.
     """
     api = HfApi(token=token)
+    kind = {"repo_type": "space" if space_sdk else "model"}
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=space_sdk, **kind).repo_id
         if "write" in inspect.signature(api.auth_check).parameters:
-            api.auth_check(repo_id, write=True)
+            api.auth_check(repo_id, write=True, **kind)
     except HUB_ERRORS as error:
         raise OSError(
             f"The Hub does not let you write to {repo_id!r} ({_in_one_line(error)}): run hf auth login with a token "
@@ -244,6 +251,27 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
             "HF_HUB_OFFLINE."
         ) from None  # the client's own traceback has some seventy lines
     return repo_id
+
+
+def upload_space(
+    repo_id: str, files: dict[str, bytes], *, private: bool | None = None, token: str | bool | None = None
+) -> str:
+    """Commit files, by their names, to a Gradio Space, which is created unless it exists; return the commit's URL.
+
+    Raises:
+        OSError: if the push failed; the Space is then as it was before.
+    """
+    repo_id = make_repository(repo_id, private=private, token=token, space_sdk="gradio")
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    try:
+        commit = HfApi(token=token).create_commit(
+            repo_id, operations, commit_message="Upload the DPVR chat", repo_type="space"
+        )
+    except HUB_ERRORS as error:
+        raise OSError(
+            f"The push to the Space {repo_id!r} failed ({_in_one_line(error)}). It was not changed: push again."
+        ) from None
+    return commit.commit_url
 
 
 def upload(

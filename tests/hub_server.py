@@ -190,16 +190,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 REPOSITORY = r"([\w.-]+/[\w.-]+)"
+KIND = "(?:models|spaces)"
 ROUTES = (
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/validate-yaml", Handler.validate),
     (r"/api/repos/create", Handler.create),
-    (rf"/api/models/{REPOSITORY}/auth-check/write", Handler.may_write),
-    (rf"/api/models/{REPOSITORY}/preupload/[^/]+", Handler.preupload),
-    (rf"/api/models/{REPOSITORY}/commit/[^/]+", Handler.commit),
-    (rf"/api/models/{REPOSITORY}/tree/[^/]+(?:/(.+))?", Handler.tree),
-    (rf"/api/models/{REPOSITORY}(?:/revision/[^/]+)?", Handler.info),
-    (rf"/{REPOSITORY}\.git/info/lfs/objects/batch", Handler.large_files),
+    (rf"/api/{KIND}/{REPOSITORY}/auth-check/write", Handler.may_write),
+    (rf"/api/{KIND}/{REPOSITORY}/preupload/[^/]+", Handler.preupload),
+    (rf"/api/{KIND}/{REPOSITORY}/commit/[^/]+", Handler.commit),
+    (rf"/api/{KIND}/{REPOSITORY}/tree/[^/]+(?:/(.+))?", Handler.tree),
+    (rf"/api/{KIND}/{REPOSITORY}(?:/revision/[^/]+)?", Handler.info),
+    (rf"/(?:spaces/)?{REPOSITORY}\.git/info/lfs/objects/batch", Handler.large_files),
     (r"/lfs/(\w+)", Handler.store),
     (rf"/{REPOSITORY}/resolve/([^/]+)/(.+)", Handler.resolve),
 )

@@ -15,6 +15,7 @@ import asyncio
 import html
 import io
 import json
+import re
 import sys
 import tempfile
 import time
@@ -29,7 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dpvr.command_line import Parser, at_least, run
-from dpvr.inference.chat import Answerer, Turn, load
+from dpvr.inference.chat import Answerer, Turn
+from dpvr.inference.loading import load
 from dpvr.record import publish_section, run_record
 from minibench.data import MiniBench
 from tests.servers import free_port, running
@@ -127,24 +129,24 @@ async def hold(url: str, sessions: Sequence[Session]) -> list[list[Shown]]:
     """Hold all sessions at once; returns for each what its page shows after each of its answers."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # which the server may close meanwhile
     async with httpx.AsyncClient(base_url=f"{url}/gradio_api/", timeout=PATIENCE, limits=limits) as client:
-        config = (await client.get(f"{url}/config")).json()
-        ask = next(
-            one["id"] for one in config["dependencies"] if one["api_name"] == "ask_1"
-        )  # the page's, "ask" is /ask
+        config = page_of((await client.get(f"{url}/config")).json())
         progress = tqdm(
             total=sum(len(session.turns) for session in sessions), desc=f"{len(sessions)} sessions at once"
         )
-        chats = [_chat(client, ask, index, session, progress) for index, session in enumerate(sessions)]
+        chats = [_chat(client, config, index, session, progress) for index, session in enumerate(sessions)]
         return await asyncio.gather(*chats)
 
 
-async def _chat(client: httpx.AsyncClient, ask: int, index: int, session: Session, progress: tqdm) -> list[Shown]:
+async def _chat(
+    client: httpx.AsyncClient, config: dict[str, Any], index: int, session: Session, progress: tqdm
+) -> list[Shown]:
     files = [("files", (name, data)) for name, data in zip(names(index, session), session.pictures, strict=True)]
     paths = (await client.post("upload", files=files)).raise_for_status().json()
-    gallery = [{"image": {"path": path, "meta": {"_type": "gradio.FileData"}}, "caption": None} for path in paths]
+    pictures = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
     key, shown = {"session_hash": f"{index}-{uuid.uuid4().hex}"}, []
     for question, _ in session.turns:
-        call = {"data": [question, gallery, None, LONGEST, 0], "fn_index": ask, **key}
+        box = {"text": question, "files": [] if shown else pictures}
+        call = {"data": [box, None, config["own"], LONGEST, 0], "fn_index": config["ask"], **key}
         (await client.post("queue/join", json=call)).raise_for_status()
         async with client.stream("GET", "queue/data", params=key) as events:
             async for line in events.aiter_lines():
@@ -155,6 +157,13 @@ async def _chat(client: httpx.AsyncClient, ask: int, index: int, session: Sessio
     return shown
 
 
+def page_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Of an app's configuration: the number of the call with which its page asks, and the method it opens with."""
+    ask = next(one["id"] for one in config["dependencies"] if one["api_name"] == "ask_1")  # "ask" is /ask
+    own = next(one["props"]["value"] for one in config["components"] if one["type"] == "radio")
+    return {"ask": ask, "own": own}
+
+
 def _shown(message: dict[str, Any]) -> Shown:
     """The chat in the message with which an answer ends."""
     if not message["success"]:
@@ -162,9 +171,9 @@ def _shown(message: dict[str, Any]) -> Shown:
     found = []
     for said in message["output"]["data"][0]:
         for part in said["content"]:
-            if part["type"] == "file":
-                found.append(("picture", Path(part["file"]["path"]).name))
-            else:
+            if part["type"] == "component" and said["role"] == "user":
+                found += [("picture", name) for name in re.findall(r"src='[^']*?([\w.-]+)'", part["value"])]
+            elif part["type"] == "text":
                 found.append((said["role"], html.unescape(part["text"])))
     return found
 

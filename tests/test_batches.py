@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from dpvr.inference import batches as replies
 from dpvr.inference.batches import Conversation, Request, reply, reply_to_all, to_settings
-from dpvr.inference.chat import load
+from dpvr.inference.loading import load
 from minibench.data import to_messages
 from minibench.scenes import make_scene
 

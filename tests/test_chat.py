@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import statistics
 import threading
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,10 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from adapter_dpvr import DpvrConfig
-from dpvr.inference.chat import Answerer, Turn, load
+from dpvr.inference.chat import Answerer, Turn
+from dpvr.inference.comparison import WARM_UP
+from dpvr.inference.loading import load
+from dpvr.inference.ways import SharedVision
 from dpvr.pretraining.processor import save_processor
 from hub_dpvr import ADAPTER_WEIGHTS_NAME
 from minibench.scenes import make_scene
@@ -127,26 +131,54 @@ def test_answers_of_many_at_once_are_those_of_each_alone(answerer):
     assert together == alone
 
 
-def test_the_comparison_has_both_answers_and_medians_of_the_warm_repetitions(answerer, monkeypatch):
-    readouts = []
-    whole = answerer.answer
+def test_the_comparison_has_both_answers_and_the_medians_of_the_rounds(answerer, monkeypatch):
+    spent = {"none": [], "late_fusion": []}
+    whole = answerer._prefill
 
-    def noting(*args, **settings):
-        found = whole(*args, **settings)
-        readouts.append(found.readout)
-        return found
+    def noting(inputs, routing, vision):
+        spent[routing].append(whole(inputs, routing, vision))
+        return spent[routing][-1]
 
-    monkeypatch.setattr(answerer, "answer", noting)
-    *shares, (done, comparison) = answerer.compare(TURNS, repetitions=3, max_new_tokens=6)
-    assert [share for share, _ in shares] == [count / 8 for count in range(8)] and done == 1.0
-    assert [readout.routing for readout in readouts] == ["none", "late_fusion"] * 4
-    for number, routing in enumerate(("none", "late_fusion")):
-        assert comparison.texts[number] == whole(TURNS, routing=routing, max_new_tokens=6).text
-        prefills = sorted(readout.prefill for readout in readouts[number + 2 :: 2])
-        assert comparison.medians[number].prefill == prefills[1]
-        assert comparison.medians[number].routing == routing
-    vanilla, own = comparison.medians
-    assert own.prefill_gflops < vanilla.prefill_gflops
+    monkeypatch.setattr(answerer, "_prefill", noting)
+    *shares, (done, found) = answerer.compare(TURNS, max_new_tokens=6)
+    assert done == 1.0 and [share for share, _ in shares] == sorted(share for share, _ in shares)
+    assert len(spent["none"]) == len(spent["late_fusion"]) == found.repetitions + WARM_UP
+    for number, routing in enumerate(spent):
+        assert found.texts[number] == answerer.answer(TURNS, routing=routing, max_new_tokens=6).text
+        readout = found.medians[number]
+        assert readout.routing == routing and readout.prefill == statistics.median(spent[routing][WARM_UP:])
+        assert readout.first_token == pytest.approx(readout.prepare + readout.vision + readout.prefill)
+    vanilla, own = found.medians
+    assert own.prefill_gflops < vanilla.prefill_gflops and own.vision == vanilla.vision > 0
+
+
+def test_a_comparison_encodes_the_pictures_once_for_all_its_prefills(answerer, monkeypatch):
+    calls, whole = [], answerer.model.model.vision_tower.forward
+    monkeypatch.setattr(
+        answerer.model.model.vision_tower, "forward", lambda *a, **k: calls.append(0) or whole(*a, **k)
+    )
+    *_, (_, found) = answerer.compare(TURNS, max_new_tokens=2)
+    assert len(calls) == 3 and found.repetitions > 3  # one for each whole answer, one for the prefills
+    inputs, vision = answerer.inputs(TURNS, 1), SharedVision()
+    for routing in ("none", "late_fusion", "none"):
+        answerer._prefill(inputs, routing, vision)
+    assert len(calls) == 4 and len(vision.outputs) == 1
+    assert "get_image_features" not in vars(answerer.model.model)
+
+
+def test_a_comparison_ends_by_patience_and_says_that_it_is_open(answerer, monkeypatch):
+    monkeypatch.setattr("dpvr.inference.comparison.NARROW", 0.0)
+    *_, (_, found) = answerer.compare(TURNS, max_new_tokens=2, patience=0.0)
+    assert found.repetitions == 6 and not found.ratio.is_narrow
+
+
+def test_beside_an_answer_stands_vanilla_with_medians_of_the_first_words(answerer):
+    own = answerer.answer(TURNS, max_new_tokens=6)
+    found = answerer.beside(TURNS, own, max_new_tokens=6)
+    assert found.text == answerer.answer(TURNS, routing="none", max_new_tokens=6).text
+    assert (found.vanilla.routing, found.own.routing) == ("none", "late_fusion")
+    assert found.own.decode == own.readout.decode and found.own.new_tokens == 6
+    assert answerer.model.config.routing == "late_fusion"
 
 
 @pytest.mark.parametrize("temperature", [1, 2, 1.5])

@@ -9,8 +9,11 @@ from transformers import AutoModelForImageTextToText
 from adapter_dpvr import DpvrConfig
 from decoders_dpvr import lowest_split
 from dpvr.data.prompts import Conversation, prompt_inputs
-from dpvr.inference.chat import ONE_WAY, Answerer, Turn, load_any
-from dpvr.inference.controls import Api, Page
+from dpvr.inference.api import Api
+from dpvr.inference.chat import ONE_WAY, Answerer, Turn
+from dpvr.inference.controls import Page
+from dpvr.inference.conversation import Asked
+from dpvr.inference.loading import load_any
 from dpvr.inference.page import build
 from minibench.scenes import make_scene
 from tests.family_processors import WITH_PROCESSOR, save_family
@@ -82,9 +85,10 @@ def test_an_adapter_answers_beside_vanilla(stock, picture, tmp_path):
     assert answers[ROUTING].text == expected(stock, picture, adapter)
     readouts = [answer.readout for answer in answers.values()]
     assert readouts[0].kv_mib != readouts[1].kv_mib and readouts[0].prefill_gflops != readouts[1].prefill_gflops
-    *_, (_, found) = answerer.compare(turns, repetitions=1, max_new_tokens=6)
+    *_, (_, found) = answerer.compare(turns, max_new_tokens=6, patience=0)
     assert found.texts == tuple(answer.text for answer in answers.values())
     assert [readout.routing for readout in found.medians] == ["none", ROUTING]
     picture.save(tmp_path / "a.png")
-    *_, shown = Page(answerer).compare(QUESTION, [(str(tmp_path / "a.png"), None)], [], 4)
-    assert "DPVR, kv_substitution" in shown
+    page, chat = Page(answerer), [Asked(QUESTION, (str(tmp_path / "a.png"),), "yes")]
+    *_, last = page.compare(chat, ROUTING, 4)
+    assert "DPVR-KV" in last[1][0].comparison and page.setting.label.startswith("DPVR-KV: 0.")

@@ -25,7 +25,8 @@ from huggingface_hub import ModelCard, metadata_load
 from packaging.specifiers import SpecifierSet
 from transformers import AutoModelForImageTextToText
 
-from dpvr.inference.chat import Answerer, load
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from dpvr.training.options import BaseOptions, DpvrArguments, RecipeOptions, make_help
 from minibench.scenes import make_scene

@@ -29,8 +29,8 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from adapter_dpvr import DpvrConfig
 from dpvr.inference.batches import reply, to_settings
-from dpvr.inference.chat import load
 from dpvr.inference.evaluation import evaluate
+from dpvr.inference.loading import load
 from dpvr.lmms_eval import minibench_tasks as lmms
 from dpvr.pretraining.processor import save_processor
 from minibench.data import make_items

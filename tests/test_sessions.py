@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import app
-from dpvr.inference.chat import Answerer, load
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch
 from dpvr.inference.uploads import own_folder
 from tests import sessions

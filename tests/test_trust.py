@@ -15,7 +15,7 @@ from dpvr.analysis.probe import main as probe
 from dpvr.analysis.probe import parse_args as probe_args
 from dpvr.benchmarks.accuracy import main as accuracy
 from dpvr.benchmarks.accuracy import parse_args as accuracy_args
-from dpvr.inference.chat import load
+from dpvr.inference.loading import load
 from dpvr.models import load_model
 from dpvr.training.arguments import parse
 from hub_dpvr import save_adapter
@@ -152,7 +152,7 @@ def test_the_code_runs_when_it_is_asked_for(stranger):
     for path in Path(stranger).glob("modeling_dpvr.py"):
         path.write_text(path.read_text() + f"\nopen({str(Path(stranger, 'it_ran'))!r}, 'w').close()\n")
     program = (
-        "import sys; from dpvr.inference.chat import load; "
+        "import sys; from dpvr.inference.loading import load; "
         "print(type(load(sys.argv[1], trust_remote_code=True)[0]).__module__)"
     )
     root = Path(__file__).parent.parent

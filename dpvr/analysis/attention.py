@@ -34,11 +34,13 @@ class TextToImage(NamedTuple):
         mass: per layer, the share of attention on image tokens; mean over heads and the text tokens after an image.
         layer: the deepest layer that reads the image.
         heat: float[N, V / N], that layer's attention of the prompt's last token to each patch, mean over heads.
+        maps: float[L, N, V / N], the same in each of the L layers; 0 where the text does not see the image.
     """
 
     mass: list[float]
     layer: int
     heat: torch.Tensor
+    maps: torch.Tensor
 
 
 class AttentionInputs(NamedTuple):
@@ -161,7 +163,9 @@ def text_to_image_attention(model: PreTrainedModel, inputs: dict[str, torch.Tens
         mass.append(to_image[:, text > image[0]].sum(-1).mean().item())
         heat[index] = to_image[:, -1].mean(0)
     layer = max(heat)
-    return TextToImage(mass, layer, heat[layer].unflatten(0, (len(inputs["pixel_values"]), -1)).cpu())
+    maps = torch.stack([heat.get(index, torch.zeros_like(heat[layer])) for index in range(len(mass))])
+    maps = maps.unflatten(1, (len(inputs["pixel_values"]), -1)).cpu()
+    return TextToImage(mass, layer, maps[layer], maps)
 
 
 def _prefill(

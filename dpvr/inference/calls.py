@@ -87,6 +87,8 @@ def check_call(blocks: list[Component], values: list[Any]) -> None:
     for block, value in zip(blocks, values, strict=True):
         if isinstance(block, gr.Textbox):
             _check_text(block, value)
+        elif isinstance(block, gr.MultimodalTextbox):
+            _check_box(block, value)
         elif isinstance(block, gr.Slider):
             _check_number(block, value)
         elif isinstance(block, gr.File | gr.Gallery):
@@ -98,6 +100,15 @@ def _check_text(box: gr.Textbox, value: Any) -> None:
         raise ValueError(f"{box.label} is {_shown(value)}: send a text.")
     if value and box.max_length is not None and len(value) > box.max_length:
         raise ValueError(f"{box.label} is {_shown(value)}: send at most {box.max_length} characters.")
+
+
+def _check_box(box: gr.MultimodalTextbox, value: Any) -> None:
+    if not isinstance(value, dict | None):
+        raise ValueError(f'{box.label} is {_shown(value)}: send {{"text": ..., "files": [...]}}.')
+    text = (value or {}).get("text")
+    if not isinstance(text, str | None):
+        raise ValueError(f"The text of {box.label} is {_shown(text)}: send a text.")
+    _check_files(box.label, (value or {}).get("files"))
 
 
 def _check_number(slider: gr.Slider, value: Any) -> None:

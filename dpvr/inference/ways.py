@@ -7,7 +7,8 @@ a stock model                       "none" alone                                
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 from peft import PeftModel
@@ -20,6 +21,28 @@ from decoders_dpvr import owner_of, recurrent_layers
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 
 VANILLA = "none"
+NAMES = {
+    VANILLA: "vanilla",
+    "late_fusion": "late fusion",
+    "kv_substitution": "DPVR-KV",
+    "persistent_context": "DPVR-PC",
+    "text_only": "text only",
+    "latent": "latent",
+}
+
+
+@dataclass
+class SharedVision:
+    """What vision tower and projector made of the pictures of a prompt, for further prefills of the same prompt.
+
+    Attributes:
+        milliseconds: that it took.
+        seconds: that the last prefill spent on it.
+    """
+
+    outputs: list[Any] = field(default_factory=list)
+    milliseconds: float = 0.0
+    seconds: float = 0.0
 
 
 class StockWays:
@@ -54,19 +77,43 @@ class StockWays:
     @contextmanager
     def timed_vision(self, now: Callable[[], float]) -> Iterator[list[float]]:
         """Collect the seconds that each pass through vision tower and projector takes, by the clock `now`."""
-        owner = owner_of(self.stock)
-        encode, seconds = owner.get_image_features, []
+        seconds: list[float] = []
 
-        @wraps(encode)  # generate reads its signature
-        def timed(*args: Any, **settings: Any) -> Any:
+        def timed(encode: Callable[..., Any], *args: Any, **settings: Any) -> Any:
             begun = now()
             features = encode(*args, **settings)
             seconds.append(now() - begun)
             return features
 
-        owner.get_image_features = timed
-        try:
+        with self._around_vision(timed):
             yield seconds
+
+    @contextmanager
+    def shared_vision(self, vision: "SharedVision", now: Callable[[], float]) -> Iterator[None]:
+        """Encode the pictures in the first prefill, and give later ones what came out then."""
+        vision.seconds, passed = 0.0, iter([*vision.outputs])
+
+        def shared(encode: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+            begun = now()
+            features = next(passed, None)
+            if features is None:
+                features = encode(*args, **settings)
+                vision.outputs.append(features)
+                vision.milliseconds += 1e3 * (now() - begun)
+            vision.seconds += now() - begun
+            return features
+
+        with self._around_vision(shared):
+            yield
+
+    @contextmanager
+    def _around_vision(self, around: Callable[..., Any]) -> Iterator[None]:
+        """Let `around` call vision tower and projector, which it is given as its first argument."""
+        owner = owner_of(self.stock)
+        encode = owner.get_image_features
+        owner.get_image_features = wraps(encode)(partial(around, encode))  # generate reads its signature
+        try:
+            yield
         finally:
             del owner.get_image_features
 

@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 
 from dpvr.inference.batches import Conversation, Request, reply_to_all, to_settings
-from dpvr.inference.chat import load_any
+from dpvr.inference.loading import load_any
 from dpvr.inference.ways import ways_of
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpvr.analysis import curves
 from dpvr.analysis.plan_report import draw_frontier
-from dpvr.reports import accuracy, frontier, latency, latency_figures, latents, mini, pareto
+from dpvr.reports import accuracy, chat, frontier, latency, latency_figures, latents, mini, pareto
 from dpvr.reports.documents import read
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
@@ -25,6 +25,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "accuracy": mini.render_accuracy(results),
             "pretraining": mini.render_pretraining(results),
         },
+        "docs/chat.md": {"demo": chat.render_demo(results), "unlike": chat.render_unlike(results)},
         "docs/families.md": {"families": render_families(results)},
         "docs/latent.md": {
             "fits": latents.render_fits(results),

@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import gradio as gr
 import httpx
 import pytest
 from gradio.utils import get_upload_folder
 
-from dpvr.inference.calls import FAILED, UNREADABLE, WRONG_FORM
-from dpvr.inference.chat import Answerer, load
+from dpvr.inference.calls import FAILED, UNREADABLE, WRONG_FORM, check_call
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from dpvr.inference.uploads import own_folder
 from minibench.scenes import make_scene
@@ -138,6 +140,26 @@ def test_a_wrong_value_is_answered_with_a_sentence(api, uploaded, name, value, m
     assert message in fault(call(api, "ask", data))
     if name in ("question", "pictures", "longest"):
         assert message in fault(call(api, "compare", [*data[:2], data[3]]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        *((value, 'send {"text": ..., "files": [...]}') for value in (5, "a", [], True, deep(300))),
+        *(({"text": value, "files": []}, TEXT) for value in (5, [], {}, NAN, deep(300))),
+        *(({"text": "a", "files": value}, FILES) for value in ("a.png", 5, {}, FILE)),
+        *(({"text": "a", "files": [value]}, NO_FILE) for value in (None, 5, "a.png", {}, FILE)),
+        ({"text": "a", "files": [{**FILE, "path": "/etc/passwd"}]}, NO_UPLOAD),
+        ({"text": "a", "files": [{**FILE, "path": "http://127.0.0.1:1/a.png"}]}, "is a web address: upload"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_box_of_a_wrong_form_is_answered_with_a_sentence(value, message):
+    box = gr.MultimodalTextbox(label="Question", render=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_call([box], [value])
+    check_call([box], [None])
+    check_call([box], [{"text": "a", "files": []}])
 
 
 @pytest.mark.parametrize("name, inputs", [("ask", 5), ("compare", 3), ("look_inside", 2)])
