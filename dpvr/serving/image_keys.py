@@ -12,7 +12,7 @@ Axes: N tokens of a batch, V image tokens among them, D width, H query and G key
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class KeyValueProjection(ReplicatedLinear):
 
 
 def write_keys(
-    layer: nn.Module, keys: torch.Tensor, values: torch.Tensor, positions: Any, slots: torch.Tensor
+    layer: nn.Module, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
 ) -> None:
     """Write keys and values (V, G E) of image tokens, as they come from the projections, to a layer's cache."""
     attention, cached = layer.self_attn, layer.self_attn.attn

@@ -29,7 +29,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, subclass_attention_backend
 
 from dpvr.serving.image_keys import PICTURES, KeyValueProjection, Latent, Pictures, SideAttention, write_keys
-from dpvr.serving.plans import ADAPTER, served
+from dpvr.serving.plans import served
 from dpvr.serving.runs import Runs, sort_tokens
 from images_dpvr import mark_ids
 
@@ -232,7 +232,7 @@ class RoutedModel:
         for name, weight in weights:
             _, found, part = name.partition("side_branch.")
             if not found:
-                yield name, weight
+                yield self._tower_name(name), weight
             elif part.startswith("latent.layers."):
                 if self.latent is not None:
                     yield self._side_name(part.removeprefix("latent.layers.")), weight
@@ -241,6 +241,13 @@ class RoutedModel:
                     yield part, weight
             elif self.latent is None and self.side_layers:
                 yield self._side_name(part), weight
+
+    def _tower_name(self, name: str) -> str:
+        """The published name of a weight: transformers 5 leaves `vision_model` out where it saves a tower."""
+        before, found, part = name.partition("vision_tower.")
+        tower = self._modules.get("vision_tower")
+        missing = found and tower is not None and "vision_model" in tower._modules and part[:13] != "vision_model."
+        return f"{before}vision_tower.vision_model.{part}" if missing else name
 
     def _side_name(self, part: str) -> str:
         number, _, rest = part.partition(".")

@@ -113,8 +113,7 @@ class EngineCheck:
             "--speculative-config": vllm_config.speculative_config is not None,
             "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
             "--quantization": vllm_config.model_config.quantization is not None,
-            "--kv-cache-dtype": wanted.num_side_layers > 0
-            and cache.cache_dtype not in ("auto", "float32", "bfloat16"),
+            "--kv-cache-dtype": wanted.num_side_layers > 0 and cache.cache_dtype.startswith("fp8"),
         }
         if options := [option for option, found in refused.items() if found]:
             raise ValueError(
@@ -127,5 +126,5 @@ class EngineCheck:
         if graphs.cudagraph_mode not in (
             None,
             CUDAGraphMode.NONE,
-        ):  # a full graph would not ask which tokens are images
+        ):  # full graphs ask no tokens
             graphs.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -15,7 +15,7 @@ before that.
     check.py          python -m dpvr.serving.check: answers equal those of transformers
 """
 
-ARCHITECTURES = {  # of a configuration: the class in models.py, whose stock class is vLLM's of this name without "Dpvr"
+ARCHITECTURES = {  # in a configuration: the class; without "Dpvr" they are vLLM's own
     "DpvrLlavaForConditionalGeneration": "dpvr.serving.models:DpvrLlavaForConditionalGeneration",
     "DpvrQwen2_5_VLForConditionalGeneration": "dpvr.serving.models:DpvrQwen2_5_VLForConditionalGeneration",
     "DpvrQwen3VLForConditionalGeneration": "dpvr.serving.models:DpvrQwen3VLForConditionalGeneration",
