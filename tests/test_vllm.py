@@ -45,7 +45,8 @@ def wide(monkeypatch) -> None:
         fields = copy.deepcopy(FAMILIES[name].config)
         fields["text_config"] |= {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 1024}
         if name != "llava":
-            fields["text_config"]["rope_parameters"]["mrope_section"] = [8, 4, 4]
+            rotary = {"mrope_section": [8, 4, 4], "mrope_interleaved": name == "qwen3_vl"}  # as the published configs
+            fields["text_config"]["rope_parameters"] = fields["text_config"]["rope_parameters"] | rotary
             fields["vision_config"]["out_hidden_size"] = 128
         monkeypatch.setattr(FAMILIES[name], "config", fields)
 
