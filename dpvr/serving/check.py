@@ -8,7 +8,7 @@
 It wants vLLM and the plugin (requirements-vllm.txt) and no GPU. It ends with status 1 if an answer differs.
 
     VLLM_CPU_KVCACHE_SPACE=1 python -m dpvr.serving.check --output results/serving/check.json
-    python -m dpvr.serving.check --prompts 20 --routings latent --skip_server        # the engine alone
+    python -m dpvr.serving.check --prompts 20 --routings latent --parts engine
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from dpvr.command_line import Parser, at_least, run
 
 ROUTINGS = ("latent", "kv_substitution", "persistent_context", "none")
+PARTS = ("engine", "server")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--chunks", nargs="+", type=at_least(32), default=[2048, 96, 40], help="tokens of a prefill step at most"
     )
     parser.add_argument("--clients", type=count, default=16, help="requests at a time to a server")
-    parser.add_argument("--skip_server", action="store_true", help="ask the engine alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is asked")
     parser.add_argument("--output", type=Path, help="a JSON file for what was found")
     return parser.parse_args(argv)
 
