@@ -36,6 +36,7 @@ PLANS = {
     "persistent_context with two side layers": {"routing": "persistent_context", "num_side_layers": 2},
 }
 NEW_TOKENS = 8
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -106,3 +107,25 @@ def test_an_adapter_on_its_base_answers_as_in_transformers(name, plan, wide, tmp
     )
     assert [answers for answers, _ in rounds] == [expected, expected]
     assert rounds[1][1] > rounds[0][1], "the second round found nothing in the prefix cache"
+
+
+@pytest.mark.parametrize(
+    "overrides, options, message",
+    [
+        ({"routing": "late_fusion"}, {}, "in layer 8 text must not see the image"),
+        ({"latent_stride": 2}, {}, "latent_stride is 2"),
+        ({}, {"enable_lora": True}, "--enable-lora is not supported under a DPVR routing"),
+        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
+        ({"routing": "kv_substitution"}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"routing": "none"}, {"enable_lora": True}, None),
+    ],
+)
+def test_what_is_not_supported_is_refused_before_weights_are_loaded(overrides, options, message):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(str(ROOT), dtype="float32", max_model_len=512, hf_overrides=overrides, **options)
+    if message is None:
+        arguments.create_engine_config()
+        return
+    with pytest.raises(ValueError, match=message):
+        arguments.create_engine_config()

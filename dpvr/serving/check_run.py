@@ -9,13 +9,13 @@ from itertools import product
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
 from dpvr.data.prompts import Conversation
 from dpvr.record import publish, run_record
 from dpvr.serving.server_check import check_servers
 from minibench.data import MiniBench
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from processors_dpvr import load_processor
 
 SEED, MOST_PICTURES, TURNS, MAX_LENGTH = 2700, 4, 4, 1024
 Answers = list[list[int]]  # tokens, without the one that ends an answer
@@ -25,7 +25,7 @@ def check(args: argparse.Namespace) -> bool:
     """Whether all answers of vLLM equal those of transformers; what was found is printed and written."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, one after another
     asked = conversations(args.prompts)
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor = load_processor(args.model)
     prompts = [processor.apply_chat_template(each.messages, add_generation_prompt=True) for each in asked]
     requests = [
         {"prompt": prompt, "multi_modal_data": {"image": list(each.pictures)}} if each.pictures else prompt

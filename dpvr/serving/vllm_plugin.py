@@ -24,7 +24,7 @@ ARCHITECTURES = {  # in a configuration: the class; without "Dpvr" they are vLLM
 
 def register() -> None:
     """Tell vLLM of the models, their configuration, and the check of a server's options. May be called repeatedly."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoProcessor, LlavaProcessor
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -32,6 +32,7 @@ def register() -> None:
     from dpvr.serving.plans import EngineCheck
 
     AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
+    AutoProcessor.register(DpvrLlavaConfig, LlavaProcessor, exist_ok=True)
     known = ModelRegistry.get_supported_archs()
     for name, place in ARCHITECTURES.items():
         MODELS_CONFIG_MAP[name] = EngineCheck
