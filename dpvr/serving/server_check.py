@@ -62,7 +62,8 @@ def server(model: str, routing: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port)]
+    # `vllm serve` asks for the version of a package "vllm", which vLLM's build for CPUs is not called
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     command += ["--hf-overrides", json.dumps({"routing": routing}), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", str(MAX_LENGTH), "--limit-mm-per-prompt", json.dumps({"image": MOST_PICTURES})]
     command += ["--served-model-name", "dpvr", "--host", "127.0.0.1"]
