@@ -21,6 +21,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from adapter_dpvr import DpvrConfig  # noqa: E402
 from dpvr.serving.check_run import engine_answers  # noqa: E402
+from modeling_dpvr import DpvrLlavaForConditionalGeneration  # noqa: E402
 
 SIDE = {"llava": 8, "qwen2_5_vl": 24, "qwen3_vl": 24}  # of a picture, in pixels
 ARCHITECTURES = {
@@ -107,6 +108,22 @@ def test_an_adapter_on_its_base_answers_as_in_transformers(name, plan, wide, tmp
     )
     assert [answers for answers, _ in rounds] == [expected, expected]
     assert rounds[1][1] > rounds[0][1], "the second round found nothing in the prefix cache"
+
+
+def test_a_repository_of_a_side_branch_alone_is_served_with_its_base(wide, tmp_path):
+    """And vanilla, on the same weights, if the overrides say so."""
+    base, processor = make_with_processor("llava")
+    base.save_pretrained(tmp_path / "base")
+    fields = {"split_layer": 2, "routing": "kv_substitution", "side_branch_init": "random"}
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(str(tmp_path / "base"), dtype=torch.float32, **fields)
+    model.save_pretrained(tmp_path / "own", side_branch_only=True)
+    processor.save_pretrained(tmp_path / "own")
+    requests = make_requests("llava", processor)
+    for routing in ("kv_substitution", "none"):
+        model.set_routing(routing)
+        expected = expected_answers(model, processor, requests, processor.tokenizer.eos_token_id)
+        ((answers, _),) = engine_answers(str(tmp_path / "own"), requests, {"routing": routing}, NEW_TOKENS)
+        assert answers == expected
 
 
 @pytest.mark.parametrize(
