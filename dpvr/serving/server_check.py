@@ -38,7 +38,8 @@ def check_servers(
         expected: the tokens of the routed answers.
     """
     with ExitStack() as stack:
-        routed, vanilla = (stack.enter_context(server(args.model, name)) for name in (routing, "none"))
+        starting = [stack.enter_context(server(args.model, name)) for name in (routing, "none")]
+        routed, vanilla = (wait_for(process, address) for process, address in starting)
         with ThreadPoolExecutor(2 * args.clients + 4) as clients:
             order = random.Random(0).sample(range(len(asked)), len(asked))
             answers = {at: clients.submit(ask, routed, asked[at], args.new_tokens) for at in order}
@@ -57,8 +58,8 @@ def check_servers(
 
 
 @contextmanager
-def server(model: str, routing: str) -> Iterator[str]:
-    """The address of a running server of a DPVR repository."""
+def server(model: str, routing: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server of a DPVR repository that is starting, and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,17 +69,25 @@ def server(model: str, routing: str) -> Iterator[str]:
     command += ["--max-model-len", str(MAX_LENGTH), "--limit-mm-per-prompt", json.dumps({"image": MOST_PICTURES})]
     command += ["--served-model-name", "dpvr", "--host", "127.0.0.1"]
     process = subprocess.Popen(command, env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=sys.stderr)
-    address = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + PATIENCE
-        while not _is_up(address):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise ValueError(f"The server did not start (exit status {process.poll()}): its output says why.")
-            time.sleep(1)
-        yield address
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(60)
+
+
+def wait_for(process: subprocess.Popen, address: str) -> str:
+    """The address of a server, once it answers.
+
+    Raises:
+        ValueError: if it has ended, or does not answer in time.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not _is_up(address):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise ValueError(f"The server did not start (exit status {process.poll()}): its output says why.")
+        time.sleep(1)
+    return address
 
 
 def _is_up(address: str) -> bool:
