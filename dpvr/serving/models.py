@@ -128,9 +128,9 @@ class RoutedPass:
         pictures = Pictures(
             self.runs.image_requests, self.runs.image_slots, self.image_slots, common.block_table_tensor, block_size
         )
-        context = get_forward_context()
-        residual = None
-        with override_forward_context(replace(context, additional_kwargs={PICTURES: pictures})):
+        context, residual = get_forward_context(), None
+        known = {**context.additional_kwargs, PICTURES: pictures}
+        with override_forward_context(replace(context, additional_kwargs=known)):
             for layer in self.model.side_layers:
                 image, residual = layer(self.image_positions, image, residual)
         return image + residual
