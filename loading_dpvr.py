@@ -44,7 +44,9 @@ try:  # transformers 5 renames the weights of old LLaVA checkpoints by model typ
 except ImportError:
     WeightRenaming = None
 else:
-    register_checkpoint_conversion_mapping("dpvr_llava", get_checkpoint_conversion_mapping("llava"), overwrite=True)
+    for own, stock in (("dpvr_llava", "llava"), ("DpvrLlavaModel", "LlavaModel")):  # the second in some releases only
+        if (mapping := get_checkpoint_conversion_mapping(stock)) is not None:
+            register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
 
 PUBLISHED_NAMES = {  # weight names of llava-hf's checkpoints, which both versions read; version 5 would write others
     "language_model.model": "model.language_model",

@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ ABSOLUTE = re.compile(r"(?<![^\s=])/(?:[^\s/]+/)*(?=[^\s/])")
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "scikit-learn")
 
 
-def run_record(script: str) -> dict[str, Any]:
-    """The record of this process, started as `python` + `script` + its arguments, without tokens and folders."""
+def run_record(script: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """The record of this process, started as `python` + `script` + its arguments, without tokens and folders.
+
+    Args:
+        packages: whose versions matter; they are installed.
+    """
     return {
         "command": without_folders(TOKEN.sub("...", " ".join(["python", *script.split(), *sys.argv[1:]]))),
         "commit": commit(),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
 
 

@@ -30,6 +30,8 @@ COMMANDS = [
     "-m dpvr.pretraining.assemble",
     "-m dpvr.pretraining.train",
     "-m dpvr.reports",
+    "-m dpvr.serving.benchmark",
+    "-m dpvr.serving.check",
     "-m dpvr.training.fit",
     "-m minibench.export",
 ]

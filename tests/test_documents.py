@@ -69,6 +69,8 @@ RUN_ELSEWHERE = {  # programs of others, and what stands in their commands that 
     "lmms-eval": r"--config (\S+)",
     "accelerate": r"--config_file (\S+)",
     "transformers": None,
+    "vllm": None,
+    "export": None,
     "pytest": None,
     "ruff": None,
     "git": None,

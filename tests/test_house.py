@@ -19,7 +19,7 @@ FLOORS = (
     ("dpvr.analysis",),
     ("dpvr.inference",),
     ("dpvr.training",),
-    ("app", "train_sft", "dpvr.benchmarks", "dpvr.pretraining", "dpvr.lmms_eval"),
+    ("app", "train_sft", "dpvr.benchmarks", "dpvr.pretraining", "dpvr.lmms_eval", "dpvr.serving"),
     ("dpvr.reports",),
 )
 MAX_LINES = 450
