@@ -269,3 +269,8 @@ def test_an_adapter_runs_no_code_of_the_base_that_it_names(random_mini, tmp_path
     get_peft_model(model, DpvrConfig(split_layer=1)).save_pretrained(tmp_path / "adapter")
     load(str(tmp_path / "adapter"))
     assert not (tmp_path / "run").exists()
+
+
+def test_whoever_takes_the_end_of_an_answer_may_ask_again(answerer):
+    free = [(partial.readout is not None, not answerer.place.locked()) for partial in answerer.stream(TURNS)]
+    assert free[-1] == (True, True) and all(done == idle for done, idle in free)

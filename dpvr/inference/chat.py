@@ -155,11 +155,12 @@ class Answerer:
                     yield Partial(self._text(tokens))
                 with of_the_model():
                     output = job.result()
-                yield Partial(self._text(run.tokens), run.readout(inputs, output))
+                whole = Partial(self._text(run.tokens), run.readout(inputs, output))
             finally:
                 run.stop.set()
                 job.exception()  # wait for the end
                 self.ways.choose(self.routing)
+        yield whole  # whoever takes it may ask again, as the place is free
 
     def _text(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip().rstrip("\ufffd")
