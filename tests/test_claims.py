@@ -74,6 +74,7 @@ def test_a_claim_whose_sentence_is_gone_or_stands_twice_is_found():
     assert "0 times" in broken(claim, "It took 6 s.", RESULTS)[0]
     assert "2 times" in broken(claim, "It took 5 s, and took 5 s.", RESULTS)[0]
     assert broken(claim, "It took 5 s.", RESULTS) == unclaimed([claim], "It took 5 s.") == []
+    assert len(unclaimed([claim], "7 s it took.")) == 1
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,20 @@ def test_code_blocks_of_the_reports_and_front_matter_are_left_out_and_other_bloc
     code = tmp_path / "a.py"
     code.write_text('"""1 s"""\ntext = "2 s"\nother = f"{text:.3f} 4 s"\n')
     assert [number.written for number in unrecognised(flat(code))] == ["2", "4"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.md", "{}\n"), ("a.py", "shown = {!r}\n")])
+def test_of_html_tags_only_what_they_say_in_words_is_prose(name, text, tmp_path):
+    page = tmp_path / name
+    tags = "<p>In 3 ms<img width=\"64%\"\n alt=\"2 s\"> <td class='n4' aria-label='5%'>1 <b and 9> 8</td>"
+    page.write_text(text.format(tags))
+    assert sorted(number.written for number in unrecognised(flat(page))) == ["1", "2", "3", "5%", "8", "9"]
+
+
+def test_a_tag_of_an_f_string_is_found_around_its_values(tmp_path):
+    page = tmp_path / "a.py"
+    page.write_text("""a = f"<text x='{1 + 2}' y='14' style='{'4'}: 5'>6 ms {'7'}</text>" f"{a:.8f} 9"\n""")
+    assert [number.written for number in unrecognised(flat(page))] == ["6", "9"]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def broken(claim: Claim, prose: str, results: Path) -> list[str]:
 
 def unclaimed(claims: list[Claim], prose: str) -> list[str]:
     """The numbers of a document that no claim covers."""
-    covered = [(claim, prose.find(claim.text)) for claim in claims]
+    covered = [(claim, prose.find(claim.text)) for claim in claims if claim.text in prose]
 
     def stands(number: Number) -> bool:
         return any(
