@@ -116,7 +116,8 @@ def request_body(conversation: Conversation) -> dict[str, Any]:
     for message in conversation.messages:
         parts = [picture_part(png(next(pictures))) if part["type"] == "image" else part for part in message["content"]]
         messages.append({**message, "content": parts})
-    return {"model": "dpvr", "messages": messages, "temperature": 0}
+    # dpvr-mini's template leaves the begin token to the tokenizer, which vLLM tells to add none unless it is asked to
+    return {"model": "dpvr", "messages": messages, "temperature": 0, "add_special_tokens": True}
 
 
 def png(picture: Image.Image) -> bytes:
