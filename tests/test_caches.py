@@ -17,6 +17,7 @@ from reference import Prompts, examples, make_dpvr, naive_logits, plans, prompts
 from test_generation import (
     RAGGED,
     TOLERANCE,
+    CUT,
     VARIANTS,
     answer,
     assert_cached_logits_are_naive,
@@ -367,7 +368,7 @@ def test_speculative_decoding_finds_the_greedy_answer(variant: dict, assistant: 
 @needs_5
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["growing", "static"])
 @pytest.mark.parametrize("size", [1, 2])
-@variants
+@pytest.mark.parametrize("variant", CUT, ids=str)
 def test_a_prefill_in_chunks_may_cut_through_images(variant: dict, size: int, cache: dict) -> None:
     model, inputs = make_dpvr(**variant), Prompts([[2, 0, 1]] if size == 1 else [*RAGGED, [0, 8]], "left").inputs
     assert_same_answers(answer(model, inputs, prefill_chunk_size=size, **cache), answer(model, inputs))

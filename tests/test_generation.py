@@ -27,6 +27,7 @@ VARIANTS = [
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0, "latent_stride": 3},
     {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_stride": 2, "latent_score": "norm"},
 ]
+CUT = [one for one in VARIANTS if "latent_score" not in one]  # a prompt may be cut in an image and change nothing
 COUNTED = [  # kinds of the latent, beside the variants
     {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0},
     {"routing": "latent", "latent_rank": 6, "latent_split_layer": 0, "latent_side_layers": 2, "latent_stride": 3},
@@ -223,7 +224,7 @@ def test_pictures_are_chosen_from_one_by_one_so_pieces_that_end_behind_them_chan
     assert_cached_logits_are_naive(model, pieces, forward_in_pieces(model, pieces))
 
 
-@pytest.mark.parametrize("variant", [one for one in VARIANTS if "latent_score" not in one], ids=str)
+@pytest.mark.parametrize("variant", CUT, ids=str)
 @pytest.mark.parametrize("cut", [[[[1, 0]], [[2]]], [[[0, 0]], [[2]]], [[[2]], [[1, 0]], [[0, 1]]]], ids=str)
 @torch.no_grad()
 def test_a_piece_may_end_with_an_image_or_hold_nothing_else(cut: list, variant: dict[str, object]) -> None:

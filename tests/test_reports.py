@@ -277,7 +277,7 @@ def test_one_command_fills_every_document_and_draws_every_figure(made, tmp_path,
         assert {name: between_marks(filled, name) for name in texts} == texts
     drawn = {path.name for path in (tmp_path / "docs").glob("*.png")}
     assert drawn == {"accuracy_by_cost.png", "latency_kv.png", "latency_roofline.png", "latency_text.png"}
-    assert "blocks of 7 documents were filled" in capsys.readouterr().out
+    assert f"blocks of {len(made)} documents were filled" in capsys.readouterr().out
 
 
 def test_two_runs_make_the_same_bytes(tmp_path):
@@ -288,7 +288,7 @@ def test_two_runs_make_the_same_bytes(tmp_path):
         copytree(ROOT / "docs", folder / "docs")
         copyfile(ROOT / "README.md", folder / "README.md")
         for picture in (*folder.rglob("*.png"), *folder.rglob("*.svg")):
-            picture.write_bytes(b"")  # app.png is no figure and stays empty
+            picture.write_bytes(b"")
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
         subprocess.run([sys.executable, "-m", "dpvr.reports"], cwd=folder, env=variables, check=True)
     one, two = (
@@ -297,7 +297,7 @@ def test_two_runs_make_the_same_bytes(tmp_path):
     )
     assert one == two
     empty = {str(path) for path, content in one.items() if path.suffix in (".png", ".svg") and not content}
-    assert empty == {"docs/app.png"}
+    assert not empty  # every one is drawn anew
 
 
 def test_a_bar_in_a_cell_does_not_end_it():

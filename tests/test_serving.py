@@ -134,7 +134,7 @@ def test_it_answers_a_question_about_a_picture_as_generate_does(served, client):
 
 @pytest.mark.parametrize("served", ["root"], indirect=True)
 def test_the_client_on_the_page_about_serving_runs(served, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
     assert "http://localhost:8000/v1" in code
     exec(code.replace("http://localhost:8000/v1", served.url), {})
     answer = served.answer([user(QUESTION, scene(0))])[0]

@@ -13,7 +13,14 @@ from typing import Any
 from dpvr.reports.documents import read, table
 
 MINI = "dpvr_mini"
-METHODS = {"late_fusion": "late fusion", "lora_r16": "LoRA, r = 16", "lora_r64": "LoRA, r = 64", "full": "all weights"}
+METHODS = {
+    "late_fusion": "late fusion",
+    "read_everywhere": "split at an eighth, read everywhere",
+    "latent": "latent",
+    "lora_r16": "LoRA, r = 16",
+    "lora_r64": "LoRA, r = 64",
+    "full": "all weights",
+}
 NAMES = {
     "vanilla": "vanilla LLaVA",
     "untrained": "late fusion, untrained side branch",
@@ -102,8 +109,17 @@ def render_pretraining(results: Path) -> str:
 
 
 def render_training(results: Path) -> str:
-    """One row per method: what a training step takes."""
-    training = read(results / "training_cpu.json")
+    """One row per method: what a training step takes, at a LLaVA's shape."""
+    return "\n".join(_steps(read(results / "training_cpu.json"))) + "\n"
+
+
+def render_family_training(results: Path) -> str:
+    """The same at the shapes of real models of any family, a table each."""
+    tables = [_steps(read(path)) for path in sorted((results / "training_models").glob("*.json"))]
+    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+
+
+def _steps(training: dict[str, Any]) -> list[str]:
     first = training["rows"][0]["seconds_per_step"]
     lines = table(
         ["", "seconds a step (10th to 90th percentile)", "ratio", "saved for backward", "peak memory", "trained"],
@@ -119,14 +135,14 @@ def render_training(results: Path) -> str:
             for row in training["rows"]
         ],
     )
-    lines += [
+    return [
+        *lines,
         "",
         f"Shape {training['shape']}, batch {training['batch_size']}, {training['image_tokens']} image and "
         f"{training['text_tokens']} text tokens, {training['dtype']}; medians of {training['steps']} interleaved "
         f"rounds. Made by `{training['command']}`",
         *_machine(training),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _machine(record: dict[str, Any]) -> list[str]:
