@@ -116,15 +116,17 @@ def weak_spot_of_late_fusion(results: Path, _: Any) -> list[float]:
 
 
 def _row(results: Path, table: str, name: str) -> Measured:
-    row = _grid(results).row(table, name)
+    """A row of a table of the paper's grid, or of "frontier/TABLE" of the other one."""
+    folder, _, table = table.rpartition("/")
+    row = _grid(results / (folder or "minibench")).row(table, name)
     if row is None:
         raise ValueError(f"The row {name!r} of {table} was not measured.")
     return row
 
 
 @cache
-def _grid(results: Path) -> Results:
-    return Results(results / "minibench")
+def _grid(folder: Path) -> Results:
+    return Results(folder)
 
 
 def counted(_: Path, wanted: dict[str, Any]) -> int:
