@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 CODE = ("app.py", "*_dpvr.py", "dpvr/**/*.py", "dpvr/inference/*.css", "minibench/*.py", "LICENSE")
 RECORDS = (
     "results/dpvr_mini/accuracy.json",
-    "results/dpvr_mini/frontier.json",
     "results/dpvr_mini/latent/accuracy.json",
     "results/dpvr_mini/pictures.safetensors",
 )

@@ -59,15 +59,11 @@ def capital(text: str) -> str:
 
 
 def measured(results: Path = RESULTS) -> list[Point]:
-    """Return the points of the records that are there, by cost; where two have a method and cost, the later one's."""
-    found = {}
-    for name in ("latent/accuracy.json", "frontier.json"):
-        path = results / name
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-        for point in map(_point, rows):
-            if point is not None:
-                found[point.routing, round(point.cost, 3)] = point
-    return sorted(found.values(), key=lambda point: point.cost)
+    """Return the points of the latents' record, by cost; none where it is not there."""
+    path = results / "latent" / "accuracy.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    points = (point for point in map(_point, rows) if point is not None)
+    return sorted(points, key=lambda point: point.cost)
 
 
 def _point(row: dict[str, Any]) -> Point | None:
