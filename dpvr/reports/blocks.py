@@ -34,7 +34,10 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "shapes": latents.render_shapes(results),
             **frontier.blocks(results),
         },
-        "docs/training.md": {"training": mini.render_training(results)},
+        "docs/training.md": {
+            "training": mini.render_training(results),
+            "training_models": mini.render_family_training(results),
+        },
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
         "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),
     }

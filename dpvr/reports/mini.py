@@ -4,6 +4,7 @@ dpvr_mini/accuracy.json       dpvr.benchmarks.accuracy         vanilla, untraine
 dpvr_mini/training.json       train_sft.py                     what training the side branch took
 dpvr_mini/pretraining.jsonl   dpvr.pretraining.train           the curve on the validation split
 training_cpu.json             dpvr.benchmarks.training_step    a step of late fusion, LoRA and all weights
+training_models/*.json        the same with --model            at the shapes of real models of any family
 """
 
 import json
