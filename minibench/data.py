@@ -48,7 +48,10 @@ class MiniBench:
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.size:
             raise IndexError(f"There is no row {index} in a data set of {self.size} rows.")
-        return self.make_row(random.Random(f"rows/{self.split}/{self.seed}/{index}"))
+        rng = random.Random(f"rows/{self.split}/{self.seed}/{index}")
+        while not (row := self.make_row(rng))["messages"]:
+            pass  # the scenes were such that the tasks ask nothing of them: others are drawn
+        return row
 
     def make_row(self, rng: random.Random) -> Row:
         """One picture, or in `PAIR_SHARE` of the rows two, and questions about it."""

@@ -59,6 +59,11 @@ def test_rows_are_in_the_vision_format_of_trl(rows):
         assert types == [["image"] * len(row["images"]) + ["text"], *[["text"]] * (2 * turns - 1)]
 
 
+def test_every_row_has_a_question_even_where_its_first_scenes_allow_none():
+    row = MiniBench("train", 1200, questions_per_row=1, seed=2)[971]
+    assert len(row["messages"]) >= 2
+
+
 def test_rows_are_the_same_when_read_again_and_end_with_the_data_set(rows):
     again = MiniBench("validation", NUM_ROWS, PER_ROW, SEED)
     assert len(list(again)) == len(again) == NUM_ROWS
