@@ -155,9 +155,9 @@ def make_scene(split: Split, seed: int, index: int) -> Scene:
     return draw_scene(split, random.Random(f"{split}/{seed}/{index}"))
 
 
-def draw_scene(split: Split, rng: random.Random) -> Scene:
-    """Return three to six objects, one to four of them digits and at least one a shape."""
-    count = rng.randint(3, 6)
+def draw_scene(split: Split, rng: random.Random, count: int | None = None) -> Scene:
+    """Return `count` objects, from two to nine, else three to six; one to four are digits, at least one is a shape."""
+    count = rng.randint(3, 6) if count is None else count
     places = sorted(rng.sample(range(len(PLACES)), count))
     num_digits = rng.randint(1, min(4, count - 1))
     digits = set(rng.sample(range(count), num_digits))
