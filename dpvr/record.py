@@ -26,7 +26,7 @@ def run_record(script: str, packages: Sequence[str] = PACKAGES) -> dict[str, Any
     """
     return {
         "command": without_folders(TOKEN.sub("...", " ".join(["python", *script.split(), *sys.argv[1:]]))),
-        "commit": commit(),
+        "commit": READ_FROM,
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
@@ -78,3 +78,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+READ_FROM = commit()  # when this process began: files may be changed while it runs

@@ -194,6 +194,8 @@ def test_the_main_job_adapts_a_latent_and_ends_with_one_table_and_a_sentence(ran
     assert vanilla["prefill_flops"] == lora["prefill_flops"] == 1 and late["prefill_flops"] < 1
     assert latent["prefill_flops"] < 1 and latent["trained_parameters"] == record["trainable_parameters"]
     assert late["objective"] == "distil" and lora["objective"] == "sft" and lora["trained_parameters"] > 0
+    saved = [row["saved_activation_bytes"] for row in (latent, late, lora)]
+    assert vanilla["saved_activation_bytes"] is None and 0 < min(saved) and saved[1] < saved[2]
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "Without it the base is as it was." in printed
     written = json.loads((tmp_path / "out" / "training.json").read_text())

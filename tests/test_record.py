@@ -31,6 +31,11 @@ def test_a_record_names_command_commit_hardware_and_versions():
     assert record["hardware"] and {"python", "torch", "transformers", "peft", "trl"} <= record["versions"].keys()
 
 
+def test_what_is_committed_while_a_command_runs_is_not_what_it_ran(monkeypatch):
+    monkeypatch.setattr("dpvr.record.commit", lambda: "later")
+    assert run_record("-m dpvr.reports")["commit"] != "later"
+
+
 def test_a_document_goes_to_its_file_and_only_when_asked_to_standard_output(tmp_path, capsys):
     publish({"a": 1}, tmp_path / "new" / "a.json")
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}

@@ -29,6 +29,7 @@ from dpvr.benchmarks.random_models import make_llava
 from dpvr.benchmarks.setups import IMAGE_TOKEN_ID, IMAGE_TOKENS, SHAPES
 from dpvr.benchmarks.time_and_memory import resident_peak, synchronize
 from dpvr.cost_table import load_config
+from dpvr.training.activations import counting_saved
 from dpvr.training.trainers import lora_targets
 from generation_dpvr import IGNORED_LABEL
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -105,20 +106,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, An
 def saved_activation_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     """Bytes of the distinct storages that autograd saves in one forward pass, parameters and inputs not counted."""
     inputs = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-    own = {weight.untyped_storage().data_ptr() for weight in [*model.parameters(), *model.buffers(), *inputs]}
-    saved = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with counting_saved([*model.parameters(), *model.buffers(), *inputs]) as saved:
         loss = model(**batch, use_cache=False).loss
-    total = sum(saved.values())
     del loss
-    return total
+    return saved.bytes
 
 
 def peak_of_one_step(method: str, args: Namespace) -> int:

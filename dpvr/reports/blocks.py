@@ -1,6 +1,6 @@
 """Which block stands in which document, and where the figures go.
 
-results/ --> mini, latency, accuracy, families, latents, frontier, front: {block: text} --> documents.fill
+results/ --> mini, latency, accuracy, families, latents, limits, frontier, front: {block: text} --> documents.fill
          --> pareto, frontier, latency_figures, dpvr.analysis: pictures
 """
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpvr.analysis import curves
 from dpvr.analysis.plan_report import draw_frontier
-from dpvr.reports import accuracy, chat, frontier, latency, latency_figures, latents, mini, pareto
+from dpvr.reports import accuracy, chat, frontier, latency, latency_figures, latents, limits, mini, pareto
 from dpvr.reports.documents import read
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
@@ -31,6 +31,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "fits": latents.render_fits(results),
             "accuracy": latents.render_accuracy(results),
             "adapted": latents.render_adapted(results),
+            "adapted_seeds": latents.render_adapted_seeds(results),
             "shapes": latents.render_shapes(results),
             **frontier.blocks(results),
         },
@@ -38,6 +39,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "training": mini.render_training(results),
             "training_models": mini.render_family_training(results),
         },
+        "docs/limits.md": limits.blocks(results),
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
         "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),
     }

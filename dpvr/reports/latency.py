@@ -6,6 +6,7 @@ results/latency/text/SHAPE.json        text tokens from 64 to 1024          Tabl
 results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
 results/latency/models/NAME.json       shapes of real models of any family
+results/latency/models_tokens, models_batch     one of them with 256 to 4,096 image tokens, in batches of 1 to 8
 results/DEVICE/latency/...             the same from a GPU; takes the place of what was only counted
     |
 README.md, docs/performance.md       `python -m dpvr.reports`; figures: latency_figures.py
@@ -45,6 +46,7 @@ PAPER_TABLE_1 = {
     "text_only": "0",
 }
 UNMEASURED = "not measured"
+TOWERLESS = "prefill_without_tower_ms"  # the time of models whose image features are given
 CLOCKS = {"wall": "wall", "cpu": "processor"}  # older records say which; since then it is wall time
 Row = dict[str, Any]
 
@@ -144,22 +146,31 @@ def render_images(results: Path) -> str:
     return _sweep(results, "images", "num_images", "pictures: {}")
 
 
-def _sweep(results: Path, folder: str, field: str, heading: str) -> str:
+def render_models_tokens(results: Path) -> str:
+    """The language model's prefill at the shape of a real model, against the number of image tokens."""
+    return _sweep(results, "models_tokens", "image_tokens", "{:,} image tokens", TOWERLESS)
+
+
+def render_models_batch(results: Path) -> str:
+    return _sweep(results, "models_batch", "batch_size", "batch {}", TOWERLESS)
+
+
+def _sweep(results: Path, folder: str, field: str, heading: str, time: str = "prefill_ms") -> str:
     """A row per shape and method, and in each cell the time of a prefill with its ratio and the FLOPs' ratio."""
-    records = _records(results, folder)
+    records, names = _records(results, folder), FAMILY_NAMES if time == TOWERLESS else NAMES
     points = sorted({row[field] for record in records for row in record["rows"]})
     rows = []
     for record in records:
         for method in dict.fromkeys(row["method"] for row in record["rows"]):
             found = {row[field]: row for row in record["rows"] if row["method"] == method}
-            cells = [_with_flops(found[point]) if point in found else UNMEASURED for point in points]
-            rows.append([_size(record), NAMES[method], *cells])
+            cells = [_with_flops(found[point], time) if point in found else UNMEASURED for point in points]
+            rows.append([_size(record), names[method], *cells])
     return _text(table(["size", "", *map(heading.format, points)], rows), *map(_protocol, records))
 
 
-def _with_flops(row: Row) -> str:
-    flops, name = f"FLOPs {row['ratio_to_vanilla']['prefill_flops']:.4f}", "prefill_ms"
-    return f"{UNMEASURED}; {flops}" if row[name] is None else f"{_time(row, name, digits=0)}; {flops}"
+def _with_flops(row: Row, time: str) -> str:
+    flops = f"FLOPs {row['ratio_to_vanilla']['prefill_flops']:.4f}"
+    return f"{UNMEASURED}; {flops}" if row[time] is None else f"{_time(row, time, digits=0)}; {flops}"
 
 
 def render_models(results: Path) -> str:
@@ -237,6 +248,8 @@ PERFORMANCE: dict[str, Callable[[Path], str]] = {
     "batch": render_batch,
     "images": render_images,
     "models": render_models,
+    "models_tokens": render_models_tokens,
+    "models_batch": render_models_batch,
     "phases": render_phases,
 }
 

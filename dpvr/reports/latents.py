@@ -33,7 +33,16 @@ ACCURACY_HEADINGS = [
     "replies equal",
     "latent minus it (95%)",
 ]
-ADAPTED_HEADINGS = ["", "exchanged, %", "ordinary, %", "prefill FLOPs", "trained parameters", "objective", "s a step"]
+ADAPTED_HEADINGS = [
+    "",
+    "exchanged, %",
+    "ordinary, %",
+    "prefill FLOPs",
+    "trained parameters",
+    "objective",
+    "s a step",
+    "saved for backward",
+]
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "shapes"
 SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-8b", "internvl3-8b")
@@ -113,6 +122,7 @@ def render_adapted(results: Path) -> str:
     for row in record["table"]:
         objective = row.get("objective", record["objective"]) if row["trained_parameters"] else ""
         seconds = f"{row['seconds_per_step']:.2f}" if row["trained_parameters"] else ""
+        saved = f"{row['saved_activation_bytes'] / 1e6:,.0f} MB" if row["trained_parameters"] else ""
         rows.append(
             [
                 row["name"],
@@ -121,6 +131,7 @@ def render_adapted(results: Path) -> str:
                 f"{row['trained_parameters']:,}" if row["trained_parameters"] else "0",
                 objective,
                 seconds,
+                saved,
             ]
         )
     fitted = means["fitted latent", "swapped"]
@@ -130,9 +141,21 @@ def render_adapted(results: Path) -> str:
         "",
         f"MiniBench's validation questions, n = {fitted['n']}, {steps} steps each on the same rows. The latent as it "
         f"was fitted, before any step: {100 * fitted['mean']:.1f} on exchanged pictures. {COVERED} "
-        f"`{record['command']}`, {made_on(record)}. One seed.",
+        f"`{record['command']}`, {made_on(record)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def render_adapted_seeds(results: Path) -> str:
+    """The means on exchanged pictures of every seed's run, whose rows and training differ."""
+    records = [read(path) for path in sorted(folder(results).glob("adapted*.json"))]
+    shown = [
+        {row["name"]: row["mean"] for row in record["accuracy"] if row["pictures"] == "swapped"} for record in records
+    ]
+    names = dict.fromkeys(name for means in shown for name in means)
+    rows = [[name, *(f"{100 * means[name]:.1f}" if name in means else "" for means in shown)] for name in names]
+    header = ["exchanged, %", *(f"seed {record['seed']}, n = {record['accuracy'][0]['n']}" for record in records)]
+    return "\n".join(table(header, rows)) + "\n"
 
 
 def render_shapes(results: Path) -> str:

@@ -174,7 +174,8 @@ def match_deviations(trainer: CardlessTrainer, moments: Moments) -> None:
 
 def base_row(model: PreTrainedModel | PeftModel, processor: ProcessorMixin) -> dict[str, Any]:
     with as_base(model):
-        return {"name": "vanilla", **costs(model, processor), "trained_parameters": 0, "seconds_per_step": None}
+        trained = {"trained_parameters": 0, "seconds_per_step": None, "saved_activation_bytes": None}
+        return {"name": "vanilla", **costs(model, processor), **trained}
 
 
 def model_row(name: str, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def model_row(name: str, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
         **costs(trainer.model, trainer.processing_class),
         "trained_parameters": trained,
         "seconds_per_step": seconds / max(1, trainer.state.global_step),
+        "saved_activation_bytes": trainer.saved_activation_bytes,
     }
 
 

@@ -108,16 +108,19 @@ def table(rows: list[Row], scores: Scores) -> list[str]:
     """The last lines of a run: a row per model, and a sentence that says what was won.
 
     Args:
-        rows: name, prefill_flops, trained_parameters, seconds_per_step; first vanilla's, second the run's own.
+        rows: name, prefill_flops, trained_parameters, seconds_per_step, saved_activation_bytes, the last None where no
+            step was run; first vanilla's, second the run's own.
     """
     shown = list(scores.shown)
     head = f"{'':<24}" + "".join(f"{pictures:>10}" for pictures in shown)
-    lines = [f"{head}{'prefill FLOPs':>15}{'trained':>12}{'s a step':>10}"]
+    lines = [f"{head}{'prefill FLOPs':>15}{'trained':>12}{'s a step':>10}{'saved MB':>10}"]
     for row in rows:
         means = "".join(f"{scores.mean(row['name'], pictures):>10.1%}" for pictures in shown)
         trained, seconds = row["trained_parameters"], row["seconds_per_step"]
         rest = f"{trained:>12,}{seconds:>10.2f}" if trained else f"{'-':>12}{'-':>10}"
-        lines.append(f"{row['name']:<24}{means}{row['prefill_flops']:>15.3f}{rest}")
+        kept = row["saved_activation_bytes"]
+        saved = f"{'-' if kept is None else f'{kept / 1e6:,.0f}':>10}"
+        lines.append(f"{row['name']:<24}{means}{row['prefill_flops']:>15.3f}{rest}{saved}")
     vanilla, own = rows[:2]
     before, after = (scores.mean(row["name"], shown[0]) for row in (vanilla, own))
     of_what = "MiniBench" if len(shown) == 1 else "MiniBench with red and blue swapped"

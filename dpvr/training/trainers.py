@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer, get_peft_config
 
 from decoders_dpvr import decoder_of, owner_of
+from dpvr.training.activations import counting_saved
 from dpvr.training.arguments import BaseArguments, SideBranchSFTConfig
 from dpvr.training.checkpoints import WholeCheckpoints
 from dpvr.training.collators import TEACHER_IMAGES, AlwaysAPicture, ReplyCollator, WithoutImageLabels
@@ -36,9 +37,11 @@ class CardlessTrainer(WholeCheckpoints, SFTTrainer):
 
     Attributes:
         objective: the loss of a model and a batch; None: TRL's, on the replies.
+        saved_activation_bytes: what autograd saved for backward in the first step; None before it.
     """
 
     objective: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor] | None = None
+    saved_activation_bytes: int | None = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -46,6 +49,15 @@ class CardlessTrainer(WholeCheckpoints, SFTTrainer):
     def set_objective(self, objective: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]) -> None:
         """Train for the mean of a loss over batches in place of TRL's."""
         self.objective, self.model_accepts_loss_kwargs = objective, False
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.saved_activation_bytes is not None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        given = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        with counting_saved([*model.parameters(), *model.buffers(), *given]) as saved:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self.saved_activation_bytes = saved.bytes
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.objective is None:
