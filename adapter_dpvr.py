@@ -34,13 +34,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 import adapter_doors_dpvr  # noqa: F401
 from adapter_files_dpvr import METHOD, Shapes, check_shapes, find_weights, shapes_of  # noqa: F401
 from configuration_dpvr import (
-    JOINT,
     METHOD_FIELDS,
     SIDE_BRANCH_INITS,
     LayerPlan,
     check_choice,
     check_fusion_fields,
     make_plan,
+    vanilla_plan,
 )
 from costs_dpvr import Branch, DecoderCosts, prefill_flops
 from decoders_dpvr import check_decoder, decoder_of, recurrent_layers
@@ -182,11 +182,6 @@ class DpvrConfig(PeftConfig):
             return SideBranch(latent=Latent(decoder, plan, self.latent_rank, self.latent_side_layers))
         dense = self.side_branch_mlp == "dense"
         return make_side_branch(decoder, plan.split_layer, self.num_side_layers, dense_mlp=dense)
-
-
-def vanilla_plan(depth: int) -> LayerPlan:
-    """The plan of a decoder without an adapter: all layers joint."""
-    return LayerPlan(depth, (JOINT,) * depth)
 
 
 class DpvrLayer(nn.ModuleDict, BaseTunerLayer):

@@ -256,6 +256,11 @@ class DpvrLlavaConfig(LlavaConfig):
             self.layer_plan("latent")
 
 
+def vanilla_plan(depth: int) -> LayerPlan:
+    """The plan of a decoder of `depth` layers that runs as it is: all layers joint."""
+    return LayerPlan(depth, (JOINT,) * depth)
+
+
 def make_plan(
     depth: int,
     *,
@@ -282,7 +287,7 @@ def make_plan(
     """
     check_choice("routing", routing, ROUTINGS)
     if routing == "none":
-        return LayerPlan(depth, (JOINT,) * depth)
+        return vanilla_plan(depth)
     if routing == "latent":
         split = split_layer if latent_split_layer is None else latent_split_layer
         _check_latent(depth, split, latent_rank, latent_side_layers, latent_stride, latent_score)

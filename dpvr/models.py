@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from configuration_dpvr import JOINT, LayerPlan
+from configuration_dpvr import LayerPlan, vanilla_plan
 from decoders_dpvr import DECODER_NAMES
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from versions_dpvr import LINE_4
@@ -89,8 +89,7 @@ def plan_of(model: nn.Module) -> LayerPlan:
     for module in model.modules():
         if hasattr(type(module), "plan") and any(name in module._modules for name in DECODER_NAMES):
             return module.plan
-    depth = model.config.get_text_config().num_hidden_layers
-    return LayerPlan(depth, (JOINT,) * depth)
+    return vanilla_plan(model.config.get_text_config().num_hidden_layers)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from configuration_dpvr import LayerPlan, make_plan
+from configuration_dpvr import LayerPlan, make_plan, vanilla_plan
 from costs_dpvr import ONE_LAYER, Branch, DecoderCosts, prefill_flops
 
 
@@ -20,7 +20,7 @@ class PromptCosts:
     def __init__(self, text_config: PretrainedConfig, num_image_tokens: int, num_text_tokens: int) -> None:
         self.counted, self.depth = DecoderCosts.of(text_config), text_config.num_hidden_layers
         self.tokens = num_image_tokens, num_text_tokens
-        self.vanilla = self.flops(make_plan(self.depth, routing="none"))
+        self.vanilla = self.flops(vanilla_plan(self.depth))
 
     def flops(self, plan: LayerPlan, branch: Branch = ONE_LAYER) -> int:
         return prefill_flops(self.counted, plan, *self.tokens, branch=branch)

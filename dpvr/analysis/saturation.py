@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from configuration_dpvr import JOINT, LayerPlan
+from configuration_dpvr import LayerPlan, vanilla_plan
 from decoders_dpvr import RECURRENT, check_decoder, decoder_of, lowest_split, owner_of, recurrent_layers, side_sources
 from dpvr.analysis.attention import attention_inputs, text_to_image_attention
 from dpvr.data.prompts import IGNORED_LABEL
@@ -195,8 +195,7 @@ class ProbeBatch:
         self._check_norm()
         for layer, _ in self._calls:
             layer.run = None  # it refers back to this object: the cycle would keep the batch in memory
-        depth = len(self._calls)
-        plan = LayerPlan(depth, (JOINT,) * depth)
+        plan = vanilla_plan(len(self._calls))
         self.two_stream = TwoStreamPass(nn.ModuleList(), plan, self.image, padded=(~self.valid).any())
         self.two_stream.start(None)
 

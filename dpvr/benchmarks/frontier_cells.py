@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from configuration_dpvr import LATENT_SCORES, make_plan
+from configuration_dpvr import LATENT_SCORES, vanilla_plan
 from costs_dpvr import prefill_flops
 from dpvr.benchmarks.cells import PRUNING, RANKS, RATES, SEEDS, SPLIT, VANILLA, Cell, Fields, GridCosts, Row, late
 
@@ -38,12 +38,12 @@ class ShortCosts(GridCosts):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        plan = make_plan(self.depth, routing="none")
+        plan = vanilla_plan(self.depth)
         self.vanilla = prefill_flops(self.counted, plan, *self.tokens, short_vanilla=True)
 
     def of(self, model: PreTrainedModel) -> float:
         """The share of a model; 1 of one that runs as the base does."""
-        plan = make_plan(self.depth, routing="none")
+        plan = vanilla_plan(self.depth)
         return 1.0 if model.model.plan == plan else model.prefill_flops(*self.tokens) / self.vanilla
 
     def best_latent(self, budget: float, **fields: Any) -> Fields | None:

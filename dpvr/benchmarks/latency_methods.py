@@ -17,7 +17,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
-from configuration_dpvr import JOINT, DpvrLlavaConfig, LayerPlan
+from configuration_dpvr import DpvrLlavaConfig, LayerPlan, vanilla_plan
 from dpvr.benchmarks.phase_clock import PhaseClock
 from dpvr.benchmarks.pruning import Pruned, prune
 from dpvr.benchmarks.random_models import make_llava
@@ -122,8 +122,7 @@ def plan_of(model: Method) -> LayerPlan:
         return model.plan
     if isinstance(model, DpvrLlavaForConditionalGeneration):
         return model.config.layer_plan()
-    depth = model.config.text_config.num_hidden_layers
-    return LayerPlan(depth, (JOINT,) * depth)
+    return vanilla_plan(model.config.text_config.num_hidden_layers)
 
 
 def counted(model: Method, size: Size, vanilla: DpvrLlavaForConditionalGeneration) -> Row:

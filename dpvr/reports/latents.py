@@ -8,7 +8,7 @@ results/dpvr_mini/latent/adapted.json    training.json of train_sft.py --compare
 from pathlib import Path
 from typing import Any
 
-from configuration_dpvr import make_plan
+from configuration_dpvr import make_plan, vanilla_plan
 from costs_dpvr import Branch, DecoderCosts, prefill_flops
 from decoders_dpvr import lowest_split
 from dpvr.cost_table import load_config
@@ -166,7 +166,7 @@ def render_shapes(results: Path) -> str:
         text = config.get_text_config()
         costs, split, rank = DecoderCosts.of(text), max(1, lowest_split(config)), text.hidden_size // 4
         plan = make_plan(text.num_hidden_layers, routing="latent", latent_split_layer=split, latent_rank=rank)
-        vanilla, branch = make_plan(text.num_hidden_layers, routing="none"), Branch(0, rank)
+        vanilla, branch = vanilla_plan(text.num_hidden_layers), Branch(0, rank)
         shares = [
             prefill_flops(costs, plan, *prompt, branch=branch)
             / prefill_flops(costs, vanilla, *prompt, short_vanilla=True)

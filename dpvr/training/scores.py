@@ -12,7 +12,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from configuration_dpvr import METHOD_FIELDS, LayerPlan, make_plan
+from configuration_dpvr import METHOD_FIELDS, LayerPlan, vanilla_plan
 from costs_dpvr import ONE_LAYER, Branch, DecoderCosts, prefill_flops
 from dpvr.inference.evaluation import as_drawn, evaluate, median_prompt
 from dpvr.models import as_base, plan_of
@@ -78,7 +78,7 @@ def costs(model: PreTrainedModel | PeftModel, processor: ProcessorMixin) -> Row:
     plan, fields = plan_of(model), method_fields(model)
     branch = ONE_LAYER if fields is None else Branch.of(plan, fields)
     flops = prefill_flops(counted, plan, *sizes, branch=branch, short_vanilla=True)
-    vanilla = make_plan(text_config.num_hidden_layers, routing="none")
+    vanilla = vanilla_plan(text_config.num_hidden_layers)
     short, stock = (prefill_flops(counted, vanilla, *sizes, short_vanilla=short) for short in (True, False))
     return {"prefill_flops": flops / short, "prefill_flops_stock": flops / stock}
 
