@@ -255,7 +255,7 @@ class WithSideBranches:
     def plan(self) -> LayerPlan:
         """What every decoder layer does under the active adapter; without one, as before the adapters came."""
         name = self.side_branch.active_branch
-        if name is not None:
+        if name is not None and not self.is_base:
             return self.side_branch.plans[name]
         if "own_branch" in self._modules:
             return super().plan

@@ -10,7 +10,8 @@ serves a LLaVA with its own side branch (modeling_dpvr.py) and a stock one with 
 (adapter_dpvr.py). Paper section 3.2. Axes: B batch, T tokens of the chunk, K keys, D width, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -53,11 +54,22 @@ class RoutedModel:
         stock: that class of the library.
         plan: what every decoder layer does; the inheriting class provides it.
         branch: the side branch that the plan uses; likewise.
+        is_base: whether `plan` is the base's for now, see `as_base`.
     """
 
     stock: type
     plan: LayerPlan
     branch: nn.ModuleList
+    is_base = False
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """The model runs as its base meanwhile, whatever its plan."""
+        self.is_base = True
+        try:
+            yield
+        finally:
+            self.is_base = False
 
 
 @lru_cache

@@ -6,12 +6,15 @@
     routed(LlavaForConditionalGeneration)        also
         generate        repeats a row's pixels with the row, and passes on the pixels of the chunk that runs
 
+    generate(..., fallback_below=0.6)      a reply that the plan was unsure of is made again by the base
+
 `DpvrLlavaForConditionalGeneration` (modeling_dpvr.py) and a stock model with a PEFT adapter (adapter_dpvr.py) both are
 such a class. The model without its head, at `self.model`, has a `plan`: the layer plan that it runs.
 
 Axes: B batch, T tokens, N images.
 """
 
+import copy
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -59,8 +62,111 @@ def without_image_labels(model: nn.Module, arguments: dict[str, Any]) -> dict[st
     return {**arguments, "labels": arguments["labels"].masked_fill(marks, IGNORED_LABEL)}
 
 
+def _checked_fallback(below: float, config: GenerationConfig, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The whole generation config of a call, if a fallback can be made in it."""
+    config = copy.deepcopy(config)
+    config.update(**kwargs)
+    faults = {
+        f"fallback_below is {below!r}: give a lead of probability from 0 to 1": not 0 <= below <= 1,
+        "a sampled reply says nothing of how sure the model was: leave do_sample out": config.do_sample,
+        "beams have no one reply: leave num_beams out": (config.num_beams or 1) > 1,
+        "what was streamed cannot be taken back: leave the streamer out": kwargs.get("streamer") is not None,
+        "the base cannot go on from a plan's cache: leave past_key_values out": cache_in(kwargs) is not None,
+        "an assistant keeps no logits of what it guessed: leave assistant_model out": (
+            kwargs.get("assistant_model") is not None or config.prompt_lookup_num_tokens
+        ),
+        "a fallback returns ids alone: leave return_dict_in_generate out": config.return_dict_in_generate,
+    }
+    if found := next((fault for fault, is_so in faults.items() if is_so), None):
+        raise ValueError(f"generate with fallback_below: {found}.")
+    return config
+
+
+def least_leads(
+    logits: tuple[torch.Tensor, ...], sequences: torch.Tensor, ends: int | list[int] | None
+) -> torch.Tensor:
+    """The least lead of each row's new tokens over the second likeliest one, up to its first end token.
+
+    Args:
+        logits: of each new token, (B, vocabulary).
+        sequences: (B, prompt and new tokens).
+
+    Returns:
+        (B,) in float64, from 0 to 1.
+    """
+    best = torch.stack(logits, dim=1).double().softmax(dim=-1).topk(2, dim=-1).values
+    new = sequences[:, -len(logits) :]
+    is_end = torch.isin(new, torch.tensor([] if ends is None else ends, device=new.device, dtype=new.dtype))
+    after_end = is_end.cumsum(dim=1) - is_end.long() > 0
+    return (best[..., 0] - best[..., 1]).masked_fill(after_end, 1.0).amin(dim=1)
+
+
+def put_rows(whole: torch.Tensor, rows: list[int], others: torch.Tensor, pad: int) -> torch.Tensor:
+    """Ids (B, T) with those of some rows replaced by `others` (R, S); the shorter ones are filled up on the right."""
+    length = max(whole.shape[1], others.shape[1])
+    whole, others = (nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad) for ids in (whole, others))
+    whole[rows] = others
+    return whole
+
+
 class RoutedGeneration:
-    """The mixin that `routed` puts before the class of a stock model with its head."""
+    """The mixin that `routed` puts before the class of a stock model with its head.
+
+    Attributes:
+        fell_back: of the latest call of `generate` with `fallback_below`, for each row whether the base answered.
+    """
+
+    fell_back: list[bool] | None = None
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        fallback_below: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock class generates; a greedy reply of which the plan was unsure may be made again by the base.
+
+        Args:
+            fallback_below: from 0 to 1. A row is generated again without the plan if, at any of its new tokens, the
+                probability of this token leads that of the second by less. `python -m dpvr.benchmarks.fallback` finds
+                the value that keeps the share of replies that differ from the base's below a tolerated one.
+
+        Returns:
+            With `fallback_below` the ids (B, T + new), padded on the right.
+
+        Raises:
+            ValueError: with `fallback_below`, for what is not greedy, streamed, or not answered with ids alone, for a
+                cache from before, and for a batch whose images cannot be told apart by rows.
+        """
+        if fallback_below is None:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        config = _checked_fallback(fallback_below, generation_config or self.generation_config, kwargs)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        own = kwargs | {"return_dict_in_generate": True, "output_logits": True}
+        first = super().generate(None, generation_config, *args, **own)
+        leads = least_leads(first.logits, first.sequences, config.eos_token_id)
+        self.fell_back = [lead < fallback_below and not self.model.plan.is_vanilla for lead in leads.tolist()]
+        if not any(self.fell_back):
+            return first.sequences
+        rows = [row for row, again in enumerate(self.fell_back) if again]
+        chosen = kwargs if all(self.fell_back) else self._of_rows(rows, kwargs)
+        with self.model.as_base():
+            again = super().generate(None, generation_config, *args, **chosen)
+        if all(self.fell_back):
+            return again
+        ends, pad = config.eos_token_id, config.pad_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [0])
+        return put_rows(first.sequences, rows, again, ends[0] if pad is None else pad)
+
+    def _of_rows(self, rows: list[int], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of some rows of a batch, not all."""
+        raise ValueError(
+            f"fallback_below is given with a batch, and which images of a {type(self).__name__} belong to which row "
+            "is not known before they are encoded: give one conversation at a time."
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called as any module. Labels are ignored here too, for trainers that replace `forward`, as TRL's do."""
@@ -174,6 +280,17 @@ class LlavaGeneration(RoutedGeneration):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | ({} if repeated is None else {"pixel_values": repeated})
+
+    def _of_rows(self, rows: list[int], kwargs: dict[str, Any]) -> dict[str, Any]:
+        ids, pixels = kwargs.get("input_ids"), kwargs.get("pixel_values")
+        images = self._images_per_row(ids, kwargs)
+        if ids is None or images is None or (pixels is not None and sum(images) != len(pixels)):
+            return super()._of_rows(rows, kwargs)
+        own = {name: kwargs[name][rows] for name in ("input_ids", "attention_mask") if kwargs.get(name) is not None}
+        if pixels is not None:
+            of_row = pixels.split(images)
+            own["pixel_values"] = torch.cat([of_row[row] for row in rows])
+        return kwargs | own
 
     # -- a prefill in chunks ------------------------------------------------------------------------------------------
 

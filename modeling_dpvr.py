@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 try:
     from .cache_dpvr import DecodeStep
-    from .configuration_dpvr import DpvrLlavaConfig, LayerPlan
+    from .configuration_dpvr import DpvrLlavaConfig, LayerPlan, vanilla_plan
     from .costs_dpvr import CountedCosts
     from .decoders_dpvr import decoder_of  # noqa: F401
     from .forward_dpvr import check_support, routed_model
@@ -40,7 +40,7 @@ try:
     from .versions_dpvr import LINE_4  # noqa: F401
 except ImportError:
     from cache_dpvr import DecodeStep
-    from configuration_dpvr import DpvrLlavaConfig, LayerPlan
+    from configuration_dpvr import DpvrLlavaConfig, LayerPlan, vanilla_plan
     from costs_dpvr import CountedCosts
     from decoders_dpvr import decoder_of  # noqa: F401
     from forward_dpvr import check_support, routed_model
@@ -83,6 +83,8 @@ class DpvrLlavaModel(routed_model(LlavaModel)):
     @property
     def plan(self) -> LayerPlan:
         """What every decoder layer does; made and checked again when a field of the config has changed."""
+        if self.is_base:
+            return vanilla_plan(self.config.text_config.num_hidden_layers)
         fields = self.config.plan_fields
         if self._cached_plan is None or self._cached_plan[0] != fields:
             self._cached_plan = fields, self.config.layer_plan()
