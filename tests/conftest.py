@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.pretraining.model import make_model
 from dpvr.pretraining.processor import make_processor, save_processor
 from dpvr.pretraining.train import parse_args as parse_pretrain_args
@@ -65,3 +67,11 @@ def random_mini(tmp_path_factory, minibench_processor) -> str:
     DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2).save_pretrained(folder)
     save_processor(minibench_processor, folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def answerer(random_mini) -> Answerer:
+    """The random dpvr-mini behind the chat; its answers are as long as they are asked to be."""
+    answerer = Answerer(*load(random_mini))
+    answerer.model.generation_config.eos_token_id = None
+    return answerer

@@ -20,13 +20,6 @@ from minibench.scenes import make_scene
 
 
 @pytest.fixture(scope="module")
-def answerer(random_mini) -> Answerer:
-    answerer = Answerer(*load(random_mini))
-    answerer.model.generation_config.eos_token_id = None
-    return answerer
-
-
-@pytest.fixture(scope="module")
 def mini() -> Page:
     return Page(Answerer(*load(ROOT)))
 
