@@ -1,9 +1,19 @@
 """One tiny random LLaVA and one processor for all tests: CPU, float64 where exactness is asked, nothing downloaded."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
 import pytest
 import torch
+from conversation_rows import COLOURS, SIDE
+from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from dpvr.inference.chat import Answerer
+from dpvr.inference.loading import load
 from dpvr.pretraining.model import make_model
 from dpvr.pretraining.processor import make_processor, save_processor
 from dpvr.pretraining.train import parse_args as parse_pretrain_args
@@ -65,3 +75,45 @@ def random_mini(tmp_path_factory, minibench_processor) -> str:
     DpvrLlavaForConditionalGeneration.from_llava(llava, split_layer=2).save_pretrained(folder)
     save_processor(minibench_processor, folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def answerer(random_mini) -> Answerer:
+    """The random dpvr-mini behind the chat; its answers are as long as they are asked to be."""
+    answerer = Answerer(*load(random_mini))
+    answerer.model.generation_config.eos_token_id = None
+    return answerer
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def picture_folder(tmp_path) -> Path:
+    """Pictures of one colour each, a broken and a cut one, and a picture beside the folder with two links to it."""
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (SIDE, SIDE), colour).save(folder / name)
+    (folder / "broken.png").write_bytes(b"no picture")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "secret.jpg")
+    (folder / "cut.jpg").write_bytes((tmp_path / "secret.jpg").read_bytes()[:-500])
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "alias.png").symlink_to(folder / "red.png")
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path) -> Callable[..., str]:
+    """Writes rows of LLaVA as .json or .jsonl and returns the path."""
+
+    def run(rows: list, name: str = "rows.json") -> str:
+        lines = "\n".join(map(json.dumps, rows)) + "\n\n"
+        (tmp_path / name).write_text(lines if name.endswith("l") else json.dumps(rows))
+        return str(tmp_path / name)
+
+    return run

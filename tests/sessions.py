@@ -1,14 +1,16 @@
 """Many chats with the app at the same time, each about its own picture; every answer is compared with the model alone.
 
-    python -m tests.sessions --sessions 200
+    python -m tests.sessions --sessions 200 --questions 1
 
     python app.py, a process of its own  <--  upload, question, answer, the next question ...   all sessions at once
+                                              and again, in equal waves of new chats
     the same model in this process       -->  what each session must be answered
 
 A session asks as the page does, and its chat is kept by the server. Pictures and questions are MiniBench's. What the
 page would show at the end of each answer is compared: pictures, questions and answers of the whole chat. The memory is
-the resident set of the app's process, after a few sessions to warm up and after all of them. Written to the section
-"sessions" of results/reliability.json. 200 sessions take 3 minutes on two cores of a CPU.
+the resident set of the app's process, after a few sessions to warm up and after each wave. As many chats are kept as
+a wave of 200 holds, so the first wave fills the store, and in later ones memory that grows is a leak. Written to the
+section "sessions" of results/reliability.json.
 """
 
 import asyncio
@@ -58,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> Any:
     parser = Parser(__doc__)
     parser.add_argument("--sessions", type=at_least(1), default=200)
     parser.add_argument("--questions", type=at_least(1), default=3, help="of each session")
+    parser.add_argument("--waves", type=at_least(1), default=4, help="of all sessions at once, one after the other")
     parser.add_argument("--model", default=str(ROOT), help="what the app serves; default: dpvr-mini")
     parser.add_argument("--output", default=str(ROOT / "results" / "reliability.json"))
     return parser.parse_args(argv)
@@ -78,19 +81,15 @@ def main(args: Any) -> dict[str, Any]:
         with running(command, url, Path(folder) / "output.txt", ROOT) as process:
             asyncio.run(hold(url, warm_up))
             before = resident(process.pid)
-            begun = time.perf_counter()
-            chats = asyncio.run(hold(url, sessions))
-            seconds = time.perf_counter() - begun
-            after = resident(process.pid)
+            waves = [hold_wave(url, sessions, process.pid) for _ in range(args.waves)]
     found = {
         **run_record("-m tests.sessions"),
         "sessions": len(sessions),
         "questions_per_session": args.questions,
-        **compare(sessions, chats),
-        "seconds": round(seconds, 1),
+        **{name: sum(wave[name] for wave in waves) for name in ("answers", "wrong_answers", "crossed_chats")},
+        "different_chats": len({session.turns for session in sessions}),
         "resident_mib_before": before["now"],
-        "resident_mib_after": after["now"],
-        "resident_mib_peak": after["peak"],
+        "waves": waves,
     }
     publish_section("sessions", found, args.output)
     if found["wrong_answers"] or found["crossed_chats"]:
@@ -100,6 +99,20 @@ def main(args: Any) -> dict[str, Any]:
         )
     print(f"{found['answers']} answers in {len(sessions)} sessions at once, each as the model alone gives it.")
     return found
+
+
+def hold_wave(url: str, sessions: Sequence[Session], pid: int) -> dict[str, Any]:
+    """Hold all sessions at once; return what was answered, in how long, and the memory of the app's process then."""
+    begun = time.perf_counter()
+    chats = asyncio.run(hold(url, sessions))
+    seconds = time.perf_counter() - begun
+    memory = resident(pid)
+    return {
+        **compare(sessions, chats),
+        "seconds": round(seconds, 1),
+        "resident_mib": memory["now"],
+        "resident_mib_peak": memory["peak"],
+    }
 
 
 def make_sessions(model: str, count: int, questions: int) -> list[Session]:
@@ -152,6 +165,7 @@ async def _chat(
             async for line in events.aiter_lines():
                 if '"msg":"process_completed"' in line:
                     shown.append(_shown(json.loads(line.removeprefix("data:"))))
+                elif '"msg":"close_stream"' in line:  # whoever leaves before keeps the app waiting for him
                     break
         progress.update()
     return shown
@@ -195,7 +209,7 @@ def compare(sessions: Sequence[Session], chats: Sequence[Sequence[Shown]]) -> di
             counts["wrong_answers"] += found[-1] != expected[-1]
             counts["crossed_chats"] += found[:-1] != asked
             expected[-1] = found[-1]  # a wrong answer is counted once
-    return counts | {"different_chats": len({session.turns for session in sessions})}
+    return counts
 
 
 def resident(pid: int) -> dict[str, float]:

@@ -1,28 +1,19 @@
 """adapter_dpvr.py: side branches as PEFT adapters on a stock LLaVA and on DPVR, saved, switched and taken off."""
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from adapters import SAVED_KEYS, generate, logits, save_trained, shaken, without_prefix
 from conftest import IMAGE_TOKEN_ID, make_llava
-from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model
 from reference import Prompts
-from safetensors.torch import load_file, save_file
-from test_loading import SIDE_BRANCH_KEYS
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    DynamicCache,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
-from transformers.models.llava.modeling_llava import LlavaModel
+from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from adapter_dpvr import DpvrConfig, DpvrLayer
+from adapter_dpvr import DpvrConfig
 from hub_dpvr import save_adapter
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from versions_dpvr import LINE_4
@@ -37,7 +28,6 @@ PLANS = [
     {"routing": "text_only"},
 ]
 PLAN_FIELDS = ("routing", "split_layer", "num_side_layers", "num_fusion_layers", "fusion_layers", "side_branch_init")
-SAVED_KEYS = {f"base_model.model.{key}" for key in SIDE_BRANCH_KEYS}
 
 
 @pytest.fixture
@@ -51,31 +41,6 @@ def saved(tmp_path) -> Path:
     """A saved adapter at split 2 whose side branch is far from where it started."""
     save_trained(tmp_path / "adapter", seed=1)
     return tmp_path / "adapter"
-
-
-def save_trained(folder: Path, seed: int, **fields: object) -> None:
-    shaken(get_peft_model(make_llava(), DpvrConfig(**{"split_layer": 2, **fields})), seed).save_pretrained(folder)
-
-
-def shaken(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Move everything that can be trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                parameter.add_(0.3 * noise)
-    return model
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**inputs).logits[inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN_ID)]
-
-
-def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: object) -> list[list[int]]:
-    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE_TOKEN_ID]}
-    return model.generate(**inputs, **settings | options).tolist()
 
 
 # -- the same model ---------------------------------------------------------------------------------------------------
@@ -131,11 +96,6 @@ def test_a_cache_does_not_go_on_when_the_adapter_is_disabled_or_enabled(saved, p
         cache = model(**prompts, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="This cache was filled under the layer plan .* new cache"):
         model(input_ids=token, past_key_values=cache)
-
-
-def without_prefix(folder: Path) -> dict[str, torch.Tensor]:
-    weights = load_file(folder / "adapter_model.safetensors")
-    return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
 
 
 def test_an_adapter_fits_stock_llava_and_dpvr_alike_in_both_directions(saved, tmp_path, prompts):
@@ -274,249 +234,6 @@ def test_at_7b_it_trains_the_papers_202_million_parameters(capsys):
     model.print_trainable_parameters()
     printed = capsys.readouterr().out
     assert "trainable params: 202,383,360" in printed and "trainable%: 2.78" in printed, printed
-
-
-# -- what does not fit ------------------------------------------------------------------------------------------------
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def pickled(folder: Path) -> None:
-    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
-
-
-def change_keys(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def run(folder: Path) -> None:
-        weights = load_file(folder / "adapter_model.safetensors")
-        change(weights)
-        save_file(weights, folder / "adapter_model.safetensors")
-
-    return run
-
-
-def change_config(**fields: object) -> Callable[[Path], None]:
-    def run(folder: Path) -> None:
-        file = folder / "adapter_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-    return run
-
-
-FIRST_KEY = min(SAVED_KEYS)
-DAMAGES = {
-    "truncated": (truncate, "damaged"),
-    "pickle": (pickled, "only adapter_model.bin, a pickle"),
-    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
-    "missing key": (change_keys(lambda weights: weights.pop(FIRST_KEY)), "its shape is None"),
-    "unknown key": (change_keys(lambda weights: weights.update(lora=torch.ones(1))), "'lora': .* None is needed"),
-    "other number of layers": (change_config(num_side_layers=2), "2 side layers"),
-    "split beyond depth": (change_config(split_layer=4), "split_layer"),
-    "no routing": (change_config(routing="none"), "late_fusion"),
-}
-
-
-def assert_refused(llava: LlavaForConditionalGeneration, folder: Path, match: str) -> None:
-    before = {name: weight.clone() for name, weight in llava.state_dict().items()}
-    with pytest.raises(ValueError, match=match):
-        PeftModel.from_pretrained(llava, folder)
-    assert type(llava.model) is LlavaModel
-    after = llava.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_adapter_is_refused_before_the_base_is_touched(llava, saved, damage):
-    spoil, match = DAMAGES[damage]
-    spoil(saved)
-    assert_refused(llava, saved, match)
-
-
-@pytest.mark.parametrize(
-    ("other", "match"),
-    [
-        ({"hidden_size": 64}, r"its shape is \(.*32.*\), and \(.*64.*\) is needed. Load it on the base"),
-        ({"intermediate_size": 56}, r"its shape is \(.*48.*\), and \(.*56.*\) is needed. Load it on the base"),
-        ({"depth": 6}, "made for a base of 4 decoder layers, and this one has 6: load it on"),
-    ],
-)
-def test_another_base_is_refused_before_it_is_touched(saved, other, match):
-    assert_refused(make_llava(**other), saved, match)
-
-
-def test_a_refused_second_adapter_leaves_the_first_as_it_was(saved, tmp_path, prompts):
-    save_trained(tmp_path / "second", seed=2)
-    model = PeftModel.from_pretrained(make_llava(), saved)
-    before, names = logits(model, prompts), set(model.state_dict())
-    change_config(num_side_layers=2)(tmp_path / "second")
-    with pytest.raises(ValueError, match="2 side layers"):
-        model.load_adapter(tmp_path / "second", adapter_name="second")
-    assert set(model.peft_config) == {"default"} and set(model.state_dict()) == names
-    assert torch.equal(logits(model, prompts), before)
-    assert isinstance(model.base_model.model.model.side_branch, DpvrLayer)
-
-
-def test_a_model_that_is_no_llava_is_refused():
-    with pytest.raises(ValueError, match="needs a vision-language model with its head, and this is a LlamaModel"):
-        get_peft_model(make_llava().model.language_model, DpvrConfig(split_layer=2))
-
-
-@pytest.mark.parametrize("name", ["a.b", "keys", "model", "self_attn", "0"])
-def test_a_name_that_would_be_mistaken_for_a_part_of_the_model_is_refused(llava, name):
-    with pytest.raises(ValueError, match="cannot have the name .*: choose another"):
-        get_peft_model(llava, DpvrConfig(split_layer=2), adapter_name=name)
-    assert type(llava.model) is LlavaModel
-
-
-def test_weights_that_do_not_fit_are_refused_on_every_way_they_come(saved, llava):
-    change_keys(lambda weights: weights.pop(FIRST_KEY))(saved)
-    with pytest.raises(ValueError, match="1 weights of the adapter do not fit"):
-        PeftModel.from_pretrained(llava, saved, config=DpvrConfig(split_layer=2))
-    model = get_peft_model(make_llava(), DpvrConfig(split_layer=2))
-    with pytest.raises(ValueError, match="1 weights of the adapter do not fit"):
-        model.load_adapter(saved, adapter_name="default")
-
-
-def test_one_config_may_be_used_on_bases_of_two_depths():
-    config = DpvrConfig(split_layer=2)
-    for depth in (4, 6):
-        get_peft_model(make_llava(depth), config)
-        assert config.num_hidden_layers == depth
-
-
-def test_a_batch_without_pictures_gives_the_side_branch_a_gradient_of_zero(llava, prompts):
-    model = get_peft_model(llava, DpvrConfig(split_layer=2))
-    text = Prompts([[3], [5]]).inputs
-    model(**text, labels=text["input_ids"]).loss.backward()
-    gradients = [weight.grad for weight in model.parameters() if weight.requires_grad]
-    assert len(gradients) == len(SAVED_KEYS) and not any(gradient.any() for gradient in gradients)
-    assert torch.equal(logits(model, text), logits(make_llava(), text))
-
-
-# -- PEFT's own doors, and LoRA beside a side branch ------------------------------------------------------------------
-
-
-@pytest.fixture
-def base_folder(tmp_path) -> str:
-    make_llava(dtype=torch.float32).save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
-def base_of(folder: str) -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(folder).eval()
-
-
-@pytest.fixture(params=["by PEFT", "by save_adapter"])
-def adapter_folder(request, base_folder, tmp_path) -> str:
-    folder = tmp_path / "adapter"
-    if request.param == "by PEFT":
-        shaken(get_peft_model(base_of(base_folder), DpvrConfig(split_layer=2)), seed=3).save_pretrained(folder)
-    else:
-        dpvr = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, split_layer=2)
-        dpvr.freeze_base()
-        save_adapter(shaken(dpvr, seed=3), folder)
-    return str(folder)
-
-
-def by_load_adapter(base: str, adapter: str) -> torch.nn.Module:
-    llava = base_of(base)
-    llava.load_adapter(adapter)
-    return llava
-
-
-DOORS = {
-    "model.load_adapter": by_load_adapter,
-    "AutoPeftModel": lambda base, adapter: AutoPeftModel.from_pretrained(adapter),
-    "AutoModelForImageTextToText": lambda base, adapter: AutoModelForImageTextToText.from_pretrained(adapter),
-    "LlavaForConditionalGeneration": lambda base, adapter: LlavaForConditionalGeneration.from_pretrained(adapter),
-    "PeftModel": lambda base, adapter: PeftModel.from_pretrained(base_of(base), adapter),
-}
-
-
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_of_peft_and_transformers_gives_the_saved_model(door, base_folder, adapter_folder, prompts):
-    inputs = {**prompts, "pixel_values": prompts["pixel_values"].float()}
-    expected = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, split_layer=2)
-    expected.load_side_branch(without_prefix(Path(adapter_folder)))
-    got = logits(DOORS[door](base_folder, adapter_folder).eval(), inputs)
-    torch.testing.assert_close(got, logits(expected.eval(), inputs), atol=1e-5, rtol=0)
-    assert not torch.allclose(got, logits(base_of(base_folder), inputs), atol=1e-2)
-
-
-def test_its_type_behaves_as_a_member_of_pefts_enumeration():
-    kind, lora = DpvrConfig().peft_type, LoraConfig().peft_type
-    assert (kind.value, kind.name) == ("DPVR", "DPVR") and (lora.value, lora.name) == ("LORA", "LORA")
-    assert str(kind) == "PeftType.DPVR" and str(lora) == "PeftType.LORA"
-    assert kind == "DPVR" and hash(kind) == hash("DPVR") and json.dumps(kind) == '"DPVR"'
-
-
-def test_a_mixed_model_refuses_it_by_name(llava):
-    mixed = get_peft_model(llava, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(ValueError, match="cannot hold a side branch.*call inject_adapter_in_model"):
-        mixed.add_adapter("branch", DpvrConfig(split_layer=2))
-
-
-LORA = {"r": 2, "target_modules": r".*language_model.*(q_proj|k_proj|v_proj|down_proj)", "init_lora_weights": False}
-
-
-def with_lora(seed: int = 1, **fields: object) -> LlavaForConditionalGeneration:
-    llava = make_llava()
-    torch.manual_seed(seed)
-    return inject_adapter_in_model(LoraConfig(**LORA, **fields), llava).eval()
-
-
-def merged_lora() -> LlavaForConditionalGeneration:
-    llava = make_llava()
-    torch.manual_seed(1)
-    return get_peft_model(llava, LoraConfig(**LORA)).merge_and_unload().eval()
-
-
-@pytest.mark.parametrize("name", ["default", "mine"])
-@pytest.mark.parametrize("init", ["split_layer", "identity"])
-def test_a_side_branch_on_a_base_with_lora_starts_from_what_its_layers_do(init, name, prompts):
-    fields = {"split_layer": 2, "side_branch_init": init}
-    expected = logits(DpvrLlavaForConditionalGeneration.from_llava(merged_lora(), **fields), prompts)
-    base = with_lora(lora_dropout=0.5)
-    before = logits(base, prompts)
-    adapted = get_peft_model(base, DpvrConfig(**fields), adapter_name=name).eval()
-    assert (logits(adapted, prompts) - expected).abs().max() < 1e-4
-    assert all(p.requires_grad for key, p in adapted.named_parameters() if ".side_branch." in key)
-    with adapted.disable_adapter():
-        assert torch.equal(logits(adapted, prompts), before)  # LoRA belongs to the base
-    dpvr = DpvrLlavaForConditionalGeneration.from_llava(with_lora(), **fields)
-    assert (logits(dpvr, prompts) - expected).abs().max() < 1e-4
-
-
-def test_lora_goes_on_after_a_side_branch_too(prompts):
-    """The branch is then of the plain layers, and the layers that run are LoRA's."""
-    adapted = get_peft_model(make_llava(), DpvrConfig(split_layer=2))
-    branch = {key.replace(".default.", "."): v for key, v in adapted.state_dict().items() if "side_branch" in key}
-    torch.manual_seed(1)
-    both = get_peft_model(adapted, LoraConfig(**LORA)).eval()
-    expected = DpvrLlavaForConditionalGeneration.from_llava(merged_lora(), split_layer=2)
-    expected.load_side_branch({key.removeprefix("base_model.model."): value for key, value in branch.items()})
-    assert (logits(both, prompts) - logits(expected, prompts)).abs().max() < 1e-4
-
-
-def test_an_adapter_over_a_name_in_use_brings_its_plan(saved, tmp_path, prompts):
-    other = {"split_layer": 1, "num_fusion_layers": 2}
-    save_trained(tmp_path / "second", seed=2, **other)
-    expected = logits(PeftModel.from_pretrained(make_llava(), tmp_path / "second"), prompts)
-    for model in (
-        PeftModel.from_pretrained(make_llava(), saved),
-        get_peft_model(make_llava(), DpvrConfig(split_layer=3)),
-    ):
-        model.load_adapter(tmp_path / "second", adapter_name="default")
-        assert torch.equal(logits(model, prompts), expected)
-        assert {name: vars(model.peft_config["default"])[name] for name in other} == other
-    half = PeftModel.from_pretrained(make_llava(dtype=torch.bfloat16), saved)
-    half.load_adapter(tmp_path / "second", adapter_name="default")
-    assert {p.dtype for key, p in half.named_parameters() if "side_branch" in key} == {torch.float32}
-    own = PeftModel.from_pretrained(make_llava(), saved, config=DpvrConfig(split_layer=2, routing="kv_substitution"))
-    assert own.peft_config["default"].routing == "kv_substitution"  # a config that is given stays
 
 
 # -- one implementation, two ways in ----------------------------------------------------------------------------------

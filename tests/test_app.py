@@ -20,21 +20,13 @@ from PIL import Image
 from app import parse_args
 from dpvr.inference import controls
 from dpvr.inference.api import Api
-from dpvr.inference.chat import Answerer, Turn
+from dpvr.inference.chat import Turn
 from dpvr.inference.comparison import FEWEST
 from dpvr.inference.conversation import MAX_PICTURES
-from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from minibench.scenes import make_scene
 
 QUESTION = "What colour is the star?"
-
-
-@pytest.fixture(scope="module")
-def answerer(random_mini) -> Answerer:
-    answerer = Answerer(*load(random_mini))
-    answerer.model.generation_config.eos_token_id = None
-    return answerer
 
 
 @pytest.fixture(scope="module")

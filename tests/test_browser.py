@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import free_port, running
 from sklearn.datasets import load_sample_images
 
-from dpvr.inference.chat import Answerer
+from dpvr.inference.chat import Answerer, Turn
 from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from minibench.scenes import make_scene
@@ -31,6 +31,7 @@ CHROMIUM = shutil.which("chromium")
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 VISITS = [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")]
 SHOTS = os.environ.get("DPVR_SCREENSHOTS")
+GAP = 24  # pixels between the pages of one screenshot
 LINE = re.compile(r"First word after [\d.,]+ ms; without DPVR [\d.,]+ ms\. 0\.\d\d of the compute, same answer")
 expect.set_options(timeout=90_000)
 
@@ -65,7 +66,7 @@ def opened(browser: Browser, url: str, size: str = "desktop", scheme: str = "lig
     page = browser.new_context(viewport=SIZES[size], color_scheme=scheme).new_page()
     page.set_default_timeout(90_000)
     page.goto(url)
-    expect(page.locator("#chat .example")).to_have_count(3)
+    expect(page.locator("#chat .example")).to_have_count(4)
     return page
 
 
@@ -104,6 +105,18 @@ def shoot(page: Page, name: str) -> None:
         Image.open(io.BytesIO(page.screenshot())).save(Path(SHOTS) / f"{name}.webp", quality=85)
 
 
+def shoot_together(pages: list[Page], name: str) -> None:
+    """Keep what several pages show, side by side."""
+    if SHOTS:
+        pictures = [Image.open(io.BytesIO(page.screenshot())).convert("RGB") for page in pages]
+        width, height = sum(each.width for each in pictures), max(each.height for each in pictures)
+        whole, left = Image.new("RGB", (width + GAP * (len(pictures) - 1), height), "white"), 0
+        for picture in pictures:
+            whole.paste(picture, (left, 0))
+            left += picture.width + GAP
+        whole.save(Path(SHOTS) / f"{name}.webp", quality=85)
+
+
 def attach(page: Page, *paths: Path) -> None:
     page.locator("#box input[type=file]").first.set_input_files([*paths])
     expect(page.locator("#box .thumbnail-item")).to_have_count(len(paths))
@@ -123,9 +136,11 @@ def answers(page: Page) -> list[str]:
 
 
 def is_in_view(page: Page, selector: str) -> bool:
+    """Whether it stands whole in the window, and if it is a part of the chat in what the chat shows."""
     return page.locator(selector).last.evaluate(
         """element => { const {top, bottom} = element.getBoundingClientRect();
-                        return top >= -1 && bottom <= window.innerHeight + 1; }"""
+                        const chat = element.closest(".bubble-wrap")?.getBoundingClientRect();
+                        return top >= (chat?.top ?? 0) - 1 && bottom <= (chat?.bottom ?? window.innerHeight) + 1; }"""
     )
 
 
@@ -164,6 +179,19 @@ def test_a_visit_of_twenty_seconds(browser, url, size, scheme):
     assert violations(page) == []
     width = page.evaluate("[document.scrollingElement.scrollWidth, window.innerWidth]")
     assert width[0] <= width[1], "something sticks out to the side"
+    page.context.close()
+
+
+@pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
+def test_a_long_question_is_answered_in_view(browser, url, size, scheme):
+    page = opened(browser, url, size, scheme)
+    page.locator("#chat .example").nth(2).click()
+    expect(page.locator("#chat .line summary")).to_have_text(LINE)
+    expect(page.locator("#actions")).to_be_visible()
+    page.wait_for_timeout(500)
+    assert "8. " in page.locator("#chat .user.message").inner_text() and answers(page)[-1] == "yes"
+    assert is_in_view(page, "#chat .line summary") and is_in_view(page, "#box textarea")
+    shoot(page, f"{size}-{scheme}-long")
     page.context.close()
 
 
@@ -211,13 +239,26 @@ def test_a_broken_file_is_named_and_left_out_and_the_rest_stays_in_the_box(brows
     page.context.close()
 
 
-def test_two_visitors_at_once_get_their_own_answers(browser, url):
-    pages = [opened(browser, url) for _ in range(2)]
-    for index, page in enumerate(pages):
-        page.locator("#chat .example").nth(index).click()
-    for page, expected in zip(pages, ("blue", "yes"), strict=True):
+def test_two_visitors_at_once_get_their_own_answers(browser, url, tmp_path):
+    """The same question about a picture each; both have sent it before either is answered."""
+    pages = [opened(browser, url, size, scheme) for size, scheme in (("desktop", "light"), ("phone", "dark"))]
+    scenes, answerer = [make_scene("test", 0, index).draw() for index in (1, 9)], Answerer(*load(str(ROOT)))
+    expected = [answerer.answer([Turn("Describe the picture.", (scene,))]).text for scene in scenes]
+    assert expected[0] != expected[1]
+    for number, (page, scene) in enumerate(zip(pages, scenes, strict=True)):
+        scene.save(tmp_path / f"{number}.png")
+        attach(page, tmp_path / f"{number}.png")
+        page.locator("#box textarea").fill("Describe the picture.")
+    for page in pages:
+        page.locator("#box textarea").press("Enter")
+    assert not any(page.locator("#actions").is_visible() for page in pages)
+    for number, (page, answer) in enumerate(zip(pages, expected, strict=True)):
         expect(page.locator("#actions")).to_be_visible()
-        assert answers(page)[0].startswith(expected) and page.locator("#chat .line").count() == 1
+        assert answers(page) == [answer] and page.locator("#chat .line").count() == 1
+        (address,) = page.locator("#chat .pictures img").evaluate_all("images => images.map(image => image.src)")
+        assert address.endswith(f"/{number}.png")
+    shoot_together(pages, "two-visitors")
+    for page in pages:
         page.context.close()
 
 
@@ -260,11 +301,11 @@ def test_answers_stream_and_stop_ends_them_where_they_are(slow_page):
     assert answers(page)[0] == stopped and page.locator("#box .stop-button").count() == 0
     assert page.locator("#box textarea").input_value() == "and then?"
     page.get_by_role("button", name="New chat").click()
-    expect(page.locator("#chat .example")).to_have_count(3)
+    expect(page.locator("#chat .example")).to_have_count(4)
 
 
 def test_an_answer_is_made_again_at_another_temperature(page):
-    page.locator("#chat .example").nth(2).click()
+    page.locator("#chat .example").nth(3).click()
     expect(page.locator("#actions")).to_be_visible()
     first = answers(page)[0]
     page.locator("#drawer .toggle-button").click()

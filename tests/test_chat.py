@@ -1,4 +1,4 @@
-"""answering.py: answers are generate's own, readouts add up, and one answer never meddles with another."""
+"""chat.py: answers are generate's own, readouts add up, and one answer never meddles with another."""
 
 import gc
 import shutil
@@ -27,13 +27,6 @@ from processors_dpvr import load_processor
 
 def scene(index: int) -> Image.Image:
     return make_scene("test", 0, index).draw()
-
-
-@pytest.fixture(scope="module")
-def answerer(random_mini) -> Answerer:
-    answerer = Answerer(*load(random_mini))
-    answerer.model.generation_config.eos_token_id = None  # random weights: let answers be as long as they are asked
-    return answerer
 
 
 TURNS = [Turn("What colour is the star?", (scene(6),))]

@@ -13,7 +13,8 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_sft import NEEDS_TRAINING, losses, talk
+from test_train_rows import talk
+from test_train_sft import NEEDS_TRAINING, losses
 
 import train_sft
 from dpvr.training import trainers

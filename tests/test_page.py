@@ -15,15 +15,8 @@ from dpvr.inference.chat import Answerer, Turn
 from dpvr.inference.controls import Page
 from dpvr.inference.conversation import MAX_PICTURES, Asked, continued, needs_picture, shown
 from dpvr.inference.loading import load
-from dpvr.inference.page import write_examples
+from dpvr.inference.page import on_card, write_examples
 from minibench.scenes import make_scene
-
-
-@pytest.fixture(scope="module")
-def answerer(random_mini) -> Answerer:
-    answerer = Answerer(*load(random_mini))
-    answerer.model.generation_config.eos_token_id = None
-    return answerer
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +67,11 @@ def test_the_chat_shows_pictures_questions_answers_and_what_stands_below_in_orde
 
 
 @pytest.mark.parametrize("photographs, sizes", [(False, {(96, 96)}), (True, {(640, 427)})])
-def test_the_examples_are_three_questions_that_can_be_asked_one_of_them_about_several_pictures(
+def test_the_examples_are_questions_that_can_be_asked_some_of_them_about_several_pictures(
     answerer, tmp_path, photographs, sizes
 ):
     examples = write_examples(tmp_path, photographs=photographs)
-    assert len(examples) == 3 and {len(paths) for paths, _ in examples} in ({1, 2}, {1, 4})
+    assert [len(paths) for paths, _ in examples] == ([1, 2, 1] if photographs else [1, 4, 4, 1])
     for paths, question in examples:
         answerer.answer([Turn(question, tuple(map(Image.open, paths)))], max_new_tokens=1)
     assert {Image.open(path).size for paths, _ in examples for path in paths} == sizes
@@ -91,6 +84,19 @@ def test_dpvr_mini_answers_its_examples_rightly_with_and_without_dpvr(mini, tmp_
         replies[question] = {mini.answerer.answer(turns, routing=way).text for way in ("none", "latent")}
     assert replies["What colour is the ring?"] == {"blue"} and replies["Is there a red cross?"] == {"yes"}
     assert len(replies["请描述这张图片。"]) == 1
+    (long,) = (question for question in replies if question.endswith("\nIs there a red square?"))
+    assert len(long) > 500 and "red square" not in long.partition("\nIs there")[0] and replies[long] == {"yes"}
+
+
+def test_the_long_example_is_answered_from_its_pictures_and_not_from_its_text(mini, tmp_path):
+    paths, question = write_examples(tmp_path)[2]
+    without = [path for path in paths if "example-7" not in path]
+    turns = [Turn(question, tuple(map(Image.open, without)))]
+    assert len(without) == 3 and mini.answerer.answer(turns).text == "no"
+
+
+def test_a_card_shows_the_question_and_says_how_long_the_text_before_it_is():
+    assert on_card("Why?") == "Why?" and on_card("one\ntwo\nWhy?") == "2 lines of text, then: Why?"
 
 
 def test_an_answer_ends_with_its_line_and_what_vanilla_took(answerer, picture):

@@ -34,11 +34,13 @@ def served_here(command: list[str], *_: Any) -> Iterator[SimpleNamespace]:
 def test_chats_at_the_same_time_get_what_the_model_alone_answers(random_mini, tmp_path, monkeypatch):
     monkeypatch.setattr(sessions, "running", served_here)
     output = tmp_path / "found.json"
-    main(parse_args(["--sessions", "6", "--questions", "2", "--model", random_mini, "--output", str(output)]))
+    size = ["--sessions", "6", "--questions", "2", "--waves", "2"]
+    main(parse_args([*size, "--model", random_mini, "--output", str(output)]))
     found = json.loads(output.read_text())["sessions"]
-    assert (found["sessions"], found["answers"], found["different_chats"]) == (6, 12, 6)
+    assert (found["sessions"], found["answers"], found["different_chats"]) == (6, 24, 6)
     assert (found["wrong_answers"], found["crossed_chats"]) == (0, 0)
-    assert 0 < found["resident_mib_before"] <= found["resident_mib_peak"]
+    assert [wave["answers"] for wave in found["waves"]] == [12, 12]
+    assert all(0 < wave["resident_mib"] <= wave["resident_mib_peak"] for wave in found["waves"])
 
 
 def test_a_wrong_answer_and_a_message_of_another_chat_are_found():
@@ -49,7 +51,7 @@ def test_a_wrong_answer_and_a_message_of_another_chat_are_found():
         later = [*early, ("user", "Where?"), ("assistant", "left")]
         return [[early, later], [[("picture", "1-0.png"), ("user", "Who?"), ("assistant", "blue")]]]
 
-    right = {"answers": 3, "wrong_answers": 0, "crossed_chats": 0, "different_chats": 2}
+    right = {"answers": 3, "wrong_answers": 0, "crossed_chats": 0}
     assert compare(asked, chats()) == right
     assert compare(asked, chats(first="blue")) == right | {"wrong_answers": 1}
     assert compare(asked, chats(picture="1-0.png")) == right | {"crossed_chats": 2}

@@ -1,7 +1,7 @@
 """The page of the image chat, and how it is served.
 
 title, two sentences                                                            | drawer: method, its curve,
-the conversation, or three examples: answers, a line under each, cards          | length, temperature, camera,
+the conversation, or the examples: answers, a line under each, cards            | length, temperature, camera,
 Compare, Look inside, Regenerate, New chat      once there is an answer         | about the model
 box: text, pictures (drop, paste, clip), send or stop
 /ask, /compare, /look_inside                                                    for programs
@@ -22,6 +22,7 @@ from dpvr.inference.calls import HANDLERS, CheckedBlocks
 from dpvr.inference.chat import HOTTEST, Answerer
 from dpvr.inference.controls import Page
 from dpvr.inference.uploads import KEPT_SECONDS, UploadLimits
+from minibench.questions import caption
 from minibench.scenes import make_scene
 
 MAX_UPLOAD = "20mb"
@@ -31,18 +32,29 @@ MAX_WAITING = MAX_SESSIONS  # one question of each
 SCENES = [  # pictures of MiniBench's test split, by their index, and a question
     ((0,), "What colour is the ring?"),
     ((0, 1, 2, 3), "Is there a red cross?"),
+    ((4, 5, 6, 7), "Is there a red square?"),
     ((2,), "请描述这张图片。"),
 ]
+LONG = 2  # the scenes whose question comes after a long text: captions of pictures that are not shown
+CAPTIONED = range(50, 58)
 PHOTOGRAPHS = [
     ((0,), "Describe the picture."),
     ((0, 1), "What do these two pictures have in common?"),
     ((1,), "What colour is the flower?"),
 ]
-# Gradio calls its examples a list and gives it buttons for items, which a screen reader cannot make sense of.
+# Gradio calls its examples a list and gives it buttons for items, which a screen reader cannot make sense of. And it
+# scrolls to the end of the chat before the actions take their place from it, which would cut the last line off.
 HEAD = """<script>
-new MutationObserver(() => document.querySelectorAll("#chat .examples[role=list]").forEach(
-    examples => examples.setAttribute("role", "group"))
-).observe(document.documentElement, {childList: true, subtree: true})
+const followed = new WeakSet()
+const follow = new ResizeObserver(changes => changes.forEach(({target}) => {
+    if (target.scrollHeight - target.scrollTop - target.clientHeight < 120) target.scrollTop = target.scrollHeight
+}))
+new MutationObserver(() => {
+    document.querySelectorAll("#chat .examples[role=list]").forEach(found => found.setAttribute("role", "group"))
+    document.querySelectorAll("#chat .bubble-wrap").forEach(found => {
+        if (!followed.has(found)) { followed.add(found); follow.observe(found) }
+    })
+}).observe(document.documentElement, {childList: true, subtree: true})
 </script>"""
 FAINT = {"": "*neutral_600", "_dark": "*neutral_300"}  # Gradio's own is too faint to be read
 THEME = gr.themes.Default(font="system-ui", font_mono="monospace").set(
@@ -54,9 +66,11 @@ Examples = list[tuple[list[str], str]]
 
 
 def write_examples(folder: Path, *, photographs: bool = False) -> Examples:
-    """Draw MiniBench scenes, or save scikit-learn's two photographs; return three questions about them."""
+    """Draw MiniBench scenes, or save scikit-learn's two photographs; return a few questions about them."""
     examples = []
-    for indices, question in PHOTOGRAPHS if photographs else SCENES:
+    for number, (indices, question) in enumerate(PHOTOGRAPHS if photographs else SCENES):
+        if number == LONG and not photographs:
+            question = f"{notes()}\n{question}"
         paths = [str(folder / f"example-{index}.png") for index in indices]
         for index, path in zip(indices, paths, strict=True):
             picture = (
@@ -67,6 +81,18 @@ def write_examples(folder: Path, *, photographs: bool = False) -> Examples:
             picture.save(path)
         examples.append((paths, question))
     return examples
+
+
+def notes() -> str:
+    """A text about pictures that are not shown: what MiniBench's captions say of them."""
+    captions = (caption(make_scene("test", 0, index)) for index in CAPTIONED)
+    return "\n".join(["Notes on other pictures:", *(f"{number}. {said}" for number, said in enumerate(captions, 1))])
+
+
+def on_card(question: str) -> str:
+    """What an example's card shows of its question."""
+    *text, last = question.splitlines()
+    return f"{len(text)} lines of text, then: {last}" if text else last
 
 
 class Drawer(NamedTuple):
@@ -129,7 +155,9 @@ def add_chat(examples: Examples) -> gr.Chatbot:
         feedback_options=None,
         buttons=[],
         placeholder="Click an example, or add a picture and ask.",
-        examples=[{"text": question, "files": [*paths]} for paths, question in examples],
+        examples=[
+            {"text": question, "display_text": on_card(question), "files": [*paths]} for paths, question in examples
+        ],
         elem_id="chat",
     )
 

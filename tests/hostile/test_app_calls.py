@@ -11,8 +11,6 @@ import pytest
 from gradio.utils import get_upload_folder
 
 from dpvr.inference.calls import FAILED, UNREADABLE, WRONG_FORM, check_call
-from dpvr.inference.chat import Answerer
-from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from dpvr.inference.uploads import own_folder
 from minibench.scenes import make_scene
@@ -87,11 +85,6 @@ BODIES = {
 }
 ADDRESSES = ("call/nothing", "call/predict", "call/v2/nothing", "call/v2/ask", "run/nothing", "queue/join")
 INPUTS = {"question": "What colour is the star?", "pictures": None, "routing": "none", "longest": 4, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def answerer(random_mini) -> Answerer:
-    return Answerer(*load(random_mini))
 
 
 @pytest.fixture(scope="module")
