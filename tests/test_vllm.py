@@ -110,6 +110,20 @@ def test_an_adapter_on_its_base_answers_as_in_transformers(name, plan, wide, tmp
     assert rounds[1][1] > rounds[0][1], "the second round found nothing in the prefix cache"
 
 
+@pytest.mark.parametrize(
+    "name, plan",
+    [("llava", "latent behind two side layers"), ("qwen3_vl", "kv_substitution"), ("qwen2_5_vl", "latent")],
+)
+def test_two_processes_answer_as_one(name, plan, wide, tmp_path):
+    """Tensor parallelism: each process holds half of the heads and of the MLPs' channels."""
+    model, processor, end = make_adapter(name, tmp_path, PLANS[plan])
+    requests = make_requests(name, processor)
+    overrides = {"architectures": [ARCHITECTURES[name]], "dpvr_adapter": str(tmp_path / "adapter")}
+    options = {"tensor_parallel_size": 2, "max_num_batched_tokens": 37, "block_size": 32}
+    ((answers, _),) = engine_answers(str(tmp_path / "base"), requests, overrides, NEW_TOKENS, **options)
+    assert answers == expected_answers(model, processor, requests, end)
+
+
 def test_a_repository_of_a_side_branch_alone_is_served_with_its_base(wide, tmp_path):
     """And vanilla, on the same weights, if the overrides say so."""
     base, processor = make_with_processor("llava")

@@ -1,6 +1,6 @@
 """Which block stands in which document, and where the figures go.
 
-results/ --> mini, latency, accuracy, families, latents, limits, frontier, front: {block: text} --> documents.fill
+results/ --> mini, latency, accuracy, families, latents, limits, frontier, serving, front: {block: text} --> fill
          --> pareto, frontier, latency_figures, dpvr.analysis: pictures
 """
 
@@ -13,6 +13,7 @@ from dpvr.reports.documents import read
 from dpvr.reports.families import render_families
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
+from dpvr.reports.serving import render_benchmark
 
 RESULTS, DOCS = Path("results"), Path("docs")
 
@@ -41,6 +42,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
         },
         "docs/limits.md": limits.blocks(results),
         "docs/performance.md": {name: render(results) for name, render in latency.PERFORMANCE.items()},
+        "docs/serving.md": {"serving": render_benchmark(results)},
         "docs/accuracy.md": accuracy.blocks(Results(results / "minibench")),
     }
 

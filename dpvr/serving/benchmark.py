@@ -7,7 +7,7 @@ a LLaVA of random weights in the shape of a real decoder, its latent too
         hooks on every layer      tokens that its projections and MLP ran: they equal the plan's, or status 1
 
 VLLM_CPU_KVCACHE_SPACE=2 python -m dpvr.serving.benchmark --output results/serving/benchmark.json
-VLLM_CPU_KVCACHE_SPACE=1 python -m dpvr.serving.benchmark --layers 4 --rounds 1       # seconds; another shape
+VLLM_CPU_KVCACHE_SPACE=1 python -m dpvr.serving.benchmark --layers 3 --rounds 6       # a minute; another shape
 """
 
 import argparse
@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_words", type=count, default=100, help="of each prompt, beside a picture of 576 tokens")
     parser.add_argument("--requests", type=count, default=4, help="at once, for requests per second")
     parser.add_argument("--new_tokens", type=count, default=8, help="of each answer, for requests per second")
-    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--rounds", type=at_least(6), default=10, help="of both in turn; an interval wants six")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", type=Path, help="a JSON file for what was found")
     return parser.parse_args(argv)

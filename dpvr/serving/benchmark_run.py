@@ -17,8 +17,10 @@ from transformers import CLIPVisionConfig
 
 from adapter_dpvr import DpvrConfig
 from configuration_dpvr import JOINT, DpvrLlavaConfig, LayerPlan
+from dpvr.inference.comparison import ratio_of
 from dpvr.record import publish, run_record
 from dpvr.serving.check_run import vllm_package
+from dpvr.serving.server_check import MEMORY
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 
@@ -39,6 +41,7 @@ def benchmark(args: argparse.Namespace) -> bool:
             dtype=args.dtype,
             enforce_eager=True,
             max_model_len=1024,
+            gpu_memory_utilization=MEMORY,
             max_num_batched_tokens=1024 * args.requests,
             enable_prefix_caching=False,
             limit_mm_per_prompt={"image": 1},
@@ -107,8 +110,8 @@ def measured(args: argparse.Namespace, llm: Any, model: nn.Module) -> dict[str, 
     for name, model.served in ways.items():
         with counted(model) as counts[name]:
             *_, length = ask(1, one)  # the first request warms up, too
-    for _ in range(args.rounds):
-        for name, model.served in ways.items():
+    for turn in range(args.rounds):
+        for name, model.served in list(ways.items())[:: -1 if turn % 2 else 1]:
             seconds, worked, _ = ask(1, one)
             first[name].append(seconds)
             work[name].append(worked)
@@ -119,12 +122,16 @@ def measured(args: argparse.Namespace, llm: Any, model: nn.Module) -> dict[str, 
         "plan": str(routed.plan),
         "image_tokens": IMAGE_TOKENS,
         "text_tokens": text,
+        "split_layer": split,
+        "requests_at_once": args.requests,
+        "new_tokens": args.new_tokens,
+        "rounds": args.rounds,
         "seconds_to_first_token": {name: median(times) for name, times in first.items()},
         "requests_per_second": {name: median(each) for name, each in rates.items()},
         "ratios": {
-            "seconds_to_first_token": ratio(first),
-            "processor_seconds_to_first_token": ratio(work),  # other programs on the machine do not count
-            "requests_per_second": ratio(rates),
+            "seconds_to_first_token": interval(first),
+            "processor_seconds_to_first_token": interval(work),  # other programs do not count
+            "requests_per_second": interval(rates),
         },
         "all_seconds_to_first_token": dict(first),
         "all_processor_seconds_to_first_token": dict(work),
@@ -134,9 +141,9 @@ def measured(args: argparse.Namespace, llm: Any, model: nn.Module) -> dict[str, 
     }
 
 
-def ratio(found: dict[str, list[float]]) -> float:
-    """The median of the routed values as shares of vanilla's of the same round."""
-    return median(one / other for one, other in zip(found["latent"], found["vanilla"], strict=True))
+def interval(found: dict[str, list[float]]) -> dict[str, float]:
+    """The median of the routed values as shares of vanilla's of the same round, and its 95% interval."""
+    return ratio_of(found["vanilla"], found["latent"])._asdict()
 
 
 class counted:

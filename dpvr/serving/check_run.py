@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import packages_distributions
 from itertools import product
 from typing import Any
@@ -12,12 +13,12 @@ import torch
 
 from dpvr.data.prompts import Conversation
 from dpvr.record import publish, run_record
-from dpvr.serving.server_check import check_servers
+from dpvr.serving.server_check import MAX_LENGTH, MEMORY, MOST_PICTURES, check_servers
 from minibench.data import MiniBench
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 
-SEED, MOST_PICTURES, TURNS, MAX_LENGTH = 2700, 4, 4, 1024
+SEED, TURNS = 2700, 4
 Answers = list[list[int]]  # tokens, without the one that ends an answer
 
 
@@ -26,18 +27,14 @@ def check(args: argparse.Namespace) -> bool:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, one after another
     asked = conversations(args.prompts)
     processor = load_processor(args.model)
-    prompts = [processor.apply_chat_template(each.messages, add_generation_prompt=True) for each in asked]
-    requests = [
-        {"prompt": prompt, "multi_modal_data": {"image": list(each.pictures)}} if each.pictures else prompt
-        for prompt, each in zip(prompts, asked, strict=True)
-    ]
+    requests = make_requests(processor, asked)
     document = run_record("-m dpvr.serving.check", ("torch", "transformers", vllm_package())) | {
         "prompts": len(asked),
         "pictures": [sum(len(each.pictures) == count for each in asked) for count in range(MOST_PICTURES + 1)],
         "routings": {},
     }
     for routing in args.routings:
-        expected = transformers_answers(args.model, routing, processor, prompts, asked, args.new_tokens)
+        expected = transformers_answers(args.model, routing, processor, asked, args.new_tokens)
         found = {"distinct_answers": len({tuple(answer) for answer in expected})}
         document["routings"][routing] = found
         if "engine" in args.parts:
@@ -52,7 +49,8 @@ def check(args: argparse.Namespace) -> bool:
             publish(document, args.output)
     results = [found[part] for found in document["routings"].values() for part in args.parts]
     counts = [each for result in results for each in (result if isinstance(result, list) else [result])]
-    return all(each["equal"] == each["of"] for each in counts)
+    streamed = all(each.get("streamed_equal") == each.get("streamed_of") for each in counts)
+    return streamed and all(each["equal"] == each["of"] for each in counts)
 
 
 def check_engine(
@@ -99,15 +97,28 @@ def _growing(pictures: Sequence[Any], texts: list[str]) -> list[Conversation]:
     return found
 
 
+def as_prompt(processor: Any, conversation: Conversation) -> str:
+    return processor.apply_chat_template(conversation.messages, add_generation_prompt=True)
+
+
+def make_requests(processor: Any, asked: list[Conversation]) -> list[Any]:
+    """Conversations as vLLM's engine takes them."""
+    return [
+        {"prompt": prompt, "multi_modal_data": {"image": list(each.pictures)}} if each.pictures else prompt
+        for prompt, each in ((as_prompt(processor, each), each) for each in asked)
+    ]
+
+
 @torch.no_grad()
 def transformers_answers(
-    model: str, routing: str, processor: Any, prompts: list[str], asked: list[Conversation], new_tokens: int
+    model: str, routing: str, processor: Any, asked: list[Conversation], new_tokens: int
 ) -> Answers:
     """Greedy answers in float32, one prompt at a time."""
     dpvr, answers = DpvrLlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32), []
     dpvr.set_routing(routing)
     end = processor.tokenizer.eos_token_id
-    for prompt, conversation in zip(prompts, asked, strict=True):
+    for conversation in asked:
+        prompt = as_prompt(processor, conversation)
         inputs = processor(images=list(conversation.pictures) or None, text=prompt, return_tensors="pt")
         reply = dpvr.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
         tokens = reply[0, inputs["input_ids"].shape[1] :].tolist()
@@ -115,20 +126,15 @@ def transformers_answers(
     return answers
 
 
-def engine_answers(
-    model: str, requests: list[Any], overrides: dict[str, Any], new_tokens: int, rounds: int = 1, **options: Any
-) -> list[tuple[Answers, int]]:
-    """What vLLM's engine, in this process, answers all requests at once.
+@contextmanager
+def engine(model: str, overrides: dict[str, Any], **options: Any) -> Iterator[Any]:
+    """vLLM's engine in this process, which is shut down at the end.
 
     Args:
         overrides: of the model's configuration.
-        rounds: how often all are asked.
         options: of the engine.
-
-    Returns:
-        For each round the answers, and how many prompt tokens were found in the prefix cache.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
@@ -137,21 +143,42 @@ def engine_answers(
         enforce_eager=True,
         max_model_len=MAX_LENGTH,
         max_num_seqs=32,
+        gpu_memory_utilization=MEMORY,
         limit_mm_per_prompt={"image": MOST_PICTURES},
         hf_overrides=overrides,
         disable_log_stats=True,
         **options,
     )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def engine_answers(
+    model: str, requests: list[Any], overrides: dict[str, Any], new_tokens: int, rounds: int = 1, **options: Any
+) -> list[tuple[Answers, int]]:
+    """What vLLM's engine answers all requests at once, greedily.
+
+    Args:
+        overrides, options: as in `engine`.
+        rounds: how often all are asked.
+
+    Returns:
+        For each round the answers, and how many prompt tokens were found in the prefix cache.
+    """
+    from vllm import SamplingParams
+
     sampling, found = SamplingParams(temperature=0, max_tokens=new_tokens), []
-    end = llm.get_tokenizer().eos_token_id
-    for _ in range(rounds):
-        outputs = llm.generate(requests, sampling, use_tqdm=False)
-        answers = [[token for token in each.outputs[0].token_ids if token != end] for each in outputs]
-        found.append((answers, sum(each.num_cached_tokens or 0 for each in outputs)))
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    with engine(model, overrides, **options) as llm:
+        end = llm.get_tokenizer().eos_token_id
+        for _ in range(rounds):
+            outputs = llm.generate(requests, sampling, use_tqdm=False)
+            answers = [[token for token in each.outputs[0].token_ids if token != end] for each in outputs]
+            found.append((answers, sum(each.num_cached_tokens or 0 for each in outputs)))
     return found
 
 

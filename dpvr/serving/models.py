@@ -29,7 +29,7 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, subclass_attention_backend
 
 from dpvr.serving.image_keys import PICTURES, KeyValueProjection, Latent, Pictures, SideAttention, write_keys
-from dpvr.serving.plans import served
+from dpvr.serving.plans import check_graphs, served
 from dpvr.serving.runs import Runs, sort_tokens
 from images_dpvr import mark_ids
 
@@ -194,6 +194,7 @@ class RoutedModel:
             self.secondary_weights = (DefaultModelLoader.Source(wanted.source, revision=None, fall_back_to_pt=False),)
         if wanted.plan.is_vanilla:
             return
+        check_graphs(vllm_config)
         deep = dict(list(enumerate(self.decoder.layers))[wanted.plan.split_layer : depth])
         for layer in self.decoder.layers:
             _check_attention(layer.self_attn.attn)

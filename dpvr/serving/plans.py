@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from configuration_dpvr import CONTEXT, RESET, LayerPlan
 
 ADAPTER = "dpvr_adapter"  # the field of --hf-overrides that names an adapter
+RENDERER = "dpvr"  # vLLM's name for what turns prompts into tokens, a "tokenizer mode"
 
 
 class Served(NamedTuple):
@@ -92,7 +93,9 @@ class EngineCheck:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing depends on the model's own options."""
+        """Have prompts checked: renderer.py. vLLM itself chooses renderers by mode, too, for some models."""
+        if model_config.tokenizer_mode in ("auto", "hf"):
+            model_config.tokenizer_mode = RENDERER
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -112,6 +115,7 @@ class EngineCheck:
             "--enable-lora": vllm_config.lora_config is not None,
             "--speculative-config": vllm_config.speculative_config is not None,
             "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+            "--enable-prompt-embeds": vllm_config.model_config.enable_prompt_embeds,  # these hide which are images
             "--quantization": vllm_config.model_config.quantization is not None,
             "--kv-cache-dtype": wanted.num_side_layers > 0 and cache.cache_dtype.startswith("fp8"),
         }
@@ -123,8 +127,28 @@ class EngineCheck:
         from vllm.config import CUDAGraphMode
 
         graphs = vllm_config.compilation_config
-        if graphs.cudagraph_mode not in (
-            None,
-            CUDAGraphMode.NONE,
-        ):  # full graphs ask no tokens
+        if graphs.cudagraph_mode != CUDAGraphMode.NONE:  # None: vLLM would choose full graphs later
             graphs.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
+def check_graphs(vllm_config: Any) -> None:
+    """Refuse CUDA graphs of a whole step: replayed, they would run image tokens through all layers.
+
+    Graphs of pieces are kept within the compiled decoder, which batches with image tokens do not call. That is the
+    mode that `EngineCheck` sets; this looks at what vLLM has made of it.
+
+    Args:
+        vllm_config: as it is when the model is built.
+
+    Raises:
+        ValueError: for full graphs, and for those that are captured around the model and broken at attention.
+    """
+    from vllm import envs
+
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode.has_full_cudagraphs() or (mode.has_piecewise_cudagraphs() and envs.VLLM_USE_BREAKABLE_CUDAGRAPH):
+        raise ValueError(
+            f"CUDA graphs of a whole step are on (cudagraph_mode {mode.name}, VLLM_USE_BREAKABLE_CUDAGRAPH "
+            f"{int(envs.VLLM_USE_BREAKABLE_CUDAGRAPH)}), and a graph does not ask which tokens are images: leave "
+            "--compilation-config and VLLM_USE_BREAKABLE_CUDAGRAPH out, or add --enforce-eager."
+        )

@@ -1,6 +1,7 @@
 """`vllm serve` under a DPVR routing and as vanilla, side by side: many clients at once, and requests that fail.
 
-clients --prompts in another order--> routed server, vanilla server      answers equal those of transformers
+clients --prompts in another order--> routed server, vanilla server      answers equal those of transformers,
+                                                                          also those that are streamed
         --a broken picture, ...--> routed server                         each is named; the others are answered
 """
 
@@ -18,7 +19,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
 from typing import Any
 
 from PIL import Image
@@ -27,6 +29,7 @@ from dpvr.data.prompts import Conversation
 
 PATIENCE = 1200  # seconds that a server may take to start
 MOST_PICTURES, MAX_LENGTH = 4, 1024
+MEMORY = 0.3  # of the machine's, that must be free: vLLM wants nearly all by default
 
 
 def check_servers(
@@ -43,6 +46,7 @@ def check_servers(
         with ThreadPoolExecutor(2 * args.clients + 4) as clients:
             order = random.Random(0).sample(range(len(asked)), len(asked))
             answers = {at: clients.submit(ask, routed, asked[at], args.new_tokens) for at in order}
+            streamed = {at: clients.submit(ask_streamed, routed, asked[at], args.new_tokens) for at in order[::3]}
             beside = [clients.submit(ask, vanilla, asked[at], args.new_tokens) for at in order[::4]]
             faults = {name: clients.submit(send, routed, body) for name, body in faulty_requests().items()}
             killed = clients.submit(kill, routed, asked[-1])
@@ -50,6 +54,8 @@ def check_servers(
             return {
                 "equal": equal,
                 "of": len(asked),
+                "streamed_equal": sum(each.result() == expected[at] for at, each in streamed.items()),
+                "streamed_of": len(streamed),
                 "vanilla_beside": sum(len(each.result()) > 0 for each in beside),
                 "killed_after_tokens": killed.result(),
                 "faults": {name: fault.result() for name, fault in faults.items()},
@@ -67,7 +73,7 @@ def server(model: str, routing: str) -> Iterator[tuple[subprocess.Popen, str]]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     command += ["--hf-overrides", json.dumps({"routing": routing}), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", str(MAX_LENGTH), "--limit-mm-per-prompt", json.dumps({"image": MOST_PICTURES})]
-    command += ["--served-model-name", "dpvr", "--host", "127.0.0.1"]
+    command += ["--served-model-name", "dpvr", "--host", "127.0.0.1", "--gpu-memory-utilization", str(MEMORY)]
     process = subprocess.Popen(command, env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=sys.stderr)
     try:
         yield process, f"http://127.0.0.1:{port}"
@@ -105,8 +111,22 @@ def ask(address: str, conversation: Conversation, new_tokens: int) -> list[int]:
     if status != 200:
         raise ValueError(f"The server answered a good request with status {status}: {answer}")
     (choice,) = answer["choices"]
-    tokens = choice["token_ids"]
-    return tokens[:-1] if choice["finish_reason"] == "stop" else tokens
+    return _without_end(choice["token_ids"], choice["finish_reason"])
+
+
+def ask_streamed(address: str, conversation: Conversation, new_tokens: int) -> list[int]:
+    """The same, of an answer that comes in parts."""
+    body = request_body(conversation) | {"max_tokens": new_tokens, "return_token_ids": True, "stream": True}
+    tokens, reason = [], None
+    for chunk in stream(address, body):
+        for choice in chunk["choices"]:
+            tokens += choice.get("token_ids") or []
+            reason = choice["finish_reason"] or reason
+    return _without_end(tokens, reason)
+
+
+def _without_end(tokens: list[int], reason: str | None) -> list[int]:
+    return tokens[:-1] if reason == "stop" else tokens
 
 
 def request_body(conversation: Conversation) -> dict[str, Any]:
@@ -149,13 +169,17 @@ def _request(address: str, body: dict[str, Any]) -> urllib.request.Request:
 def kill(address: str, conversation: Conversation) -> int:
     """Start a long streamed answer and hang up after a few tokens; how many came."""
     body = request_body(conversation) | {"max_tokens": 500, "stream": True, "ignore_eos": True}
-    came = 0
+    with closing(stream(address, body)) as chunks:
+        return sum(1 for _ in islice(chunks, 5))
+
+
+def stream(address: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a streamed answer, as they come; the connection ends with the iteration."""
     with urllib.request.urlopen(_request(address, body), timeout=PATIENCE) as answer:
         for line in answer:
-            came += line.startswith(b"data: ")
-            if came == 5:
-                break
-    return came
+            data = line.removeprefix(b"data: ").strip()
+            if line.startswith(b"data: ") and data != b"[DONE]":
+                yield json.loads(data)
 
 
 def faulty_requests() -> dict[str, dict[str, Any]]:
@@ -167,6 +191,7 @@ def faulty_requests() -> dict[str, dict[str, Any]]:
         "a prompt that is too long": [{"type": "text", "text": "Is there a red circle? " * 1000}],
         "too many pictures": [*[good] * (MOST_PICTURES + 1), question],
         "a picture's mark in the text": [{"type": "text", "text": "What is <image> here?"}],
+        "a picture's mark in the text, and a picture": [{"type": "text", "text": "What is <image> here?"}, good],
     }
     return {
         name: {"model": "dpvr", "messages": [{"role": "user", "content": content}], "max_tokens": 4}

@@ -11,6 +11,7 @@ before that.
     plans.py          which plan a configuration names, and what is refused
     runs.py           a batch's tokens, sorted into runs of text and images
     models.py         the model: the stock one, on a twin whose deep layers run text alone
+    renderer.py       prompts whose marks and pictures do not fit are refused
     image_keys.py     what deep layers read of the image: side layers, latent, keys and values
     check.py          python -m dpvr.serving.check: answers equal those of transformers
 """
@@ -27,9 +28,11 @@ def register() -> None:
     from transformers import AutoConfig, AutoProcessor, LlavaProcessor
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
 
     from configuration_dpvr import DpvrLlavaConfig
-    from dpvr.serving.plans import EngineCheck
+    from dpvr.serving.plans import RENDERER, EngineCheck
 
     AutoConfig.register(DpvrLlavaConfig.model_type, DpvrLlavaConfig, exist_ok=True)
     AutoProcessor.register(DpvrLlavaConfig, LlavaProcessor, exist_ok=True)
@@ -38,3 +41,6 @@ def register() -> None:
         MODELS_CONFIG_MAP[name] = EngineCheck
         if name not in known:
             ModelRegistry.register_model(name, place)
+    if RENDERER not in RENDERER_REGISTRY.renderers:
+        TokenizerRegistry.register(RENDERER, *TokenizerRegistry.tokenizers["hf"])
+        RENDERER_REGISTRY.register(RENDERER, "dpvr.serving.renderer", "DpvrRenderer")
