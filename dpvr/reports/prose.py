@@ -31,7 +31,8 @@ RECOGNISED = (  # what a reader sees not to be a measurement; whatever else has 
     r"(?:(?:, | and )\d+(?:\.\d+)+)*",  # releases, standards and licences
     r"\b(?:[Tt]ables?|[Ff]igure|[Ss]ection|[Ss]tage|[Pp]oint|[Ss]eed) \d+(?:\.\d+)?\b(?!%)",  # references
     r"\b(?:[Ll]ayers?|[Ss]plits?|[Ss]plit (?:after|at)|[Ll]atent|[Rr]ank|s =|K =|d_v =|r =) " + LISTED,  # plans
-    LISTED + r" (?:of \d+ )?layers\b|\b\d+ image\b|\b\d+ text tokens\b|\b\d+ \+ \d+ tokens\b",  # plans, prompts
+    LISTED
+    + r" (?:of \d+ )?layers\b|\b(?<!,)\d[\d,]* image\b|\b\d+ text tokens\b|\b\d+ \+ \d+ tokens\b",  # plans, prompts
     r"\b[A-Za-z_](?=[\w./-]*\d)[\w./-]*|\b\d+(?:\.\d+)?B\b|\b\d+-bit\b",  # names and sizes: LLaVA-1.5-7B, 13B, 4-bit
     r"\b\d+\.\d+\.\d+[\w.+]*|\b\d+\.\d+ or newer\b|\b\d{4}\.\d{5}\b"  # releases, papers
     r"|\b\d+(?:st|nd|rd|th)\b|\b95% interval",
