@@ -29,23 +29,25 @@ except ImportError:
 class ExtraLayer(DynamicLayer):
     """A layer beyond the decoder's, which decoding does not change: it can be compiled, and is not cropped.
 
-    An offloaded cache prefetches the layer after the one in use: past the decoder's last layer that is the first.
+    An offloaded cache prefetches the layer after the one in use: past the decoder's last layer that is the first. This
+    layer knows the first alone: with the list of all layers it would be in a cycle, and their keys would stay in
+    memory until Python looks for such garbage.
     """
 
     is_compileable = True
     supports_early_init = False
     max_cache_len = 0  # transformers 4 compares this and the batch size over all layers
 
-    def __init__(self, layers: list):
+    def __init__(self, first: CacheLayerMixin | None = None):
         super().__init__()
-        self.layers = layers
+        self.first = first
 
     def crop(self, max_length: int) -> None:
         pass
 
     def prefetch(self) -> None:
         super().prefetch()
-        self.layers[0].prefetch()
+        self.first.prefetch()
 
 
 @dataclass
@@ -105,7 +107,7 @@ class CacheRecord(ExtraLayer):
         tables: dict[str, torch.Tensor] | None = None,
         num_keys: dict[str, int] | None = None,
     ):
-        super().__init__([])
+        super().__init__()
         self.plan, self.max_batch_size = plan, batch_size
         self.length, self.last_image, self.plain = length, last_image, plain
         self.tables, self.num_keys = tables or {}, num_keys or {}
@@ -153,10 +155,12 @@ class CacheRecord(ExtraLayer):
         """Make this the record of `cache`, in place of an older one."""
         if isinstance(cache.layers[-1], CacheRecord):
             cache.layers.pop()
-        self.layers = cache.layers
         if LINE_4 and any(layer.is_sliding for layer in cache.layers):
             self.is_initialized = True  # its Gemma 3 takes a cache for an empty one until all layers are
         cache.layers.append(self)
+        for layer in cache.layers:
+            if isinstance(layer, ExtraLayer):
+                layer.first = cache.layers[0]
 
     # -- what a cache does to all its layers --------------------------------------------------------------------------
 

@@ -317,7 +317,7 @@ class TwoStreamPass(StreamArguments):
         if self.cache is not None:
             layers, depth = self.cache.layers, len(self.plan.modes)
             if self.record is None:
-                layers[depth:] = [SideBranchKeys(layers) for _ in side_layers]
+                layers[depth:] = [SideBranchKeys(layers[0]) for _ in side_layers]
             elif len(layers) - depth - 1 != len(side_layers):
                 raise ValueError(
                     f"This cache was filled with a side branch of {len(layers) - depth - 1} layers, and the model now "
@@ -356,5 +356,5 @@ class TwoStreamPass(StreamArguments):
             tables=tables,
             num_keys=num_keys,
         )
-        record.put_on(self.cache)
         let_line_4_crop(self.cache, self.plan, num_keys, end)
+        record.put_on(self.cache)

@@ -9,8 +9,8 @@
 A session asks as the page does, and its chat is kept by the server. Pictures and questions are MiniBench's. What the
 page would show at the end of each answer is compared: pictures, questions and answers of the whole chat. The memory is
 the resident set of the app's process, after a few sessions to warm up and after each wave. As many chats are kept as
-a wave of 200 holds, so the first wave fills the store, and in later ones memory that grows is a leak. Written to the
-section "sessions" of results/reliability.json.
+a wave of 200 holds, so the first wave fills the store, and in later ones memory that grows is a leak. Written to a
+section of results/reliability.json.
 """
 
 import asyncio
@@ -61,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> Any:
     parser.add_argument("--sessions", type=at_least(1), default=200)
     parser.add_argument("--questions", type=at_least(1), default=3, help="of each session")
     parser.add_argument("--waves", type=at_least(1), default=4, help="of all sessions at once, one after the other")
+    parser.add_argument("--section", default="sessions", help="of the file that the record is written to")
     parser.add_argument("--model", default=str(ROOT), help="what the app serves; default: dpvr-mini")
     parser.add_argument("--output", default=str(ROOT / "results" / "reliability.json"))
     return parser.parse_args(argv)
@@ -88,10 +89,13 @@ def main(args: Any) -> dict[str, Any]:
         "questions_per_session": args.questions,
         **{name: sum(wave[name] for wave in waves) for name in ("answers", "wrong_answers", "crossed_chats")},
         "different_chats": len({session.turns for session in sessions}),
+        "seconds": round(sum(wave["seconds"] for wave in waves), 1),
         "resident_mib_before": before["now"],
+        "resident_mib_after": waves[-1]["resident_mib"],
+        "resident_mib_peak": waves[-1]["resident_mib_peak"],
         "waves": waves,
     }
-    publish_section("sessions", found, args.output)
+    publish_section(args.section, found, args.output)
     if found["wrong_answers"] or found["crossed_chats"]:
         raise ValueError(
             f"Of {found['answers']} answers {found['wrong_answers']} are not what the model alone gives, and "

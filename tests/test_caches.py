@@ -1,6 +1,8 @@
 """Every kind of cache gives the answers of the growing cache of test_generation.py."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import takewhile
@@ -233,6 +235,22 @@ def test_a_static_cache_serves_on_after_a_prefill_that_was_broken_off() -> None:
             model, {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}, cache_implementation="static"
         )
     assert_same_answers(answer(model, inputs, cache_implementation="static"), want)
+
+
+@variants
+def test_the_keys_of_a_cache_are_freed_with_it(variant: dict) -> None:
+    """And not only when Python next looks for cycles, which it seldom does beside a large model."""
+    model, batch = make_dpvr(**variant), Prompts([[1, 2]])
+    gc.disable()
+    try:
+        with torch.no_grad():
+            cache = model(**batch.inputs, use_cache=True).past_key_values
+        layers = [weakref.ref(layer) for layer in cache.layers]
+        assert all(layer() is not None for layer in layers)
+        del cache
+        assert not any(layer() for layer in layers)
+    finally:
+        gc.enable()
 
 
 def interrupt(*_: object) -> None:
