@@ -86,6 +86,20 @@ def test_a_prompt_whose_marks_and_pictures_do_not_fit_is_refused(prompt, picture
         model.generate(**processor(images=given or None, text=prompt, return_tensors="pt"), max_new_tokens=1)
 
 
+def test_a_mark_typed_beside_a_picture_of_a_message_is_its_place_or_refused(llm, asked):
+    """The first is vLLM's rule for templates that it takes for ones of plain strings, as dpvr-mini's."""
+    picture = next(each.pictures[0] for each in asked if each.pictures)
+    content = [{"type": "text", "text": "What is <image> here?"}, {"type": "image_pil", "image_pil": picture}]
+    messages = [{"role": "user", "content": content}]
+    (answer,) = llm.chat(messages, GREEDY, use_tqdm=False)
+    prompt = {"prompt": "USER: What is <image> here? ASSISTANT:", "multi_modal_data": {"image": [picture]}}
+    (expected,) = llm.generate([prompt], GREEDY, use_tqdm=False)
+    begin = len(expected.prompt_token_ids) - len(answer.prompt_token_ids)  # a chat has no begin token unless asked to
+    assert answer.prompt_token_ids == expected.prompt_token_ids[begin:] and begin in (0, 1)
+    with pytest.raises(VLLMValidationError, match="has 2 marks for pictures.* and 1 pictures came"):
+        llm.chat(messages, GREEDY, use_tqdm=False, chat_template_content_format="openai")
+
+
 def test_after_refused_requests_all_others_are_answered_right(llm, requests, expected):
     assert answers(llm, requests, GREEDY) == expected
     assert len({tuple(answer) for answer in expected}) > 3
