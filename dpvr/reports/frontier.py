@@ -102,14 +102,18 @@ def draw(results: Path, docs: Path) -> list[Path]:
     grid = Results(results / "frontier")
     figure = Figure(figsize=(9, 4.8), facecolor="white", layout="constrained")
     axis, vanilla = figure.subplots(), grid.row("frontier", "vanilla")
-    for row in (row for name in ("frontier", "reduction") for row in grid.tables[name] if row.cells):
+    shown = [row for name in ("frontier", "reduction") for row in grid.tables[name] if row.cells]
+    for row in shown:
         _point(axis, row, vanilla)
     axis.axhline(100 * vanilla.mean, color="black", linestyle=":", linewidth=1)
     axis.grid(alpha=0.3)
     axis.set(xlabel="prefill FLOPs, share of vanilla's", ylabel="accuracy, mean of eight tasks, %")
     axis.set_title("dpvr-mini on MiniBench; bars: 95% interval of the difference to vanilla", fontsize="medium")
+    looks = {KINDS[kind_of(row)] for row in shown}
     handles = [
-        axis.scatter([], [], color=KINDS[kind][0], marker=KINDS[kind][1], label=LEGEND[kind]) for kind in LEGEND
+        axis.scatter([], [], color=KINDS[kind][0], marker=KINDS[kind][1], label=name)
+        for kind, name in LEGEND.items()
+        if KINDS[kind] in looks
     ]
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     path = docs / "accuracy_by_cost.png"
