@@ -34,6 +34,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "adapted": latents.render_adapted(results),
             "adapted_seeds": latents.render_adapted_seeds(results),
             "shapes": latents.render_shapes(results),
+            "fit_time": latents.render_fit_time(results),
             **frontier.blocks(results),
         },
         "docs/training.md": {

@@ -180,6 +180,32 @@ def render_shapes(results: Path) -> str:
     return "\n".join(table(SHAPE_HEADINGS, rows)) + "\n"
 
 
+def render_fit_time(results: Path) -> str:
+    """What fitting takes at the shapes of real models: a row per record."""
+    records = [read(path) for path in sorted((results / "fit_time").glob("*.json"))]
+    rows = []
+    for record in records:
+        ratio, low, high = record["ratio"]
+        rows.append(
+            [
+                record["shape"],
+                str(record["latent_rank"]),
+                f"{record['prefill_seconds']:.2f} s",
+                f"{record['fit_seconds']:.2f} s, {ratio:.2f} ({low:.2f} to {high:.2f})",
+                f"{record['solve_seconds']:.1f} s",
+                f"{record['moments_bytes'] / 1e9:.2f} GB",
+            ]
+        )
+    header = ["", "rank", "prefill of a picture", "the same with moments, ratio", "solution, once", "moments"]
+    notes = [
+        f"{record['shape']}: {record['image_tokens']} image and {record['text_tokens']} text tokens, {record['dtype']}, "
+        f"{record['threads']} thread, medians of {record['pictures']} pictures in turn, in brackets the 10th and 90th "
+        f"percentiles. `{record['command']}`, {made_on(record)}."
+        for record in records
+    ]
+    return "\n".join([*table(header, rows), *(line for note in notes for line in ("", note))]) + "\n"
+
+
 def made_on(record: dict[str, Any]) -> str:
     versions = record["versions"]
     return f"{record['hardware']}, torch {versions['torch']}, transformers {versions['transformers']}"
