@@ -37,7 +37,8 @@ class CardlessTrainer(WholeCheckpoints, SFTTrainer):
 
     Attributes:
         objective: the loss of a model and a batch; None: TRL's, on the replies.
-        saved_activation_bytes: what autograd saved for backward in the first step; None before it.
+        saved_activation_bytes: what autograd saved for backward in the first step; None before it, and of a model of
+            which each process has a shard.
     """
 
     objective: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor] | None = None
@@ -51,7 +52,7 @@ class CardlessTrainer(WholeCheckpoints, SFTTrainer):
         self.objective, self.model_accepts_loss_kwargs = objective, False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.saved_activation_bytes is not None:
+        if self.saved_activation_bytes is not None or self.accelerator.distributed_type in SHARDED:
             return super().training_step(model, inputs, *args, **kwargs)
         given = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
         with counting_saved([*model.parameters(), *model.buffers(), *given]) as saved:
