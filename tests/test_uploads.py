@@ -14,7 +14,7 @@ from gradio.utils import get_upload_folder
 from dpvr.inference import uploads
 from dpvr.inference.chat import Answerer
 from dpvr.inference.loading import load
-from dpvr.inference.page import build, launch, write_examples
+from dpvr.inference.page import SCENES, build, launch, write_examples
 from dpvr.inference.uploads import KEPT_SECONDS, MIB, UploadLimits, own_folder
 
 
@@ -107,7 +107,8 @@ def test_what_the_server_keeps_stays_under_the_limit_in_all(url, monkeypatch):
     paths = [Path(upload(url, MIB, f"{index}.png").json()[0]) for index in range(6)]
     assert [path.exists() for path in paths] == [False] * 4 + [True] * 2
     assert paths[0].is_relative_to(get_upload_folder())
-    assert len(list(Path(get_upload_folder()).rglob("example-*.png"))) == 4  # the examples
+    examples = {index for indices, _ in SCENES for index in indices}
+    assert len(list(Path(get_upload_folder()).rglob("example-*.png"))) == len(examples)
 
 
 def test_the_folder_of_uploads_is_the_processs_own_and_goes_with_it(tmp_path, monkeypatch):

@@ -198,9 +198,9 @@ def render_fit_time(results: Path) -> str:
         )
     header = ["", "rank", "prefill of a picture", "the same with moments, ratio", "solution, once", "moments"]
     notes = [
-        f"{record['shape']}: {record['image_tokens']} image and {record['text_tokens']} text tokens, {record['dtype']}, "
-        f"{record['threads']} thread, medians of {record['pictures']} pictures in turn, in brackets the 10th and 90th "
-        f"percentiles. `{record['command']}`, {made_on(record)}."
+        f"{record['shape']}: {record['image_tokens']} image and {record['text_tokens']} text tokens, "
+        f"{record['dtype']}, {record['threads']} thread, medians of {record['pictures']} pictures in turn, in "
+        f"brackets the 10th and 90th percentiles. `{record['command']}`, {made_on(record)}."
         for record in records
     ]
     return "\n".join([*table(header, rows), *(line for note in notes for line in ("", note))]) + "\n"
