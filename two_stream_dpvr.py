@@ -164,8 +164,12 @@ class TwoStreamPass(StreamArguments):
     def _read_best(self, states: torch.Tensor) -> None:
         """Let context layers read the image tokens whose states (B, V, D) have the highest score."""
         runs = Runs(self.streams.image.to(states.device))
-        kept = runs.best(token_scores(self.plan.latent_score, states, runs), self.plan.latent_stride)
+        kept = runs.best(self.scores(states, runs), self.plan.latent_stride)
         self._read(kept.to(self.streams.image.device), states.shape[1])
+
+    def scores(self, states: torch.Tensor, runs: Runs) -> torch.Tensor:
+        """The scores (B, V) of the image states (B, V, D) that a latent is made of."""
+        return token_scores(self.plan.latent_score, states, runs)
 
     def _make_room(self, cache: Cache) -> None:
         """Add the layers of the decoder to the cache, and resize those of a static one."""

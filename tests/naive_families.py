@@ -125,14 +125,17 @@ def latent_keys(
         yield
 
 
-def naive_read(places: list[int], states: torch.Tensor, stride: int, score: str | None) -> list[int]:
+def naive_read(
+    places: list[int], states: torch.Tensor, stride: int, score: str | None, worth: torch.Tensor | None = None
+) -> list[int]:
     """Which image tokens of a row are read, by their number among them.
 
     Args:
         places: where in the row they stand, V of them.
         states: (V, D), what the latent is made of.
+        worth: (V,), scores that take the place of those of the states.
     """
-    if score is None:
+    if score is None and worth is None:
         return list(range(0, len(places), stride))
     read, pictures = [], []
     for number, place in enumerate(places):
@@ -146,6 +149,8 @@ def naive_read(places: list[int], states: torch.Tensor, stride: int, score: str 
             own = states[number]
             cosine = (own @ mean) / (own @ own).sqrt() / (mean @ mean).sqrt()
             values[number] = (own @ own).sqrt() if score == "norm" else 1 - cosine
+            if worth is not None:
+                values[number] = worth[number]
         ranked = sorted(picture, key=lambda number: (-float(values[number]), number))
         read += ranked[: (len(picture) + stride - 1) // stride]
     return sorted(read)

@@ -40,15 +40,16 @@ def naive_logits(
     model: DpvrLlavaForConditionalGeneration,
     input_ids: Tensor,
     pixel_values: Tensor | None = None,
+    worth: Tensor | None = None,
     **custom: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Places int64 (X,) of the text tokens of one unpadded row of ids (T,), and their logits (X, vocabulary).
 
     `custom`: `seen` bool (T, T), the keys that a token sees in place of those before it, and `positions` (T,), its
-    rotary position in place of its place in the row.
+    rotary position in place of its place in the row. `worth` (V,): scores by which a latent's image tokens are chosen.
     """
     text = (input_ids != model.config.image_token_id).nonzero().flatten()
-    final = naive_states(model, input_ids, pixel_values, **custom)[-1]
+    final = naive_states(model, input_ids, pixel_values, worth, **custom)[-1]
     return text, _linear(model.lm_head, _rms_norm(model.model.language_model.norm, final[text]))
 
 
@@ -56,9 +57,10 @@ def naive_states(
     model: DpvrLlavaForConditionalGeneration,
     input_ids: Tensor,
     pixel_values: Tensor | None = None,
+    worth: Tensor | None = None,
     **custom: Tensor,
 ) -> list[Tensor]:
-    """The L + 1 residual streams (T, D), before the first layer and after each; `custom` as in `naive_logits`."""
+    """The L + 1 residual streams (T, D), before the first layer and after each; the rest as in `naive_logits`."""
     dpvr, layers = model.config, list(model.model.language_model.layers)
     is_image = input_ids == dpvr.image_token_id
     image, text = is_image.nonzero().flatten(), (~is_image).nonzero().flatten()
@@ -101,7 +103,7 @@ def naive_states(
         """Keys and values of the image tokens that are read come from the latent."""
         chosen = list(range(len(image)))
         if index > 0:
-            chosen = naive_read(image.tolist(), out_image.detach(), dpvr.latent_stride, dpvr.latent_score)
+            chosen = naive_read(image.tolist(), out_image.detach(), dpvr.latent_stride, dpvr.latent_score, worth)
         read = image[chosen]
         latents = _linear(latent.reduce, out_image / (out_image.pow(2).mean(-1, keepdim=True) + 1e-12) ** 0.5)
         latents = latents[chosen]

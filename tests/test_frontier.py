@@ -10,6 +10,7 @@ from configuration_dpvr import DpvrLlavaConfig
 from dpvr.benchmarks.cells import Cell, unique_cells
 from dpvr.benchmarks.frontier_cells import BUDGETS, ENOUGH, STEP, FrontierGrid, ShortCosts, latent
 from dpvr.benchmarks.grid import main, parse_args
+from dpvr.benchmarks.grid_run import load
 from dpvr.reports import frontier
 from dpvr.reports.grid_results import Results
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -75,6 +76,18 @@ def test_a_fitted_latent_is_measured_and_stands_in_its_table(tmp_path):
     assert "30 pictures" in shown["rows"].split("Not measured: ")[1]
     assert shown["frontier"].split("Not measured: ")[1].startswith("31 more rows of this table.")
     assert (tmp_path / "accuracy_by_cost.png") in frontier.draw(tmp_path, tmp_path)
+
+
+def test_a_latent_is_read_at_the_tokens_that_its_cell_says(costs):
+    fields = latent(1, ENOUGH, latent_stride=4)
+    cells = [
+        Cell(fields, fit_rows=10, pruning=one) for one in (None, {"rank": "attention"}, {"rank": "random", "seed": 2})
+    ]
+    models = [load(cell, Path(), str(ROOT)) for cell in cells]
+    choices = [vars(model).get("choice") for model in models]
+    assert choices[0] is None and [(one.rank, one.seed) for one in choices[1:]] == [("attention", 0), ("random", 2)]
+    own, by_attention, by_chance = (costs.of(model) for model in models)
+    assert own == by_chance < by_attention < own * 1.01 and len({cell.name for cell in cells}) == 3
 
 
 def test_rows_are_told_apart_by_what_they_are():

@@ -56,7 +56,7 @@ class Cell:
     Args:
         fields: DPVR fields that differ from the repository's config.
         training: flags of train_sft.py without DPVR fields and seed; None: nothing is trained.
-        pruning: arguments of `pruning.prune`; None: nothing is pruned.
+        pruning: arguments of `pruning.prune`, or with a latent of `reduction.choose`; None: nothing is pruned.
         seed: of the training.
         split: where the questions come from; "validation" for what is chosen by its score.
         fit_rows: pictures that a latent is fitted on in closed form, if it is not trained.
@@ -74,7 +74,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Also the name of its file: "late_fusion_split4_k2_seed1", "fastv_layer3_keep0.5"."""
-        if self.pruning:
+        if self.pruning and "layer" in self.pruning:
             rank = next(name for name, rank in RANKS.items() if rank == self.pruning["rank"])
             drawn = f"_seed{self.pruning['seed']}" if "seed" in self.pruning else ""
             return f"{rank}_layer{self.pruning['layer']}_keep{self.pruning['keep']:.3g}{drawn}"
@@ -82,6 +82,8 @@ class Cell:
         parts = [_plan_name(self.fields) if method in (None, "dpvr") else method]
         if method == "lora":
             parts[0] += f"_r{self.training['lora_r']}"
+        if self.pruning:
+            parts.append(self.pruning["rank"])
         if self.fields["routing"] == "latent":
             parts += (
                 [self.training["objective"]] if self.training else [f"fitted{self.fit_rows}"] * bool(self.fit_rows)

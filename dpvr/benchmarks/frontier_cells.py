@@ -4,7 +4,8 @@ FrontierGrid.tables()  ->  {table: [Row(name, cells)]}, for `dpvr.benchmarks.gri
 
     frontier      vanilla; the paper's methods and KV at early splits, trained; latents at budgets of prefill FLOPs,
                   fitted, matched and distilled; FastV, random pruning and VTW at the same budgets; LoRA, all weights
-    reduction     latents of which half or a quarter of the image tokens is read
+    reduction     latents of which half or a quarter of the image tokens is read, chosen by their states, by the
+                  question's attention or by chance
     ranks, rows   latents of every rank and split, and fitted on few pictures
 
 Every share is of a vanilla decoder whose last layer has one query too, as that of plans has.
@@ -28,7 +29,7 @@ ROWS = 1200  # pictures that a latent is fitted on
 FEW_ROWS = (10, 30, 100, 300, 1000)
 SWEPT_RANKS, SWEPT_SPLITS = (16, 24, 32, 48, 64, 96), (0, 1, 2, 4)
 STRIDES = (2, 4)  # half and a quarter of the image tokens
-SCORES = ({}, *({"latent_score": score} for score in LATENT_SCORES))
+SCORES = (None, *LATENT_SCORES)
 SIDE_BUDGETS = (0.45, 0.35)  # at which a side layer before the latent is affordable
 DISTILLED_BUDGETS = (0.40, 0.30)
 
@@ -139,23 +140,27 @@ class FrontierGrid:
         return rows
 
     def reduction(self) -> list[Row]:
-        rules = [{}, *({"latent_stride": stride, **score} for stride in STRIDES for score in SCORES)]
-        return [
-            Row(_reduced(split, rule), list(self.fitted(latent(split, ENOUGH, **rule))))
-            for split in (1, 0)
-            for rule in rules
-        ]
+        """Half and a quarter of the image tokens, by each rule; attention needs a layer before the choice."""
+        rows = []
+        for split in (1, 0):
+            rows.append(Row(f"split {split}, all", list(self.fitted(latent(split, ENOUGH)))))
+            for stride in STRIDES:
+                for score in SCORES:
+                    fields = latent(split, ENOUGH, latent_stride=stride, **{"latent_score": score} if score else {})
+                    which = f"1/{stride} by {score}" if score else f"every {stride}"
+                    rows.append(Row(f"split {split}, {which}", list(self.fitted(fields))))
+                fields = latent(split, ENOUGH, latent_stride=stride)
+                for rank in RANKS.values() if split else ("random",):
+                    name = f"split {split}, 1/{stride} {'by attention' if rank == 'attention' else 'at random'}"
+                    rows.append(Row(name, list(self.fitted(fields, rank=rank))))
+        return rows
 
-    def fitted(self, fields: Fields, rows: int = ROWS) -> Iterator[Cell]:
-        """A latent fitted in closed form, on other pictures with every seed."""
-        return (Cell(fields, fit_rows=rows, seed=seed) for seed in SEEDS)
+    def fitted(self, fields: Fields, rows: int = ROWS, rank: str | None = None) -> Iterator[Cell]:
+        """A latent fitted in closed form, on other pictures with every seed; `rank` as of `reduction.choose`."""
+        for seed in SEEDS:
+            choice = {"random": {"rank": "random", "seed": seed}, "attention": {"rank": "attention"}}.get(rank)
+            yield Cell(fields, fit_rows=rows, seed=seed, pruning=choice)
 
 
 def latent(split: int, rank: int, **fields: Any) -> Fields:
     return {"routing": "latent", "latent_rank": rank, "latent_split_layer": split, **fields}
-
-
-def _reduced(split: int, rule: Fields) -> str:
-    score, stride = rule.get("latent_score"), rule.get("latent_stride", 1)
-    which = f"every {stride}" if score is None else f"1/{stride} by {score}"
-    return f"split {split}, {'all' if stride == 1 else which}"

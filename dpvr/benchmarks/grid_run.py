@@ -34,6 +34,7 @@ from dpvr.benchmarks.cells import BUDGETS, DEFAULTS, Cell, Fields, Grid, GridCos
 from dpvr.benchmarks.frontier_cells import FrontierGrid, ShortCosts
 from dpvr.benchmarks.latents_run import fit_new
 from dpvr.benchmarks.pruning import prune
+from dpvr.benchmarks.reduction import choose
 from dpvr.inference.evaluation import Reply, ask, median_prompt, score
 from dpvr.record import run_record, without_folders
 from minibench.data import make_items
@@ -166,7 +167,7 @@ def load(cell: Cell, folder: Path, base: str) -> LlavaForConditionalGeneration:
             usual = {"latent_layers": None, "latent_side_layers": 0, "latent_stride": 1, "latent_score": None}
             fields = {name: value for name, value in cell.fields.items() if name != "routing"}
             fit_new(model, load_processor(base), usual | fields, cell.fit_rows, cell.seed)
-        return model.eval()
+        return choose(model.eval(), **cell.pruning) if cell.pruning else model.eval()
     model = DpvrLlavaForConditionalGeneration.from_pretrained(base, new_side_branch=True, **cell.fields)
     if method == "lora":
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()

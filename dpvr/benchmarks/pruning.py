@@ -24,20 +24,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from configuration_dpvr import JOINT, TEXT, LayerPlan
 from costs_dpvr import DecoderCosts
 from decoders_dpvr import check_decoder, layer_kinds, lowest_split, owner_of
-from dpvr.analysis.attention import attention_inputs
+from dpvr.benchmarks.ranking import RANKS, RankingPass, ranking_flops
 from forward_dpvr import check_attention, routed_forward, stock_class
 from generation_dpvr import routed
-from twins_dpvr import RoutedLayer, twin
-from two_stream_dpvr import TwoStreamPass
+from twins_dpvr import twin
 from versions_dpvr import argument_names
 
-RANKS = ("attention", "random")
 BRANCHES = ("side_branch", "own_branch")  # of DPVR models and adapters, which pruning does not run
 
 
@@ -128,7 +125,8 @@ def pruned_model(stock: type) -> type:
     @wraps(stock.forward)
     def forward(self, *args: Any, **kwargs: Any):
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        make_pass = partial(PruningPass, cut=self.cut, valid=arguments.get("attention_mask"))
+        how = {"rank": self.cut.rank, "seed": self.cut.seed, "valid": arguments.get("attention_mask")}
+        make_pass = partial(PruningPass, keep=self.cut.keep, **how)
         return routed_forward(self, stock.forward, nn.ModuleList(), self.plan, arguments, make_pass=make_pass)
 
     own = {"forward": forward, "plan": property(lambda self: self.cut.plan), "stock": stock}
@@ -231,80 +229,24 @@ def pruned_flops(
     flops = sum(costs.layer_flops(index, total, total) for index in range(layer))
     flops += sum(costs.layer_flops(index, survivors, survivors) for index in range(layer, len(costs.layers) - 1))
     flops += costs.layer_flops(len(costs.layers) - 1, last, survivors) + costs.head_flops(kept)
-    if rank == "attention" and num_image_tokens:
-        query_width = costs.layers[layer].per_pair // 4  # a query meets a key in two products
-        flops += 2 * query_width * (costs.width + total)
-    return flops
+    return flops + ranking_flops(costs, rank, num_image_tokens, num_text_tokens, layer=layer - 1)
 
 
-class Watch:
-    """In a cache's place: looks at the keys that a layer reads."""
-
-    def __init__(self, cache: Cache | None) -> None:
-        self.cache = cache
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any):
-        both = (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
-        self.keys = both[0]
-        return both
-
-
-class PruningPass(TwoStreamPass):
+class PruningPass(RankingPass):
     """A forward pass that finds out on the way which tokens leave: the second stream is the tokens to drop.
 
     Args:
-        cut: how many tokens leave, and by what rank.
-        valid: the padding mask (B, past + T), if any.
+        keep: share of a row's image tokens that the layers past the split see.
     """
 
-    def __init__(self, *args: Any, cut: Cut, valid: torch.Tensor | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, keep: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cut, self.valid = cut, valid
-
-    def shared_layer(
-        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], cache: Cache | None
-    ) -> Any:
-        """As without pruning; the last of these layers also ranks the tokens."""
-        if layer.index < self.plan.split_layer - 1:
-            return super().shared_layer(layer, hidden, arguments, cache)
-        watch = Watch(cache)
-        out = super().shared_layer(layer, hidden, arguments, watch)
-        if self.cut.rank == "attention":
-            self.scores = self._last_token_attention(layer, hidden, arguments, watch.keys)
-        else:
-            self.scores = random_scores(self.image_mask, self.cut.seed)
-        return out
+        self.keep = keep
 
     def leave(self, hidden: torch.Tensor) -> None:
         """Sort the chunk anew: the second stream is no longer the image but what is dropped."""
-        self.sort(self.image_mask & ~best_image_tokens(self.scores, self.image_mask, self.cut.keep))
+        self.sort(self.image_mask & ~best_image_tokens(self.ranked(), self.image_mask, self.keep))
         super().leave(hidden)
-
-    def query_slots(self, kind: str) -> torch.Tensor:
-        """As without pruning, and of kind "last" each row's last token."""
-        if kind != "last":
-            return super().query_slots(kind)
-        if self.valid is None or self.valid.ndim != 2:
-            return self.all_slots[:, -1:]
-        place = torch.arange(self.length, device=self.valid.device)
-        return self.all_slots.gather(1, (self.valid[:, -self.length :] * place).argmax(1, keepdim=True))
-
-    def _last_token_attention(
-        self, layer: RoutedLayer, hidden: torch.Tensor, arguments: dict[str, Any], keys: torch.Tensor
-    ) -> torch.Tensor:
-        """What each row's last token gives the chunk's tokens in `layer`, the mean over heads, float (B, T).
-
-        `hidden` (B, T, D) are the layer's input; it has cached `keys`.
-        """
-        last, known = self.query_slots("last"), self.past + self.length
-        of_last = {name: value for name, value in arguments.items() if name != "attention_mask"}
-        found = attention_inputs(
-            layer.stock, self.streams.pick(hidden, last), self.arguments(of_last, "last"), keys[:, :, :known]
-        )
-        seen = torch.arange(known, device=last.device) <= last  # (B, K)
-        if self.valid is not None and self.valid.ndim == 2:
-            seen &= self.valid[:, :known].bool()
-        return found.weights(seen[:, None, None])[:, :, 0, self.past :].mean(1)
 
 
 def best_image_tokens(scores: torch.Tensor, image_mask: torch.Tensor, keep: float) -> torch.Tensor:
@@ -313,11 +255,3 @@ def best_image_tokens(scores: torch.Tensor, image_mask: torch.Tensor, keep: floa
     num_kept = (keep * counts.double()).round().clamp(min=1)
     order = scores.masked_fill(~image_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return image_mask & (order.argsort(1) < num_kept)
-
-
-def random_scores(image_mask: torch.Tensor, seed: int) -> torch.Tensor:
-    """Scores (B, T) that depend on the seed and on how many image tokens a row has, not on the batch it is in."""
-    scores = torch.zeros(image_mask.shape)
-    for row, row_mask in zip(scores, image_mask.cpu(), strict=True):
-        row[row_mask] = torch.rand(int(row_mask.sum()), generator=torch.Generator().manual_seed(seed))
-    return scores.to(image_mask.device)
