@@ -325,6 +325,16 @@ def with_fields(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any
     return {**values, **fields, "model_type": DpvrLlavaConfig.model_type}
 
 
+def fields_that_run(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of the fields of a method those of what its routing runs: a latent, or side layers.
+
+    An adapter has one routing and one of the two; a `DpvrLlavaConfig` may have both.
+    """
+    if fields["routing"] == "latent":
+        return {**fields, "num_side_layers": 0}
+    return {name: value for name, value in fields.items() if name not in LATENT_FIELDS}
+
+
 def check_fusion_fields(routing: str, num_fusion_layers: int, fusion_layers: Sequence[int] | None) -> None:
     """Raise ValueError for fusion layers with a routing that has none to choose."""
     if routing in FIXED_READERS and (fusion_layers is not None or num_fusion_layers != 1):

@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from transformers import ProcessorMixin
 
 try:
-    from .configuration_dpvr import DpvrLlavaConfig
-    from .loading_dpvr import is_side_branch
+    from .configuration_dpvr import DpvrLlavaConfig, fields_that_run
+    from .loading_dpvr import LATENT, is_side_branch
     from .processors_dpvr import load_processor
 except ImportError:
-    from configuration_dpvr import DpvrLlavaConfig
-    from loading_dpvr import is_side_branch
+    from configuration_dpvr import DpvrLlavaConfig, fields_that_run
+    from loading_dpvr import LATENT, is_side_branch
     from processors_dpvr import load_processor
 
 CONFIG_NAME, RECORD_NAME, CARD_NAME = "config.json", "training.json", "README.md"
@@ -185,6 +185,8 @@ class Sharing:
 def save_adapter(model: Any, folder: str | os.PathLike) -> None:
     """Save the side branch of a DPVR model as a PEFT adapter, for the DPVR model or its base, a stock LLaVA.
 
+    An adapter has one routing, so it holds what the model's routing runs: the latent, or the side layers.
+
     Raises:
         ValueError: as `SideBranchLoading.side_branch_base`.
     """
@@ -199,9 +201,13 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
         "inference_mode": True,
         "base_model_name_or_path": base,
         "num_hidden_layers": model.config.text_config.num_hidden_layers,
-        **model.config.dpvr_fields(),
+        **fields_that_run(model.config.dpvr_fields()),
     }
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items() if is_side_branch(name)}
+    weights = {
+        name: weight.contiguous()
+        for name, weight in model.state_dict().items()
+        if is_side_branch(name) and (LATENT in name) == (model.config.routing == "latent")
+    }
     os.makedirs(folder, exist_ok=True)
     Path(folder, ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     save_file(

@@ -39,13 +39,19 @@ def base_of(folder: str) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration.from_pretrained(folder).eval()
 
 
+@pytest.fixture(params=["side layers", "a latent"])
+def method(request) -> dict[str, object]:
+    return {"split_layer": 2, **({"routing": "latent", "latent_rank": 8} if request.param == "a latent" else {})}
+
+
 @pytest.fixture(params=["by PEFT", "by save_adapter"])
-def adapter_folder(request, base_folder, tmp_path) -> str:
+def adapter_folder(request, base_folder, method, tmp_path) -> str:
+    """Saved by PEFT, or from a DPVR-LLaVA, which has side layers and a latent."""
     folder = tmp_path / "adapter"
     if request.param == "by PEFT":
-        shaken(get_peft_model(base_of(base_folder), DpvrConfig(split_layer=2)), seed=3).save_pretrained(folder)
+        shaken(get_peft_model(base_of(base_folder), DpvrConfig(**method)), seed=3).save_pretrained(folder)
     else:
-        dpvr = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, split_layer=2)
+        dpvr = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, **{"latent_rank": 8, **method})
         dpvr.freeze_base()
         save_adapter(shaken(dpvr, seed=3), folder)
     return str(folder)
@@ -67,9 +73,10 @@ DOORS = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door_of_peft_and_transformers_gives_the_saved_model(door, base_folder, adapter_folder, prompts):
+def test_every_door_of_peft_and_transformers_gives_the_saved_model(door, base_folder, method, adapter_folder, prompts):
     inputs = {**prompts, "pixel_values": prompts["pixel_values"].float()}
-    expected = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, split_layer=2)
+    layers = 0 if "latent_rank" in method else 1
+    expected = DpvrLlavaForConditionalGeneration.from_pretrained(base_folder, **method, num_side_layers=layers)
     expected.load_side_branch(without_prefix(Path(adapter_folder)))
     got = logits(DOORS[door](base_folder, adapter_folder).eval(), inputs)
     torch.testing.assert_close(got, logits(expected.eval(), inputs), atol=1e-5, rtol=0)

@@ -20,8 +20,9 @@ from dpvr.inference.comparison import WARM_UP
 from dpvr.inference.loading import load
 from dpvr.inference.ways import SharedVision
 from dpvr.pretraining.processor import save_processor
-from hub_dpvr import ADAPTER_WEIGHTS_NAME
+from hub_dpvr import ADAPTER_WEIGHTS_NAME, save_adapter
 from minibench.scenes import make_scene
+from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 
 
@@ -223,21 +224,41 @@ def test_questions_that_cannot_be_asked_are_refused(answerer, question, message)
         answerer.answer([replace(TURNS[0], question=question)])
 
 
-def test_an_adapter_is_loaded_on_its_base(random_mini, tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"split_layer": 1, "num_side_layers": 2, "side_branch_init": "random"},
+        {"split_layer": 1, "routing": "latent", "latent_rank": 8, "latent_stride": 2},
+        {"split_layer": 1, "routing": "latent", "latent_rank": 8, "latent_side_layers": 1},
+    ],
+    ids=["side layers", "latent", "latent after a side layer"],
+)
+@pytest.mark.parametrize("made_by", ["PEFT", "save_adapter"])
+def test_an_adapter_is_loaded_on_its_base(random_mini, fields, made_by, tmp_path):
     llava = LlavaForConditionalGeneration.from_pretrained(random_mini)
     del llava.config.auto_map  # a stock LLaVA knows nothing of DPVR's code
     llava.save_pretrained(tmp_path / "base")
     save_processor(load_processor(random_mini), tmp_path / "base")
-    peft = get_peft_model(
-        LlavaForConditionalGeneration.from_pretrained(tmp_path / "base"),
-        DpvrConfig(split_layer=1, num_side_layers=2, side_branch_init="random"),
-    )
-    peft.save_pretrained(tmp_path / "adapter")
+    if made_by == "PEFT":
+        trained = get_peft_model(
+            LlavaForConditionalGeneration.from_pretrained(tmp_path / "base"), DpvrConfig(**fields)
+        )
+    else:  # it has a latent beside its side layers
+        both = {"latent_rank": 8, **fields}
+        trained = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path / "base", **both)
+        trained.freeze_base()
+    with torch.no_grad():
+        for weight in (weight for weight in trained.parameters() if weight.requires_grad):
+            weight.add_(0.1 * torch.randn_like(weight))
+    if made_by == "PEFT":
+        trained.save_pretrained(tmp_path / "adapter")
+    else:
+        save_adapter(trained, tmp_path / "adapter")
     inputs = {**Answerer(*load(random_mini)).inputs(TURNS, 1)}
-    expected = peft.eval()(**inputs).logits
+    expected = trained.eval()(**inputs).logits
     for base in (None, str(tmp_path / "base"), random_mini):
         model, _ = load(str(tmp_path / "adapter"), base)
-        assert (model.config.split_layer, model.config.num_side_layers) == (1, 2)
+        assert model.config.split_layer == 1 and len(model.side_branch) == (0 if "routing" in fields else 2)
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 

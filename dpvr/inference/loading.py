@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel, Process
 from transformers.utils import cached_file
 
 from adapter_dpvr import DpvrConfig, find_weights
+from configuration_dpvr import fields_that_run
 from dpvr.inference.ways import is_dpvr_llava
 from dpvr.models import load_model, load_stock
 from hub_dpvr import ADAPTER_CONFIG_NAME, ADAPTER_KEY_PREFIX
@@ -87,7 +88,7 @@ def _on_base(config: DpvrConfig, base: str, name: str, revision: str, **loading:
     config.plan_for(stock.config)
     if not isinstance(stock, LlavaForConditionalGeneration):
         return PeftModel.from_pretrained(stock, name, revision=revision)
-    model = DpvrLlavaForConditionalGeneration.from_llava(stock, **config.dpvr_fields())
+    model = DpvrLlavaForConditionalGeneration.from_llava(stock, **fields_that_run(config.dpvr_fields()))
     branch = load_file(find_weights(name, revision=revision))
     model.load_side_branch({key.removeprefix(ADAPTER_KEY_PREFIX): tensor for key, tensor in branch.items()})
     return model
