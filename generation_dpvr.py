@@ -131,14 +131,16 @@ class RoutedGeneration:
         Args:
             fallback_below: from 0 to 1. A row is generated again without the plan if, at any of its new tokens, the
                 probability of this token leads that of the second by less. `python -m dpvr.benchmarks.fallback` finds
-                the value that keeps the share of replies that differ from the base's below a tolerated one.
+                the value that keeps the share of replies that differ from the base's below a tolerated one. Where the
+                images of a batch cannot be told apart by rows, as of most families but LLaVA, the base runs all rows
+                and answers those.
 
         Returns:
             With `fallback_below` the ids (B, T + new), padded on the right.
 
         Raises:
-            ValueError: with `fallback_below`, for what is not greedy, streamed, or not answered with ids alone, for a
-                cache from before, and for a batch whose images cannot be told apart by rows.
+            ValueError: with `fallback_below`, for what is not greedy, streamed, or not answered with ids alone, and
+                for a cache from before.
         """
         if fallback_below is None:
             return super().generate(inputs, generation_config, *args, **kwargs)
@@ -152,21 +154,19 @@ class RoutedGeneration:
         if not any(self.fell_back):
             return first.sequences
         rows = [row for row, again in enumerate(self.fell_back) if again]
-        chosen = kwargs if all(self.fell_back) else self._of_rows(rows, kwargs)
+        chosen = None if all(self.fell_back) else self._of_rows(rows, kwargs)
         with self.model.as_base():
-            again = super().generate(None, generation_config, *args, **chosen)
+            again = super().generate(None, generation_config, *args, **(chosen or kwargs))
         if all(self.fell_back):
             return again
+        again = again if chosen else again[rows]
         ends, pad = config.eos_token_id, config.pad_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or [0])
         return put_rows(first.sequences, rows, again, ends[0] if pad is None else pad)
 
-    def _of_rows(self, rows: list[int], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of some rows of a batch, not all."""
-        raise ValueError(
-            f"fallback_below is given with a batch, and which images of a {type(self).__name__} belong to which row "
-            "is not known before they are encoded: give one conversation at a time."
-        )
+    def _of_rows(self, rows: list[int], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of some rows of a batch; None where it is not known which images are theirs."""
+        return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called as any module. Labels are ignored here too, for trainers that replace `forward`, as TRL's do."""
@@ -281,11 +281,11 @@ class LlavaGeneration(RoutedGeneration):
         )
         return input_ids, model_kwargs | ({} if repeated is None else {"pixel_values": repeated})
 
-    def _of_rows(self, rows: list[int], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _of_rows(self, rows: list[int], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         ids, pixels = kwargs.get("input_ids"), kwargs.get("pixel_values")
         images = self._images_per_row(ids, kwargs)
         if ids is None or images is None or (pixels is not None and sum(images) != len(pixels)):
-            return super()._of_rows(rows, kwargs)
+            return None
         own = {name: kwargs[name][rows] for name in ("input_ids", "attention_mask") if kwargs.get(name) is not None}
         if pixels is not None:
             of_row = pixels.split(images)

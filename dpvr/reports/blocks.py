@@ -1,6 +1,6 @@
 """Which block stands in which document, and where the figures go.
 
-results/ --> mini, latency, accuracy, families, latents, limits, frontier, serving, front: {block: text} --> fill
+results/ --> mini, latency, accuracy, families, latents, limits, frontier, serving, ...: {block: text} --> fill
          --> pareto, frontier, latency_figures, dpvr.analysis: pictures
 """
 
@@ -11,6 +11,7 @@ from dpvr.analysis.plan_report import draw_frontier
 from dpvr.reports import accuracy, chat, frontier, latency, latency_figures, latents, limits, mini, pareto
 from dpvr.reports.documents import read
 from dpvr.reports.families import render_families
+from dpvr.reports.fresh import render_fresh
 from dpvr.reports.front import render_front
 from dpvr.reports.grid_results import Results
 from dpvr.reports.serving import render_benchmark
@@ -26,6 +27,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
             "accuracy": mini.render_accuracy(results),
             "pretraining": mini.render_pretraining(results),
         },
+        "docs/check.md": {"fresh": render_fresh(results)},
         "docs/chat.md": {"demo": chat.render_demo(results), "unlike": chat.render_unlike(results)},
         "docs/families.md": {"families": render_families(results)},
         "docs/latent.md": {
