@@ -26,6 +26,7 @@ CHECKPOINT, LATENT = "llava-hf/llava-1.5-7b-hf", "outputs/check"
 FIT_ON = "llava_v1_5_mix665k.json --image_folder images"
 QUESTIONS = "--tasks pope --limit 500"
 LMMS = "--tasks minibench_all --include_path dpvr/lmms_eval/tasks"
+QUESTION_FILES = ROOT / "outputs" / "questions"  # where the tasks of lmms-eval look
 NOT_HERE = ("torchvision", "timm")  # beside torch for CPUs: docs/lmms_eval.md
 
 
@@ -103,6 +104,8 @@ def main(args: Any) -> None:
         names |= {CHECKPOINT: str(stock), LATENT: str(latent), ",dtype=bfloat16": "", QUESTIONS: LMMS}
         page = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
         costs, fit, *asked = commands(page, names)
+        if QUESTION_FILES.exists():
+            raise ValueError(f"{QUESTION_FILES} exists, and the questions of this check go there: move it away.")
         save_stock(stock)
         output = args.output
         programs = timed(record, output, "install", environment, folder / "env", "install -q -r requirements.txt")
@@ -120,7 +123,7 @@ def main(args: Any) -> None:
             f"uninstall -qy {' '.join(NOT_HERE)}",
         )
         export = f"python -m minibench.export --format questions --split test --size {args.questions}"
-        execute(programs, f"{export} --output_dir outputs/questions")
+        execute(programs, f"{export} --output_dir {QUESTION_FILES}")
         for name, command in zip(("base", "latent"), asked, strict=True):
             replies = folder / name
             timed(record, output, f"ask the {name}", execute, lmms, f"{command} --output_path {replies}")

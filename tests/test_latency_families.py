@@ -10,10 +10,10 @@ from families import FAMILIES, PRESENT, make
 from peft import get_peft_model
 
 from adapter_dpvr import DpvrConfig
-from dpvr.benchmarks import latency_families
+from dpvr.benchmarks import latency_families, latency_rounds, time_and_memory
 from dpvr.benchmarks.latency import main, parse_args
 from dpvr.benchmarks.latency_families import FamilyBench, FamilySize, machine_for, make_random, plan_fields
-from dpvr.benchmarks.latency_rounds import TIMES
+from dpvr.benchmarks.latency_rounds import TIMES, peak_in_a_process_of_its_own
 from dpvr.benchmarks.pruning import prune
 from dpvr.benchmarks.setups import FAMILY_METHODS, PRUNING, PRUNINGS
 from dpvr.cost_table import load_config
@@ -25,7 +25,13 @@ TINY = [name for name in ("llava_onevision", "smolvlm", "qwen2_5_vl", "qwen3_vl"
 WINDOWED = [name for name in ("gemma3", "cohere2_vision") if name in PRESENT]
 SIZE = FamilySize(batch_size=2, text_tokens=6, image_tokens=8)
 SHORT = ["--rounds", "2", "--warmup", "0", "--new_tokens", "2", "--image_tokens", "8", "12", "--text_tokens", "6"]
+SHORT.append("--skip_peaks")
 timed = pytest.mark.skipif(LINE_4, reason="transformers 4 takes no image features that were made before")
+
+
+@pytest.fixture(autouse=True)
+def small_square(monkeypatch) -> None:
+    monkeypatch.setattr(latency_rounds, "SQUARE", 64)  # the machine's speed is not what is tested
 
 
 @pytest.fixture
@@ -104,6 +110,30 @@ def test_the_table_has_a_row_per_method_and_size_with_counted_flops_and_the_coun
         assert row["prefill_without_tower_ms"] > 0 and row["decode_ms_per_token"] > 0
         assert len(row["ratio_to_vanilla"]["prefill_without_tower_ms_spread"]) == 2
     assert document["shape"] == name and document["tried_ms"].keys() == {"bfloat16", "float32"}
+
+
+@timed
+def test_the_peak_of_a_prefill_is_that_of_this_prompt_beyond_the_weights(saved):
+    path, peaks = saved("smolvlm"), {}
+    for image in (8, 1024):
+        bench = FamilyBench(asked(path, "--image_tokens", str(image), "--text_tokens", "6", "--threads", "1"))
+        (size,) = bench.sizes()
+        peaks[image] = peak_in_a_process_of_its_own("latent", size, bench)
+        kept = bench.count("latent", size)["kv_bytes"]
+    weights = sum(weight.nbytes for weight in make("smolvlm", torch.float32).parameters())
+    assert kept < peaks[1024] - peaks[8] < 100 * kept
+    assert peaks[8] < weights + 20e6  # what a first call of any kind takes
+
+
+def test_the_process_for_the_peak_is_given_the_same_work(saved, monkeypatch):
+    started = []
+    monkeypatch.setattr(time_and_memory, "peak_in_a_process_of_its_own", lambda _, name, flags: started.append(flags))
+    bench = FamilyBench(parse_args(["--model", saved("internvl"), "--device", "meta", "--dtype", "float32", *SHORT]))
+    for size in bench.sizes():
+        peak_in_a_process_of_its_own("fastv", size, bench)
+        again = FamilyBench(parse_args([*started[-1], "--peak_of", "fastv"]))
+        assert list(again.sizes()) == [size] and again.names == ["vanilla", "fastv"]
+        assert (again.args.model, again.machine) == (bench.args.model, bench.machine)
 
 
 @pytest.mark.parametrize("name", WINDOWED)

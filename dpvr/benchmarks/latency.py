@@ -2,8 +2,8 @@
 
     one model of random weights  -->  vanilla | late fusion ... | FastV ...     all methods share its weights
                                           |
-    one prefill in a process          peak memory over what Python and the libraries take (on a GPU: the allocator's)
-    of its own                            |
+    one prefill in a process          peak memory over what Python and the libraries take (on a GPU: the allocator's),
+    of its own                            |           with --model over the weights
     for each prompt size              rounds, methods in turn: prefill into a fresh cache, then tokens one by one
                                           |
     formulas                          FLOPs and bytes; tests hold them to torch.utils.flop_counter and real caches
@@ -65,10 +65,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="default: bfloat16 on a GPU; on a CPU float32, and for --model the one whose prefill is faster",
     )
     parser.add_argument("--threads", type=count, help="threads of a CPU; default: what torch takes")
-    parser.add_argument("--skip_peaks", action="store_true", help="measure no peak memory, as always with --model")
+    parser.add_argument("--skip_peaks", action="store_true", help="measure no peak memory")
     parser.add_argument("--output_dir", type=Path, help="write the JSON document there, as SHAPE.json")
     parser.add_argument("--json", action="store_true", help="print the JSON document as the last line")
-    parser.add_argument("--peak_of", choices=METHODS, help=argparse.SUPPRESS)  # what a process of its own is for
+    parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # what a process of its own is for
     args = parser.parse_args(argv)
     known, kind = (METHODS, "--shape") if args.model is None else (FAMILY_METHODS, "--model")
     args.methods = list(known) if args.methods is None else args.methods
@@ -78,7 +78,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if vars(args)[other] is not None:
         parser.error(f"--{other} is not for {kind}: give --{'num_images' if args.model is None else 'image_tokens'}")
     args.num_images, args.image_tokens = args.num_images or [1], args.image_tokens or [IMAGE_TOKENS]
-    args.skip_peaks |= args.model is not None
     args.methods = ["vanilla", *(name for name in args.methods if name != "vanilla")]  # which the ratios are to
     return args
 
@@ -97,7 +96,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['method']:<20}{prompt:<22}{cell(row[prefill], digits=1)}{cell(ratio[prefill])}"
             f"{cell(ratio['prefill_flops'])}{cell(row['decode_ms_per_token'], digits=2)}"
             f"{cell(ratio['decode_ms_per_token'])}{cell(row['kv_bytes'], 1e6, 1)}{cell(ratio['kv_bytes'])}"
-            f"{cell(row['peak_bytes'], 1e6, 0)}  {row['note'] or ''}"
+            f"{cell(row['peak_bytes'] or row['prefill_peak_bytes'], 1e6, 0)}  {row['note'] or ''}"
         )
 
 
@@ -111,7 +110,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         torch.set_num_threads(args.threads)
     bench = make_bench(args)
     if args.peak_of is not None:
-        print(peak_of_one_prefill(args.peak_of, args, bench.machine))
+        print(peak_of_one_prefill(args.peak_of, args, bench))
         return None
     document = {
         "rows": measure(args, bench),

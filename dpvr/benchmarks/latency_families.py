@@ -31,7 +31,7 @@ from dpvr.benchmarks.latency_methods import Machine, Row
 from dpvr.benchmarks.pruning import check_prunable, prune, pruned_flops, pruned_kv_numbers
 from dpvr.benchmarks.random_models import SEED
 from dpvr.benchmarks.setups import PRUNING, PRUNINGS
-from dpvr.benchmarks.time_and_memory import check_device, timed
+from dpvr.benchmarks.time_and_memory import check_device, peak_beyond, timed
 from dpvr.cost_table import EARLY, load_config, make_model
 from dpvr.cost_table import row as cost_row
 from images_dpvr import mark_ids
@@ -87,12 +87,14 @@ class FamilyBench:
         shape: the name of the model in the results.
         machine: where it runs and in which numbers; on the device "meta" it is counted and not run.
         tried_ms: milliseconds of one prefill in each number format, where the faster was chosen.
+        peak: which peak of memory is measured.
 
     Raises:
         ValueError: if no plan can run on the model, or it is to be timed on a release without given features.
     """
 
     clock = None  # parts of a prefill are not timed
+    peak = "prefill_peak_bytes"
 
     def __init__(self, args: Namespace) -> None:
         self.args, self.shape, self.names = args, shape_name(args.model), args.methods
@@ -156,6 +158,14 @@ class FamilyBench:
             self.adapted.set_adapter(PREFIX + name)
             self.adapted.requires_grad_(False)  # trained weights may be run by other kernels
             yield self.model
+
+    def peak_of_one_prefill(self, name: str) -> int:
+        """Bytes at the peak of one prefill, its keys and values among them, beyond the weights; after a short one."""
+        self.load()
+        warm_up, prompt = make_prompt(self.model, WARM_UP), self.prompt(next(self.sizes()))
+        with torch.inference_mode(), self.running(name) as model:
+            model(**warm_up, logits_to_keep=1)
+            return peak_beyond(lambda: model(**prompt, logits_to_keep=1), self.machine.device)
 
     def why_not(self, name: str) -> str | None:
         """Why a method cannot run here."""

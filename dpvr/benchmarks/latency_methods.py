@@ -172,9 +172,11 @@ class LlavaBench:
         shape: its name in the results.
         machine: where it runs and in which numbers.
         tried_ms: None, as the number format is not chosen by trial.
+        peak: which peak of memory is measured.
     """
 
     tried_ms = None
+    peak = "peak_bytes"
 
     def __init__(self, args: Namespace) -> None:
         self.args, self.shape, self.names = args, args.shape, args.methods

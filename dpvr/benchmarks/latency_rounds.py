@@ -35,6 +35,7 @@ from dpvr.benchmarks.phase_clock import PARTS, PhaseClock
 from dpvr.benchmarks.time_and_memory import resident_peak, timed
 from versions_dpvr import cache_name
 
+SQUARE = 2048  # wide is the matrix by which the machine's speed is measured
 TIMES = ("prefill_ms", "prefill_without_tower_ms", "decode_ms_per_token")
 Bench = LlavaBench | FamilyBench
 
@@ -85,8 +86,14 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, new_to
     return statistics.median(tokens_ms)
 
 
-def peak_of_one_prefill(name: str, args: Namespace, machine: Machine) -> int:
-    """Bytes at the peak of making a model and one prefill: of this process, which did nothing else, or of the GPU."""
+def peak_of_one_prefill(name: str, args: Namespace, bench: Bench) -> int:
+    """Bytes at the peak of making a model and one prefill: of this process, which did nothing else, or of the GPU.
+
+    Of a model of any family, whose tower is made and let go, those of the prefill alone.
+    """
+    machine = bench.machine
+    if isinstance(bench, FamilyBench):
+        return bench.peak_of_one_prefill(name)
     before = resident_peak()
     llava, split_layer = make_base(args.shape, machine)
     model = make_method(name, llava, split_layer)
@@ -96,10 +103,15 @@ def peak_of_one_prefill(name: str, args: Namespace, machine: Machine) -> int:
     return torch.cuda.max_memory_allocated(machine.device) if machine.device != "cpu" else resident_peak() - before
 
 
-def peak_in_a_process_of_its_own(name: str, size: Size, shape: str, machine: Machine) -> int | None:
+def peak_in_a_process_of_its_own(name: str, size: Size | FamilySize, bench: Bench) -> int | None:
     """None if it does not fit."""
-    values = {"shape": shape, "device": machine.device, "dtype": dtype_name(machine)}
-    values |= {"batch_sizes": size.batch_size, "text_tokens": size.text_tokens, "num_images": size.num_images}
+    values = {"device": bench.machine.device, "dtype": dtype_name(bench.machine), "batch_sizes": size.batch_size}
+    values["text_tokens"] = size.text_tokens
+    if isinstance(bench, FamilyBench):
+        values |= {"model": bench.args.model, "methods": name, "image_tokens": size.image_tokens}
+        values["threads"] = torch.get_num_threads()
+    else:
+        values |= {"shape": bench.shape, "num_images": size.num_images}
     flags = [text for option, value in values.items() for text in (f"--{option}", str(value))]
     return time_and_memory.peak_in_a_process_of_its_own("dpvr.benchmarks.latency", name, flags)
 
@@ -110,13 +122,16 @@ def make_bench(args: Namespace) -> Bench:
 
 
 def measure(args: Namespace, bench: Bench) -> list[Row]:
-    """A row per prompt size, kind of cache and method. Peaks come first, while this process holds no model."""
+    """A row per prompt size, kind of cache and method.
+
+    Peaks come first, while this process holds no model, unless it has to choose their number format with one.
+    """
+    if choose_dtype := bench.machine.device == "cpu" and args.model is not None and args.dtype is None:
+        bench.load()
     able = [] if args.skip_peaks else [name for name in bench.names if bench.why_not(name) is None]
-    peaks = {
-        size: {name: peak_in_a_process_of_its_own(name, size, bench.shape, bench.machine) for name in able}
-        for size in bench.sizes()
-    }
-    bench.load()
+    peaks = {size: {name: peak_in_a_process_of_its_own(name, size, bench) for name in able} for size in bench.sizes()}
+    if not choose_dtype:
+        bench.load()
     return [
         row
         for size in bench.sizes()
@@ -140,7 +155,7 @@ def measure_size(
         row |= bench.count(name, size)
         if runs[name]:
             row |= medians(runs[name])
-        row["peak_bytes"] = peaks.get(name)
+        row |= {"peak_bytes": None, "prefill_peak_bytes": None, bench.peak: peaks.get(name)}
         rows.append(row | {name: None for name in (*TIMES, "phases_ms", "kv_reuse") if name not in row})
     for row in rows:
         row["ratio_to_vanilla"] = ratios(row, rows[0], runs[row["method"]], runs[rows[0]["method"]])
@@ -181,7 +196,8 @@ def medians(runs: list[Row]) -> Row:
 def ratios(row: Row, base: Row, runs: list[Row], base_runs: list[Row]) -> dict[str, Any]:
     """To vanilla: of times within a round, their median and spread; of what is counted, as it is."""
     found = {name: row[name] / base[name] if row[name] else None for name in ("kv_bytes", "prefill_flops")}
-    found["peak_bytes"] = row["peak_bytes"] / base["peak_bytes"] if row["peak_bytes"] and base["peak_bytes"] else None
+    for name in ("peak_bytes", "prefill_peak_bytes"):
+        found[name] = row[name] / base[name] if row[name] and base[name] else None
     for name in TIMES:
         found[name] = None
         if runs and base_runs and row[name] is not None:
@@ -202,12 +218,12 @@ def machine_speed(machine: Machine) -> dict[str, float] | None:
         return None
     square, tall, vector = (
         torch.randn(*shape, device=machine.device, dtype=machine.dtype)
-        for shape in ((2048, 2048), (32768, 2048), (2048,))
+        for shape in ((SQUARE, SQUARE), (16 * SQUARE, SQUARE), (SQUARE,))
     )
     with torch.inference_mode():
         product = min(timed(lambda: square @ square, machine.device)[1] for _ in range(5))
         reading = min(timed(lambda: tall @ vector, machine.device)[1] for _ in range(5))
-    return {"flops_per_second": 2 * 2048**3 / product * 1e3, "bytes_per_second": tall.nbytes / reading * 1e3}
+    return {"flops_per_second": 2 * SQUARE**3 / product * 1e3, "bytes_per_second": tall.nbytes / reading * 1e3}
 
 
 def dtype_name(machine: Machine) -> str:

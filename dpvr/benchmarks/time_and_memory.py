@@ -2,9 +2,12 @@
 
 timed                           milliseconds, from and to a moment at which the device has nothing left to do
 peak_in_a_process_of_its_own    runs a command again with --peak_of METHOD, so that nothing else is in its memory
-    `-- resident_peak           what that process reports on a CPU; on a GPU it is the allocator's peak
+    |-- resident_peak           what that process reports on a CPU; on a GPU it is the allocator's peak
+    `-- peak_beyond             of a piece of work alone, beyond what was in memory before it
 """
 
+import ctypes
+import gc
 import subprocess
 import sys
 import time
@@ -49,6 +52,22 @@ def resident_peak() -> int:
     """The most bytes that this process has had in memory; `ru_maxrss` would begin with the parent's."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def peak_beyond(work: Callable[[], Any], device: str) -> int:
+    """Bytes at the peak of `work` beyond those in memory before it; on a CPU of Linux, in a process of its own."""
+    synchronize(device)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, else `work` would take it unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident_peak()
+    work()
+    return resident_peak() - before
 
 
 def peak_in_a_process_of_its_own(module: str, method: str, flags: list[str]) -> int | None:
