@@ -114,15 +114,10 @@ def test_the_table_has_a_row_per_method_and_size_with_counted_flops_and_the_coun
 
 @timed
 def test_the_peak_of_a_prefill_is_that_of_this_prompt_beyond_the_weights(saved):
-    path, peaks = saved("smolvlm"), {}
-    for image in (8, 1024):
-        bench = FamilyBench(asked(path, "--image_tokens", str(image), "--text_tokens", "6", "--threads", "1"))
-        (size,) = bench.sizes()
-        peaks[image] = peak_in_a_process_of_its_own("latent", size, bench)
-        kept = bench.count("latent", size)["kv_bytes"]
-    weights = sum(weight.nbytes for weight in make("smolvlm", torch.float32).parameters())
-    assert kept < peaks[1024] - peaks[8] < 100 * kept
-    assert peaks[8] < weights + 20e6  # what a first call of any kind takes
+    bench = FamilyBench(asked(saved("smolvlm"), "--image_tokens", "1024", "--text_tokens", "6", "--threads", "1"))
+    (size,) = bench.sizes()
+    kept = bench.count("latent", size)["kv_bytes"]
+    assert kept < peak_in_a_process_of_its_own("latent", size, bench) < 20 * kept
 
 
 def test_the_process_for_the_peak_is_given_the_same_work(saved, monkeypatch):
