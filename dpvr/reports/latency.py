@@ -7,6 +7,7 @@ results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
 results/latency/models/NAME.json       shapes of real models of any family
 results/latency/models_tokens, models_batch     one of them with 256 to 4,096 image tokens, in batches of 1 to 8
+results/latency/models_peaks/NAME.json          peak memory of a prefill at these shapes
 results/DEVICE/latency/...             the same from a GPU; takes the place of what was only counted
     |
 README.md, docs/performance.md       `python -m dpvr.reports`; figures: latency_figures.py
@@ -196,6 +197,22 @@ def render_models(results: Path) -> str:
     )
 
 
+def render_models_memory(results: Path) -> str:
+    """A row per model and method; for every prompt what its prefill takes beyond the weights."""
+    records = _records(results, "models_peaks")
+    sizes = {(row["batch_size"], row["image_tokens"]) for record in records for row in record["rows"]}
+    rows = []
+    for record in records:
+        for method in dict.fromkeys(row["method"] for row in record["rows"]):
+            found = {
+                (row["batch_size"], row["image_tokens"]): row for row in record["rows"] if row["method"] == method
+            }
+            cells = [_bytes(found[size], "prefill_peak_bytes") if size in found else "" for size in sorted(sizes)]
+            rows.append([record["shape"], FAMILY_NAMES[method], *cells])
+    heads = [f"{image:,} image tokens" + (f", batch {batch}" if batch > 1 else "") for batch, image in sorted(sizes)]
+    return _text(table(["model", "", *heads], rows), *map(_protocol, records))
+
+
 def _prefill_and_flops(row: Row) -> tuple[str, str]:
     return _time(row, "prefill_without_tower_ms", digits=0), f"{row['ratio_to_vanilla']['prefill_flops']:.3f}"
 
@@ -250,6 +267,7 @@ PERFORMANCE: dict[str, Callable[[Path], str]] = {
     "models": render_models,
     "models_tokens": render_models_tokens,
     "models_batch": render_models_batch,
+    "models_memory": render_models_memory,
     "phases": render_phases,
 }
 
@@ -281,8 +299,8 @@ def _records(results: Path, folder: str = "") -> list[Row]:
 
 
 def _is_measured(record: Row) -> bool:
-    names = ("prefill_without_tower_ms", "peak_bytes")
-    return any(row[name] is not None for row in record["rows"] for name in names)
+    names = ("prefill_without_tower_ms", "peak_bytes", "prefill_peak_bytes")
+    return any(row.get(name) is not None for row in record["rows"] for name in names)
 
 
 def _size(record: Row, row: Row | None = None) -> str:
@@ -309,6 +327,8 @@ def _protocol(record: Row, has_ratios: bool = True) -> str:
     """How one file was measured."""
     first = record["rows"][0]
     time = first["prefill_without_tower_ms"]
+    if first.get("prefill_peak_bytes") is not None and time is None:
+        return f"{first['shape']}: {record['dtype']}. {_machine(record)}"
     if first["peak_bytes"] is not None and time is None:
         return f"{first['shape']}, peak memory: {record['dtype']}. {_machine(record)}"
     if time is None:
