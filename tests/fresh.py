@@ -128,7 +128,7 @@ def main(args: Any) -> None:
             replies = folder / name
             timed(record, output, f"ask the {name}", execute, lmms, f"{command} --output_path {replies}")
             record.setdefault("scores", {})[name] = scores(replies)
-    publish(record, args.output)
+        publish(record, args.output)
 
 
 def parse_args(argv: list[str] | None = None) -> Any:
