@@ -27,12 +27,13 @@ class Method(NamedTuple):
 
 METHODS = (
     Method("vanilla", "vanilla", "vanilla"),
-    Method("[latent](docs/latent.md), every deep layer reads", "latent of dpvr-mini", "latent"),
-    Method("DPVR-KV, early split", "kv_substitution, split 2, untrained", "read_everywhere"),
+    Method("[latent](docs/latent.md), every deep layer reads", "0.40 latent, fitted", "latent"),
+    Method("DPVR-KV, early split, untrained", "kv_substitution, split 2, untrained", "read_everywhere"),
     Method("late fusion (the paper's method)", "late_fusion", "late_fusion"),
     Method("FastV", "fastv", "fastv"),
     Method("random pruning", "random_pruning", "random_pruning"),
 )
+SPLIT = {"latent": "latent", "read_everywhere": "DPVR-KV", "late_fusion": "late fusion"}  # those that have one
 HEADER = [
     "",
     "accuracy, %",
@@ -78,14 +79,34 @@ def _of(record: dict[str, Any], method: str) -> dict[str, Any]:
 def _note(grid: Results, large: dict[str, Any], timed: dict[str, Any]) -> str:
     """What was measured on what."""
     (images, texts), prompt = (grid.prompt[name] for name in ("image_tokens", "text_tokens")), _of(large, "latent")
-    splits = {name: _of(large, name)["plan"].index("|") for name in ("latent", "read_everywhere", "late_fusion")}
+    routed = [method for method in METHODS if method.latency in SPLIT]
+    splits = [_of(large, method.latency)["plan"].index("|") for method in routed]
+    seeds = {name: len(_measured(method, grid).cells) for method in METHODS for name in [method.latency]}
     return (
         f"Costs are ratios to vanilla. Accuracy and *prefill FLOPs* are those of dpvr-mini: the mean of MiniBench's "
         f"{len(TASKS)} tasks, {grid.settings['limit']} questions each, a prompt of {images} image and {texts} text "
-        f"tokens. {COVERED} *7B* is counted at LLaVA-1.5-7B's shape, for {prompt['image_tokens']} image and "
-        f"{prompt['text_tokens']} text tokens, with splits after {splits['latent']} (latent), "
-        f"{splits['read_everywhere']} (DPVR-KV) and {splits['late_fusion']} (late fusion) of its layers; FastV and "
-        "random pruning keep half of the image tokens after three. No such model was run. The time is that of the "
-        "language model's prefill of this prompt in SmolVLM2-500M's shape, random weights, "
-        f"on {timed['hardware']}."
+        f"tokens; splits after {_named([_split(_measured(method, grid)) for method in routed])} of its layers; "
+        f"{_several(seeds['latent'], 'fit')} of the latent, {_several(seeds['late_fusion'], 'training run')} of late "
+        f"fusion, {_several(seeds['random_pruning'], 'draw')} of random pruning. {COVERED} Vanilla has one query in "
+        f"its last layer there, as every method has; *7B* and the time are shares of vanilla as it is. *7B* is "
+        f"counted at LLaVA-1.5-7B's shape, for {prompt['image_tokens']} image and {prompt['text_tokens']} text "
+        f"tokens, with splits after {_named(splits)} of its layers; FastV and random pruning keep half of the image "
+        "tokens after three, here and there. No such model was run. The time is that of the language model's prefill of this "
+        f"prompt in SmolVLM2-500M's shape, random weights, on {timed['hardware']}."
     )
+
+
+def _split(row: Measured) -> int:
+    """The layers before the split of a row's plan."""
+    fields = row.cells[0]["cell"]["fields"]
+    return fields.get("latent_split_layer", fields.get("split_layer"))
+
+
+def _named(splits: list[int]) -> str:
+    """The splits of the rows in `SPLIT`, in their order."""
+    *first, last = [f"{split} ({name})" for split, name in zip(splits, SPLIT.values(), strict=True)]
+    return f"{', '.join(first)} and {last}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"

@@ -8,6 +8,7 @@ import gzip
 import json
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ from dpvr.reports.grid_results import Measured, Results
 from dpvr.reports.latents import made_on
 from minibench.tasks import TASKS
 
-HEADINGS = ["", "prefill FLOPs", "mean, %", "minus vanilla (95%)", "replies equal", "seeds"]
+HEADINGS = ["", "plan", "prefill FLOPs", "mean, %", "minus vanilla (95%)", "replies equal", "seeds"]
 TABLES = ("frontier", "reduction", "rows", "ranks")
 LISTED = 24  # rows named that were not measured
 KINDS = {  # of rows, by what their names hold, the first that fits: colour (Okabe and Ito), marker
@@ -74,12 +75,24 @@ def _row(row: Measured, vanilla: Measured, replies: dict[str, list[str]]) -> lis
     shares = [sum(map(str.__eq__, replies[cell["name"]], base)) / len(base) for cell in row.cells]
     return [
         row.name,
+        _plan(row.cells[0]["cell"]),
         f"{row.flops:.3f}",
         f"{100 * row.mean:.1f}",
         "" if row is vanilla else points(row.minus(vanilla)),
         f"{sum(shares) / len(shares):.1%}",
         str(len(row.cells)) if len(row.planned) > 1 else "",
     ]
+
+
+def _plan(cell: dict[str, Any]) -> str:
+    """What the row's model does, in words; nothing of vanilla and of what only trains it."""
+    fields, cut = cell["fields"], cell["pruning"]
+    if cut and "layer" in cut:
+        return f"{cut['keep']:.0%} kept after {cut['layer']}"
+    split = fields.get("latent_split_layer", fields.get("split_layer"))
+    rank = f", rank {fields['latent_rank']}" if "latent_rank" in fields else ""
+    stride = f", one token in {fields['latent_stride']}" if "latent_stride" in fields else ""
+    return "" if split is None else f"split {split}{rank}{stride}"
 
 
 def _note(grid: Results, vanilla: Measured) -> str:

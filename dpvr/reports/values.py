@@ -109,9 +109,9 @@ def grid_difference(results: Path, rows: list[str]) -> list[float]:
     return list(_row(results, *rows[:2]).minus(_row(results, *rows[2:4]), tuple(rows[4:]) or TASKS))
 
 
-def weak_spot_of_late_fusion(results: Path, _: Any) -> list[float]:
-    """What late fusion loses on multi_image, less what it loses elsewhere, with its interval's limits."""
-    compared = weak_spot(_row(results, "table2", "late_fusion"), _row(results, "table2", "vanilla"))
+def weak_spot_of_late_fusion(results: Path, grid: str) -> list[float]:
+    """What late fusion of a table loses on multi_image, less what it loses elsewhere, with its interval's limits."""
+    compared = weak_spot(_row(results, grid, "late_fusion"), _row(results, grid, "vanilla"))
     return list(compared.interval)
 
 
