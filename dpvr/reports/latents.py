@@ -40,6 +40,7 @@ ADAPTED_HEADINGS = [
     "prefill FLOPs",
     "trained parameters",
     "objective",
+    "learning rate",
     "s a step",
     "saved for backward",
 ]
@@ -123,6 +124,7 @@ def render_adapted(results: Path) -> str:
         objective = row.get("objective", record["objective"]) if row["trained_parameters"] else ""
         seconds = f"{row['seconds_per_step']:.2f}" if row["trained_parameters"] else ""
         saved = f"{row['saved_activation_bytes'] / 1e6:,.0f} MB" if row["trained_parameters"] else ""
+        rate = row.get("learning_rate", record["recipe"]["learning_rate"])
         rows.append(
             [
                 row["name"],
@@ -130,6 +132,7 @@ def render_adapted(results: Path) -> str:
                 f"{row['prefill_flops']:.3f}",
                 f"{row['trained_parameters']:,}" if row["trained_parameters"] else "0",
                 objective,
+                f"{rate:g}" if row["trained_parameters"] else "",
                 seconds,
                 saved,
             ]
