@@ -91,8 +91,8 @@ def _note(grid: Results, large: dict[str, Any], timed: dict[str, Any]) -> str:
         f"its last layer there, as every method has; *7B* and the time are shares of vanilla as it is. *7B* is "
         f"counted at LLaVA-1.5-7B's shape, for {prompt['image_tokens']} image and {prompt['text_tokens']} text "
         f"tokens, with splits after {_named(splits)} of its layers; FastV and random pruning keep half of the image "
-        "tokens after three, here and there. No such model was run. The time is that of the language model's prefill of "
-        f"this prompt in SmolVLM2-500M's shape, random weights, on {timed['hardware']}."
+        "tokens after three, here and there. No such model was run. The time is that of the language model's prefill "
+        f"of this prompt in SmolVLM2-500M's shape, random weights, on {timed['hardware']}."
     )
 
 
