@@ -326,13 +326,11 @@ def with_fields(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any
 
 
 def fields_that_run(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of the fields of a method those of what its routing runs: a latent, or side layers.
+    """The fields of a method with none of what its routing does not run: side layers, or a latent.
 
     An adapter has one routing and one of the two; a `DpvrLlavaConfig` may have both.
     """
-    if fields["routing"] == "latent":
-        return {**fields, "num_side_layers": 0}
-    return {name: value for name, value in fields.items() if name not in LATENT_FIELDS}
+    return {**fields, **({"num_side_layers": 0} if fields["routing"] == "latent" else {"latent_rank": None})}
 
 
 def check_fusion_fields(routing: str, num_fusion_layers: int, fusion_layers: Sequence[int] | None) -> None:

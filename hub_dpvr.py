@@ -203,11 +203,8 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
         "num_hidden_layers": model.config.text_config.num_hidden_layers,
         **fields_that_run(model.config.dpvr_fields()),
     }
-    weights = {
-        name: weight.contiguous()
-        for name, weight in model.state_dict().items()
-        if is_side_branch(name) and (LATENT in name) == (model.config.routing == "latent")
-    }
+    runs, weights = model.config.routing == "latent", model.state_dict()
+    weights = {n: w.contiguous() for n, w in weights.items() if is_side_branch(n) and (LATENT in n) == runs}
     os.makedirs(folder, exist_ok=True)
     Path(folder, ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     save_file(
