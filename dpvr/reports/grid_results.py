@@ -5,7 +5,7 @@ cells/*.json                                  +-->  Results.row(table, name) -> 
 """
 
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any, NamedTuple
 
 from dpvr.benchmarks.cells import Cell
@@ -80,8 +80,10 @@ class Measured(NamedTuple):
 def _mean_units(cells: list[dict[str, Any]]) -> Units:
     """{task: the score of every item, its mean over cells}."""
     per_seed = [units(cell) for cell in cells]
+    if len(per_seed) == 1:
+        return per_seed[0]
     return {
-        task: [mean(scores) for scores in zip(*(one[task] for one in per_seed), strict=True)] for task in per_seed[0]
+        task: [fmean(scores) for scores in zip(*(one[task] for one in per_seed), strict=True)] for task in per_seed[0]
     }
 
 
