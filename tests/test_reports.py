@@ -225,15 +225,15 @@ def test_the_front_page_has_one_row_per_method_from_three_records():
     cells = {path.name: read(path) for path in (RESULTS / "frontier" / "cells").glob("*.json")}
     records = (read(RESULTS / "latency" / "models" / f"{name}.json") for name in ("llava-1.5-7b", "smolvlm2-500m"))
     large, timed = ({row["method"]: row for row in record["rows"] if row["image_tokens"] == 576} for record in records)
-    for latency, name in (
+    for latency, *names in (
         ("vanilla", "vanilla.json"),
-        ("latent", "latent.json"),
+        ("latent", *(f"latent_rank56_split1_fitted1200_seed{seed}.json" for seed in (1, 2, 3))),
         ("read_everywhere", "kv_substitution_split2_untrained.json"),
         ("fastv", "fastv_layer3_keep0.5.json"),
     ):
         _, accuracy, _, flops, *costs = rows[latency]
-        assert accuracy == f"{100 * cells[name]['row']['mean']:.1f}"
-        assert flops == f"{cells[name]['prefill_flops_ratio']:.3f}"
+        assert accuracy == f"{100 * sum(cells[name]['row']['mean'] for name in names) / len(names):.1f}"
+        assert flops == f"{cells[names[0]]['prefill_flops_ratio']:.3f}"
         counted, measured = (record[latency]["ratio_to_vanilla"] for record in (large, timed))
         ratios = (counted["prefill_flops"], counted["kv_bytes"], measured["prefill_without_tower_ms"])
         assert costs == [f"{ratio:.3f}" for ratio in ratios]
