@@ -210,6 +210,9 @@ class SideBranchLoading(WithLatent):
                 options["quantization_config"] = with_side_branch_in_float(options["quantization_config"])
         wants_info = kwargs.pop("output_loading_info", False)
         try:
+            saved = None
+            if base != pretrained_model_name_or_path:  # a base may have a latent, too, and another one
+                config, saved = with_saved_latent(config, DpvrLlavaConfig.get_config_dict(base, **hub)[0])
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         except (OSError, HFValidationError) as error:
             if base == pretrained_model_name_or_path:
@@ -218,6 +221,8 @@ class SideBranchLoading(WithLatent):
                 f"The base {base!r} of {str(pretrained_model_name_or_path)!r} cannot be loaded "
                 f"({' '.join(str(error).split())}): give another with base_model_name_or_path=..."
             ) from error
+        if saved is not None:
+            model.replace_latent(**saved)
         model._check_loaded(base, info, branch, new_side_branch)
         if wanted is not None:
             model.replace_latent(**wanted)

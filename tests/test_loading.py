@@ -289,6 +289,36 @@ def test_a_dpvr_repository_that_names_no_class_of_processor_has_llavas(processor
     assert type(load_processor(str(processor_folder))) is transformers.LlavaProcessor
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"routing": "latent", "latent_rank": 6, "latent_split_layer": 1},
+        {"routing": "latent", "latent_rank": 8, "latent_split_layer": 0, "latent_stride": 2},
+        {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1, "latent_side_layers": 1},
+        {"routing": "late_fusion", "latent_rank": None, "num_side_layers": 2},
+        {"routing": "late_fusion", "latent_rank": 6, "latent_split_layer": 1},
+    ],
+    ids=["rank", "split", "side layers", "none", "beside"],
+)
+def test_a_side_branch_is_loaded_on_a_base_that_has_another_latent(random_mini, fields, tmp_path):
+    latent = {"routing": "latent", "latent_rank": 8, "latent_split_layer": 1}
+    base = DpvrLlavaForConditionalGeneration.from_pretrained(random_mini, **latent)
+    base.save_pretrained(tmp_path / "base")
+    model = DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path / "base", new_side_branch=True, **fields)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if is_side_branch(name):
+                weight.normal_()
+    model.save_pretrained(tmp_path / "side", side_branch_only=True)
+    again = [DpvrLlavaForConditionalGeneration.from_pretrained(tmp_path / "side")]
+    again.append(transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "side", trust_remote_code=True))
+    for one in again:
+        state = one.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+        assert str(one.model.plan) == str(model.model.plan) and one.config.plan_fields == model.config.plan_fields
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_fields_of_another_latent_give_a_new_one_and_the_same_base(random_mini, tmp_path, whole):
     """A rank, split or reading layers of another latent: its weights do not fit, so it is to be fitted anew."""
