@@ -20,7 +20,7 @@ from dpvr.reports.grid_results import Measured, Results
 from dpvr.reports.latents import made_on
 from minibench.tasks import TASKS
 
-HEADINGS = ["", "plan", "prefill FLOPs", "mean, %", "minus vanilla (95%)", "replies equal", "seeds"]
+HEADINGS = ["", "prefill FLOPs", "mean, %", "minus vanilla (95%)", "replies equal", "seeds"]
 TABLES = ("frontier", "reduction", "rows", "ranks")
 LISTED = 24  # rows named that were not measured
 KINDS = {  # of rows, by what their names hold, the first that fits: colour (Okabe and Ito), marker
@@ -58,10 +58,13 @@ def _render(grid: Results, name: str, replies: dict[str, list[str]]) -> str:
     """A row per model that was measured, and below which are still to be; and of the first table what was asked."""
     vanilla = grid.row("frontier", "vanilla")
     measured = [row for row in grid.tables[name] if row.cells]
-    rows = [_row(row, vanilla, replies) for row in measured]
+    rows, headings = [_row(row, vanilla, replies) for row in measured], HEADINGS
+    if name == TABLES[0]:  # the names of the others' rows say it
+        headings = ["", "plan", *HEADINGS[1:]]
+        rows = [[row[0], _plan(each.cells[0]["cell"]), *row[1:]] for row, each in zip(rows, measured, strict=True)]
     missing = [row.name for row in grid.tables[name] if row.planned and not row.cells]
     none = [row.name for row in grid.tables[name] if not row.planned]
-    lines = [*table(HEADINGS, rows), *(["", _note(grid, vanilla)] if name == TABLES[0] else [])]
+    lines = [*table(headings, rows), *(["", _note(grid, vanilla)] if name == TABLES[0] else [])]
     if missing:
         listed = "; ".join(missing) if len(missing) <= LISTED else f"{len(missing)} more rows of this table"
         lines += ["", f"{NOT_MEASURED.capitalize()}: {listed}."]
@@ -75,7 +78,6 @@ def _row(row: Measured, vanilla: Measured, replies: dict[str, list[str]]) -> lis
     shares = [sum(map(str.__eq__, replies[cell["name"]], base)) / len(base) for cell in row.cells]
     return [
         row.name,
-        _plan(row.cells[0]["cell"]),
         f"{row.flops:.3f}",
         f"{100 * row.mean:.1f}",
         "" if row is vanilla else points(row.minus(vanilla)),
