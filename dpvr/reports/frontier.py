@@ -94,7 +94,8 @@ def _plan(cell: dict[str, Any]) -> str:
     split = fields.get("latent_split_layer", fields.get("split_layer"))
     rank = f", rank {fields['latent_rank']}" if "latent_rank" in fields else ""
     stride = f", one token in {fields['latent_stride']}" if "latent_stride" in fields else ""
-    return "" if split is None else f"split {split}{rank}{stride}"
+    side = ", after a side layer" if fields.get("latent_side_layers") else ""
+    return "" if split is None else f"split {split}{rank}{stride}{side}"
 
 
 def _note(grid: Results, vanilla: Measured) -> str:
