@@ -37,9 +37,9 @@ KINDS = {  # of rows, by what their names hold, the first that fits: colour (Oka
 }
 LEGEND = {
     "vanilla": "vanilla",
-    "latent": "latent (docs/latent.md)",
+    "latent": "latent (docs/latent.md); open: read\nat a half or a quarter of its tokens",
     "late_fusion": "late fusion, the paper's",
-    "kv_substitution": "DPVR-KV",
+    "kv_substitution": "DPVR-KV; right of vanilla DPVR-PC",
     "fastv": "FastV",
     "random_pruning": "random pruning",
     "vtw": "text only (VTW)",
@@ -151,6 +151,7 @@ def _point(axis: Axes, row: Measured, vanilla: Measured) -> None:
         yerr=None if row is vanilla else 100 * (estimate - low),
         fmt=marker,
         color=colour,
+        fillstyle="none" if "latent_stride" in row.cells[0]["cell"]["fields"] else "full",
         markersize=11 if row is vanilla else 6,
         zorder=3 if kind_of(row) in ("vanilla", "latent") else 2,
         elinewidth=0.6,
