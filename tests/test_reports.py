@@ -239,6 +239,15 @@ def test_the_front_page_has_one_row_per_method_from_three_records():
         assert costs == [f"{ratio:.3f}" for ratio in ratios]
 
 
+def test_a_method_of_the_front_page_that_was_not_measured_says_so(tmp_path):
+    copytree(RESULTS / "latency" / "models", tmp_path / "latency" / "models")
+    (tmp_path / "frontier" / "cells").mkdir(parents=True)
+    for name in ("grid.json", "cells/vanilla.json"):
+        copyfile(RESULTS / "frontier" / name, tmp_path / "frontier" / name)
+    text = render_front(tmp_path)
+    assert text.count("not measured") == len(METHODS) - 1 and "0 fits of the latent" in text
+
+
 @pytest.mark.parametrize(("clock", "named"), [("cpu", "processor time"), ("wall", "wall time"), (None, "wall time")])
 def test_records_name_their_clock_or_are_of_wall_time(clock, named, tmp_path):
     for name in ("512x32.json", "peaks/512x32.json"):

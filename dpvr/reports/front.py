@@ -81,11 +81,11 @@ def _note(grid: Results, large: dict[str, Any], timed: dict[str, Any]) -> str:
     (images, texts), prompt = (grid.prompt[name] for name in ("image_tokens", "text_tokens")), _of(large, "latent")
     routed = [method for method in METHODS if method.latency in SPLIT]
     splits = [_of(large, method.latency)["plan"].index("|") for method in routed]
-    seeds = {name: len(_measured(method, grid).cells) for method in METHODS for name in [method.latency]}
+    seeds = {method.latency: len(_planned(method, grid).cells) for method in METHODS}
     return (
         f"Costs are ratios to vanilla. Accuracy and *prefill FLOPs* are those of dpvr-mini: the mean of MiniBench's "
         f"{len(TASKS)} tasks, {grid.settings['limit']} questions each, a prompt of {images} image and {texts} text "
-        f"tokens; splits after {_named([_split(_measured(method, grid)) for method in routed])} of its layers; "
+        f"tokens; splits after {_named([_split(method, grid) for method in routed])} of its layers; "
         f"{_several(seeds['latent'], 'fit')} of the latent, {_several(seeds['late_fusion'], 'training run')} of late "
         f"fusion, {_several(seeds['random_pruning'], 'draw')} of random pruning. {COVERED} Vanilla has one query in "
         f"its last layer there, as every method has; *7B* and the time are shares of vanilla as it is. *7B* is "
@@ -96,9 +96,14 @@ def _note(grid: Results, large: dict[str, Any], timed: dict[str, Any]) -> str:
     )
 
 
-def _split(row: Measured) -> int:
-    """The layers before the split of a row's plan."""
-    fields = row.cells[0]["cell"]["fields"]
+def _planned(method: Method, grid: Results) -> Measured:
+    """The method's row, measured or not."""
+    return next(row for row in grid.tables["frontier"] if row.name == method.row)
+
+
+def _split(method: Method, grid: Results) -> int:
+    """The layers before the split of a method's plan."""
+    fields = grid.definitions[_planned(method, grid).planned[0]]["fields"]
     return fields.get("latent_split_layer", fields.get("split_layer"))
 
 
@@ -109,4 +114,4 @@ def _named(splits: list[int]) -> str:
 
 
 def _several(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count > 1)}"
+    return f"{count} {what}{'s' * (count != 1)}"
