@@ -16,6 +16,7 @@ from dpvr.reports.blocks import blocks
 from dpvr.reports.claims import better, claims, within
 from dpvr.reports.documents import between_marks, fill, read, table
 from dpvr.reports.front import METHODS, render_front
+from dpvr.reports.frontier import seeds_of
 from dpvr.reports.grid_results import Measured, Results, units
 from dpvr.reports.latency import render_latency
 from dpvr.reports.pareto import draw
@@ -109,6 +110,13 @@ def test_a_row_is_the_mean_over_its_seeds_and_its_interval_is_the_one_by_hand(fo
     estimate, low, high = late.minus(vanilla)  # per item: multi_image -1, -1/2, 0, 0; scene 0, 0, -1/2, 0
     half, centre = 1.96 * sqrt(sum(VARIANCE.values())) / 8, (-1.5 / 6 - 0.5 / 6) / 8
     assert (estimate, low, high) == pytest.approx((-0.5 / 8, centre - half, centre + half))
+
+
+def test_a_row_of_the_frontier_says_how_far_its_seeds_are_apart(folder):
+    late = Results(folder).row("table2", "late_fusion")
+    means = sorted((0.5 + 0.75 + 6, 0.75 + 1 + 6))
+    assert seeds_of(late) == f"2 ({100 * means[0] / 8:.1f} to {100 * means[1] / 8:.1f})"
+    assert seeds_of(late._replace(cells=late.cells[:1])) == "1"
 
 
 def test_trained_rows_are_compared_by_the_seeds_that_both_have(folder):

@@ -82,8 +82,14 @@ def _row(row: Measured, vanilla: Measured, replies: dict[str, list[str]]) -> lis
         f"{100 * row.mean:.1f}",
         "" if row is vanilla else points(row.minus(vanilla)),
         f"{sum(shares) / len(shares):.1%}",
-        str(len(row.cells)) if len(row.planned) > 1 else "",
+        seeds_of(row) if len(row.planned) > 1 else "",
     ]
+
+
+def seeds_of(row: Measured) -> str:
+    """How many there are and, of several, the lowest and the highest mean."""
+    means = sorted(100 * cell["row"]["mean"] for cell in row.cells)
+    return f"{len(means)} ({means[0]:.1f} to {means[-1]:.1f})" if len(means) > 1 else str(len(means))
 
 
 def _plan(cell: dict[str, Any]) -> str:
@@ -102,8 +108,9 @@ def _note(grid: Results, vanilla: Measured) -> str:
     image, text = (grid.prompt[name] for name in ("image_tokens", "text_tokens"))
     return (
         f"dpvr-mini, {grid.settings['limit']} questions of each of the {len(TASKS)} tasks, test split, the same for "
-        f"all rows; rows with several seeds are their means. {COVERED} Prefill FLOPs of a prompt of {image} image and "
-        f"{text} text tokens, as a share of vanilla's whose last layer has one query too. `python -m "
+        "all rows; rows with several seeds are their means, and in brackets are the lowest and the highest. "
+        f"{COVERED} Prefill FLOPs of a prompt of {image} image and {text} text tokens, as a share of vanilla's whose "
+        "last layer has one query too. `python -m "
         f"dpvr.benchmarks.grid --grid frontier --limit {grid.settings['limit']}`, {made_on(vanilla.cells[0])}."
     )
 

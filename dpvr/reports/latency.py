@@ -157,7 +157,10 @@ def render_models_batch(results: Path) -> str:
 
 
 def _sweep(results: Path, folder: str, field: str, heading: str, time: str = "prefill_ms") -> str:
-    """A row per shape and method, and in each cell the time of a prefill with its ratio and the FLOPs' ratio."""
+    """A row per shape and method, and in each cell the time of a prefill with its ratio and the FLOPs' ratio.
+
+    Batches are of one prompt in each record, which need not be the same for all shapes: the row names it.
+    """
     records, names = _records(results, folder), FAMILY_NAMES if time == TOWERLESS else NAMES
     points = sorted({row[field] for record in records for row in record["rows"]})
     rows = []
@@ -165,7 +168,8 @@ def _sweep(results: Path, folder: str, field: str, heading: str, time: str = "pr
         for method in dict.fromkeys(row["method"] for row in record["rows"]):
             found = {row[field]: row for row in record["rows"] if row["method"] == method}
             cells = [_with_flops(found[point], time) if point in found else UNMEASURED for point in points]
-            rows.append([_size(record), names[method], *cells])
+            prompt = f", {record['rows'][0]['image_tokens']:,} image tokens" if field == "batch_size" else ""
+            rows.append([_size(record) + prompt, names[method], *cells])
     return _text(table(["size", "", *map(heading.format, points)], rows), *map(_protocol, records))
 
 
