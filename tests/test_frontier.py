@@ -10,7 +10,7 @@ from configuration_dpvr import DpvrLlavaConfig
 from dpvr.benchmarks.cells import Cell, unique_cells
 from dpvr.benchmarks.frontier_cells import BUDGETS, ENOUGH, STEP, FrontierGrid, ShortCosts, latent
 from dpvr.benchmarks.grid import main, parse_args
-from dpvr.benchmarks.grid_run import load
+from dpvr.benchmarks.grid_run import PLANS, load, read_plans
 from dpvr.reports import frontier
 from dpvr.reports.grid_results import Results
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
@@ -25,7 +25,7 @@ def costs() -> ShortCosts:
 
 
 def test_a_name_means_one_cell_and_every_row_of_chance_has_three_seeds(costs):
-    tables = FrontierGrid(costs, 10).tables()
+    tables = FrontierGrid(costs, 10, read_plans(PLANS, costs)).tables()
     cells = [cell for rows in tables.values() for row in rows for cell in row.cells]
     assert all({cell.name: cell for cell in cells}[cell.name] == cell for cell in cells)
     for row in (row for name in ("frontier", "reduction", "rows") for row in tables[name] if row.cells):
@@ -46,6 +46,15 @@ def test_a_latent_at_a_budget_fits_it_and_the_next_dearer_does_not(costs):
         if found.get("latent_stride", 1) > 1:
             assert costs.ratio(latent(0, ENOUGH)) > budget and found["latent_rank"] >= ENOUGH
     assert costs.best_latent(0.2) is None and costs.best_latent(1.0)["latent_split_layer"] > 6
+
+
+def test_early_plans_fit_their_budgets_and_have_no_row_where_none_was_found(costs):
+    plans = read_plans(PLANS, costs)
+    rows = {row.name: row for row in FrontierGrid(costs, 10, plans).trained() if "early plan" in row.name}
+    assert list(rows) == ["0.70 late_fusion, early plan", "0.45 late_fusion, early plan"]
+    for row in rows.values():
+        assert costs.ratio(row.cells[0].fields) <= float(row.name[:4]) and row.cells[0].fields["fusion_layers"]
+    assert not any("early plan" in row.name for row in FrontierGrid(costs, 10).trained())
 
 
 def test_costs_of_latents_are_those_of_a_model_that_has_them(costs):
@@ -74,7 +83,7 @@ def test_a_fitted_latent_is_measured_and_stands_in_its_table(tmp_path):
     line = next(line for line in shown["rows"].splitlines() if line.startswith("| 10 pictures |"))
     assert f"| {equal:.1%} |" in line and f"| {100 * row.mean:.1f} |" in line and "| 1 |" in line
     assert "30 pictures" in shown["rows"].split("Not measured: ")[1]
-    assert shown["frontier"].split("Not measured: ")[1].startswith("31 more rows of this table.")
+    assert shown["frontier"].split("Not measured: ")[1].startswith("33 more rows of this table.")
     assert (tmp_path / "accuracy_by_cost.png") in frontier.draw(tmp_path, tmp_path)
 
 

@@ -2,8 +2,9 @@
 
 FrontierGrid.tables()  ->  {table: [Row(name, cells)]}, for `dpvr.benchmarks.grid --grid frontier`
 
-    frontier      vanilla; the paper's methods and KV at early splits, trained; latents at budgets of prefill FLOPs,
-                  fitted, matched and distilled; FastV, random pruning and VTW at the same budgets; LoRA, all weights
+    frontier      vanilla; the paper's methods, early plans and KV at early splits, trained; latents at budgets of
+                  prefill FLOPs, fitted, matched and distilled; FastV, random pruning and VTW at the same budgets;
+                  LoRA, all weights
     reduction     latents of which half or a quarter of the image tokens is read, chosen by their states, by the
                   question's attention or by chance
     ranks, rows   latents of every rank and split, and fitted on few pictures
@@ -32,6 +33,7 @@ STRIDES = (2, 4)  # half and a quarter of the image tokens
 SCORES = (None, *LATENT_SCORES)
 SIDE_BUDGETS = (0.45, 0.35)  # at which a side layer before the latent is affordable
 DISTILLED_BUDGETS = (0.40, 0.30)
+PLAN_BUDGETS = (0.70, 0.45)  # of early plans, which `dpvr.analysis.probe --find_plan` finds
 
 
 class ShortCosts(GridCosts):
@@ -68,10 +70,11 @@ class FrontierGrid:
     Args:
         costs: of the model and the median prompt.
         num_rows: training pictures of a trained cell.
+        plans: {budget: DPVR fields} of late fusion that reads early; a budget left out has no row.
     """
 
-    def __init__(self, costs: ShortCosts, num_rows: int) -> None:
-        self.costs, self.num_rows = costs, num_rows
+    def __init__(self, costs: ShortCosts, num_rows: int, plans: dict[float, Fields] | None = None) -> None:
+        self.costs, self.num_rows, self.plans = costs, num_rows, plans or {}
 
     def tables(self) -> dict[str, list[Row]]:
         return {
@@ -112,6 +115,8 @@ class FrontierGrid:
 
     def trained(self) -> list[Row]:
         rows = [Row("late_fusion", self.branches(late()))]
+        for budget in (budget for budget in PLAN_BUDGETS if budget in self.plans):
+            rows.append(Row(f"{budget:.2f} late_fusion, early plan", self.branches(self.plans[budget])))
         for split in (SPLIT, *EARLY_SPLITS):
             fields = late(split, "kv_substitution")
             rows.append(Row(f"kv_substitution, split {split}", self.branches(fields)))

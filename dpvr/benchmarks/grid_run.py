@@ -72,16 +72,16 @@ def make_grid(args: Namespace, questions: Questions) -> tuple[dict[str, list[Row
             f"{ {name: DEFAULTS[name] for name in others} }: set these in its config.json, the cells have plans of "
             "their own."
         )
-    prompt = (questions.image_tokens, questions.text_tokens)
-    if args.grid == FRONTIER:
-        return FrontierGrid(ShortCosts(config.text_config, *prompt), args.num_rows).tables(), []
-    costs = GridCosts(config.text_config, *prompt)
+    kind = ShortCosts if args.grid == FRONTIER else GridCosts
+    costs = kind(config.text_config, questions.image_tokens, questions.text_tokens)
     if args.plans and not (args.plans / "plans.json").exists():
         raise ValueError(
             f"There is no plans.json in {args.plans}: make it with python -m dpvr.analysis.probe --find_plan 0.7 0.55 "
             f"0.45 --output_dir {args.plans}, or leave --plans out."
         )
     plans = read_plans(args.plans or PLANS, costs)
+    if args.grid == FRONTIER:
+        return FrontierGrid(costs, args.num_rows, plans).tables(), []
     return Grid(costs, args.num_rows, plans).tables(), sorted(plans)
 
 

@@ -101,7 +101,8 @@ def _plan(cell: dict[str, Any]) -> str:
     rank = f", rank {fields['latent_rank']}" if "latent_rank" in fields else ""
     stride = f", one token in {fields['latent_stride']}" if "latent_stride" in fields else ""
     side = ", after a side layer" if fields.get("latent_side_layers") else ""
-    return "" if split is None else f"split {split}{rank}{stride}{side}"
+    read = ", read in " + " ".join(map(str, fields["fusion_layers"])) if "fusion_layers" in fields else ""
+    return "" if split is None else f"split {split}{rank}{stride}{side}{read}"
 
 
 def _note(grid: Results, vanilla: Measured) -> str:
