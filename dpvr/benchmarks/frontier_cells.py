@@ -21,7 +21,7 @@ from configuration_dpvr import LATENT_SCORES, vanilla_plan
 from costs_dpvr import prefill_flops
 from dpvr.benchmarks.cells import PRUNING, RANKS, RATES, SEEDS, SPLIT, VANILLA, Cell, Fields, GridCosts, Row, late
 
-BUDGETS = (0.45, 0.40, 0.35, 0.30, 0.25)  # of vanilla's prefill FLOPs
+BUDGETS = (0.55, 0.45, 0.40, 0.35, 0.30, 0.25)  # of vanilla's prefill FLOPs
 EARLY_SPLITS = (1, 2, 4)  # of DPVR-KV
 WIDTH = 192  # of dpvr-mini's decoder
 ENOUGH = WIDTH // 4  # the rank up to which a deeper split is worth more than a higher rank

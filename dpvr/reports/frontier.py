@@ -88,8 +88,8 @@ def _row(row: Measured, vanilla: Measured, replies: dict[str, list[str]]) -> lis
 
 def seeds_of(row: Measured) -> str:
     """How many there are and, of several, the lowest and the highest mean."""
-    means = sorted(100 * cell["row"]["mean"] for cell in row.cells)
-    return f"{len(means)} ({means[0]:.1f} to {means[-1]:.1f})" if len(means) > 1 else str(len(means))
+    apart = f" ({100 * row.means[0]:.1f} to {100 * row.means[-1]:.1f})" if len(row.cells) > 1 else ""
+    return f"{len(row.cells)}{apart}"
 
 
 def _plan(cell: dict[str, Any]) -> str:

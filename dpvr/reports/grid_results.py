@@ -39,10 +39,14 @@ class Measured(NamedTuple):
         return mean(self.tasks[task] for task in SIX_BENCH)
 
     @property
+    def means(self) -> list[float]:
+        """The mean over tasks of each seed, the lowest first."""
+        return sorted(cell["row"]["mean"] for cell in self.cells)
+
+    @property
     def std(self) -> float | None:
         """Standard deviation of the mean over tasks between seeds; None for a single one."""
-        means = [cell["row"]["mean"] for cell in self.cells]
-        return stdev(means) if len(means) > 1 else None
+        return stdev(self.means) if len(self.means) > 1 else None
 
     @property
     def flops(self) -> float:

@@ -109,6 +109,12 @@ def grid_difference(results: Path, rows: list[str]) -> list[float]:
     return list(_row(results, *rows[:2]).minus(_row(results, *rows[2:4]), tuple(rows[4:]) or TASKS))
 
 
+def grid_apart(results: Path, rows: list[str]) -> float:
+    """How far the means of a row's seeds are apart, [table, row, ...]; of several rows the most."""
+    found = [_row(results, rows[0], name) for name in rows[1:]]
+    return max(row.means[-1] - row.means[0] for row in found)
+
+
 def weak_spot_of_late_fusion(results: Path, grid: str) -> list[float]:
     """What late fusion of a table loses on multi_image, less what it loses elsewhere, with its interval's limits."""
     compared = weak_spot(_row(results, grid, "late_fusion"), _row(results, grid, "vanilla"))
@@ -172,6 +178,7 @@ COUNTED: dict[str, Callable[[Path, Any], Any]] = {
     "grid": grid_mean,
     "grid_flops": grid_flops,
     "grid_difference": grid_difference,
+    "grid_apart": grid_apart,
     "weak_spot": weak_spot_of_late_fusion,
     "counted": counted,
     "counted_share": counted_share,
