@@ -38,7 +38,7 @@ KINDS = {  # of rows, by what their names hold, the first that fits: colour (Oka
 LEGEND = {
     "vanilla": "vanilla",
     "latent": "latent (docs/latent.md); open: read\nat a half or a quarter of its tokens",
-    "late_fusion": "late fusion, the paper's",
+    "late_fusion": "late fusion; rightmost the paper's",
     "kv_substitution": "DPVR-KV; right of vanilla DPVR-PC",
     "fastv": "FastV",
     "random_pruning": "random pruning",
