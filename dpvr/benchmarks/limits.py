@@ -8,7 +8,7 @@ of each level   score, paired difference to vanilla, replies equal to vanilla's
 of long ones    at each place of vanilla's reply: is the model's next token vanilla's?
 
 python -m dpvr.benchmarks.limits --limit 20                                    # a first look
-python -m dpvr.benchmarks.limits --fit 0:48:2 2:48 --output results/limits.json
+python -m dpvr.benchmarks.limits --fit 0:48:2 2:48 3:104 --output results/limits.json
 """
 
 import argparse
