@@ -1,5 +1,6 @@
 """One tiny random LLaVA and one processor for all tests: CPU, float64 where exactness is asked, nothing downloaded."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,12 @@ from modeling_dpvr import DpvrLlavaForConditionalGeneration
 IMAGE_TOKEN_ID, TOKENS_PER_IMAGE, VOCAB_SIZE = 7, 4, 40
 
 torch.set_num_threads(1)  # a second thread costs more than it saves on matrices this small
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the libraries, which are imported by now: a fifth of a training run."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_llava(

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import transformers
 from axe_playwright_python.sync_playwright import Axe
+from lines import ONCE
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import free_port, running
@@ -24,7 +24,6 @@ from dpvr.inference.chat import Answerer, Turn
 from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from minibench.scenes import make_scene
-from versions_dpvr import NEWEST_TESTED
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium")
@@ -37,10 +36,7 @@ expect.set_options(timeout=90_000)
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-    pytest.mark.skipif(
-        not transformers.__version__.startswith(NEWEST_TESTED),
-        reason="the page is the same on all lines, what is behind it is tested in test_app.py and test_page.py",
-    ),
+    ONCE,  # what is behind the page is tested in test_app.py and test_page.py
 ]
 
 

@@ -4,8 +4,9 @@ import resource
 from pathlib import Path
 
 import pytest
+from lines import NEEDS_TRAINING
 
-from tests.test_train_sft import NEEDS_TRAINING, run
+from tests.test_train_sft import run
 
 SHORT = ["--eval_questions", "0", "--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1"]
 

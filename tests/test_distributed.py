@@ -11,10 +11,11 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
+from lines import NEEDS_TRAINING
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_rows import talk
-from test_train_sft import NEEDS_TRAINING, losses
+from test_train_sft import losses
 
 import train_sft
 from dpvr.training import trainers

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 from conftest import make_llava
 from families import make as make_family
 from huggingface_hub import ModelCard, metadata_load
+from lines import NEEDS_TRAINING
 from packaging.specifiers import SpecifierSet
 from transformers import AutoModelForImageTextToText
 
@@ -30,6 +30,7 @@ from dpvr.inference.loading import load
 from dpvr.inference.page import build, launch, write_examples
 from dpvr.training.options import BaseOptions, DpvrArguments, RecipeOptions, make_help
 from minibench.scenes import make_scene
+from versions_dpvr import LINE_4
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -38,8 +39,6 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 GENERATED = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->\n", flags=re.DOTALL)
 INLINE = re.compile(r"`(python (?:train_sft\.py|app\.py|-m dpvr\.|-m minibench\.export)[^`]*)`")
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
-IS_V4 = transformers.__version__.startswith("4.")
-NEEDS_TRAINING = pytest.mark.skipif(IS_V4, reason="training is for transformers 5.18 and newer")
 
 
 def snippets() -> Iterator[tuple[str, str, str | None]]:
@@ -151,7 +150,7 @@ def parse_training(arguments: list[str]) -> None:
     """train_sft.py's, whose options are partly TRL's, and TRL imports with the newer releases of transformers only."""
     known = set(make_help("")._option_string_actions)
     known |= {f"--{name}" for options in (DpvrArguments, BaseOptions, RecipeOptions) for name in vars(options)}
-    if not IS_V4:
+    if not LINE_4:
         from dpvr.training.arguments import TrainingParser
 
         known |= set(TrainingParser()._option_string_actions)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-import transformers
+from lines import NEEDS_TRAINING
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_loading import SIDE_BRANCH_KEYS
@@ -99,7 +99,7 @@ def test_other_ways_to_quantise_are_refused(random_mini):
         DpvrLlavaForConditionalGeneration.from_pretrained(random_mini, quantization_config=GPTQConfig(bits=4))
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="training is for transformers 5.18 and newer")
+@NEEDS_TRAINING
 @pytest.mark.parametrize("routing", ["late_fusion", "latent"])
 def test_what_is_trained_on_a_base_in_four_bits_is_saved_in_floating_point(random_mini, tmp_path, routing):
     options = ["--model_name_or_path", random_mini, "--output_dir", str(tmp_path), "--dtype", "bfloat16"]

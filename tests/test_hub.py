@@ -12,8 +12,8 @@ from conftest import make_llava
 from families import PRESENT, make, make_prompts
 from forked_python import ForkedPython
 from hub_server import TOKEN, Hub
+from lines import NEEDS_TRAINING
 from test_loading import SIDE_BRANCH_KEYS
-from test_train_sft import NEEDS_TRAINING
 
 import hub_dpvr
 import train_sft

@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lines import NEEDS_TRAINING
+
 from tests.kill import STEPS, WINDOWS, compare
-from tests.test_train_sft import NEEDS_TRAINING
 
 
 @NEEDS_TRAINING

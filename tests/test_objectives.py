@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-import transformers
 from families import FAMILIES, PRESENT, make_prompts
 from family_checks import plans, text_of, with_adapter
 from family_processors import KINDS, can_be_made, save_family
-from packaging.version import Version
+from lines import NEEDS_TRAINING
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -17,16 +16,11 @@ import train_sft
 from decoders_dpvr import decoder_of
 from dpvr.data.prompts import TEACHER
 from dpvr.models import as_base, plan_of
-from dpvr.training.arguments import OLDEST_TRANSFORMERS
 from dpvr.training.collators import ReplyCollator
 from dpvr.training.latent_fit import Target, collect, fit_latent
 from dpvr.training.objectives import base_and_plan_logits, distil_loss, head_of, match_loss
 from processors_dpvr import load_processor
 
-NEEDS_TRAINING = pytest.mark.skipif(
-    Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS),
-    reason="training is for transformers 5.18 and newer",
-)
 LAYOUT = [[3, 4], [2, 3, 4], [5]]  # one image, two images, none
 READING = {"late_fusion", "kv_substitution", "persistent_context", "latent"}
 SHORT = ["--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_questions", "2", "--logging_steps", "1"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import copyfile, copytree
 
 import pytest
+from lines import ONCE
 
 from dpvr.reports import accuracy as tables
 from dpvr.reports.__main__ import main, parse_args
@@ -297,6 +298,7 @@ def test_one_command_fills_every_document_and_draws_every_figure(made, tmp_path,
     assert f"blocks of {len(made)} documents were filled" in capsys.readouterr().out
 
 
+@ONCE
 def test_two_runs_make_the_same_bytes(tmp_path):
     """Every document, table and figure, from copies of results/, in processes whose sets and dicts hash otherwise."""
     for seed in ("1", "2"):

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-import transformers
+from lines import ONCE
 from reference_answers import in_english, reply, stem_and_options
 
 from minibench.data import MiniBench
@@ -16,9 +16,7 @@ from minibench.scenes import POPULAR, Scene, companion, make_scene
 from minibench.scoring import constant_replies
 from minibench.tasks import ONE_PICTURE, SKILLS, TASKS, Item, ask, draft, make_item
 
-pytestmark = pytest.mark.skipif(
-    transformers.__version__.startswith("4."), reason="nothing here depends on transformers: tested with 5 alone"
-)
+pytestmark = ONCE
 
 NUM_ITEMS = {0: 1500, 1: 3000}  # by seed
 NUM_ROWS = 1500

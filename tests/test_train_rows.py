@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lines import NEEDS_TRAINING
 from PIL import Image
 from safetensors.torch import load_file
 from test_loading import SIDE_BRANCH_KEYS
-from test_train_sft import NEEDS_TRAINING, losses, make_trainer, run
+from test_train_sft import losses, make_trainer, run
 from transformers import LlavaProcessor
 
 import adapter_dpvr  # noqa: F401  makes the method known to PEFT

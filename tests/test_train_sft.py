@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from packaging.version import Version
+from lines import NEEDS_TRAINING
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_loading import SIDE_BRANCH_KEYS
@@ -28,10 +28,6 @@ from dpvr.training.run import load_rows
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
 from processors_dpvr import load_processor
 
-NEEDS_TRAINING = pytest.mark.skipif(
-    Version(transformers.__version__) < Version(arguments.OLDEST_TRANSFORMERS),
-    reason="training is for transformers 5.18 and newer",
-)
 SHORT = ["--data", "minibench", "--num_rows", "16", "--per_device_train_batch_size", "4", "--eval_questions", "2"]
 SHORT += ["--logging_steps", "1"]
 

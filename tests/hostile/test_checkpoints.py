@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-from tests.test_train_sft import NEEDS_TRAINING
+from lines import NEEDS_TRAINING
 
 pytestmark = NEEDS_TRAINING
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")

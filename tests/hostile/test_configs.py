@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llava
+from lines import NEEDS_TRAINING
 
 from dpvr.analysis.plan_search import read_plan
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
-from tests.test_train_sft import NEEDS_TRAINING
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 NO_OBJECTS = {

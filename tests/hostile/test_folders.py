@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-from tests.test_train_sft import NEEDS_TRAINING
+from lines import NEEDS_TRAINING
 
 pytestmark = NEEDS_TRAINING
 ADAPTER = "adapter/adapter_model.safetensors"

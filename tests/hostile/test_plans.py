@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
+from lines import NEEDS_TRAINING
 
 import train_sft
-from tests.test_train_sft import NEEDS_TRAINING
 
 pytestmark = NEEDS_TRAINING
 PLANS = {  # of a model of four layers, split at 2
