@@ -22,6 +22,7 @@ reason, as in ScienceQA's solutions, and the reason must be right as well: "star
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from .questions import (
@@ -365,6 +366,7 @@ def _words(skill: str, outcomes: tuple[str, str], solve: Callable[[Scene, Scene]
     return Draft(skill, outcomes, solve, (Prompt(text, {outcome: outcome for outcome in outcomes}),))
 
 
+@lru_cache(maxsize=4096)  # one test of 500 questions a task, asked of every cell of a grid
 def make_item(task: str, split: Split, seed: int, index: int) -> Item:
     """Return test item `index` of a task: draft a question, draw its outcome, then draw scenes until one has it.
 

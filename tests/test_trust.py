@@ -70,8 +70,8 @@ def run_app(name: str, monkeypatch) -> None:
 
 def run_training(name: str, monkeypatch) -> None:
     out = Path(name).parent / "out"
-    command = f"--model_name_or_path {name} --num_rows 2 --max_steps 1 --output_dir {out} --split_layer 2"
-    train(*parse(command.split()))
+    size = "--num_rows 2 --max_steps 1 --eval_questions 2 --split_layer 2"
+    train(*parse(f"--model_name_or_path {name} --output_dir {out} {size}".split()))
 
 
 def run_probe(name: str, monkeypatch) -> None:
