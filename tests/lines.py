@@ -1,7 +1,6 @@
 """For which releases of transformers a test is.
 
-No release of transformers changes what processes, signals and MiniBench's questions do: the newest line tests them.
-The other libraries are the same on all lines, but that 4.57.6 keeps huggingface_hub, datasets and gradio back.
+ONCE is for what no release of transformers changes: MiniBench's questions, the page, the order of what reports write.
 """
 
 import pytest

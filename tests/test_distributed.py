@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
-from lines import NEEDS_TRAINING, ONCE
+from lines import NEEDS_TRAINING
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_rows import talk
@@ -101,7 +101,7 @@ def half_text(tmp_path) -> list[str]:
     return [*data, "--streaming", "--max_steps", "6", *LINEAR]
 
 
-@ONCE
+@NEEDS_TRAINING
 def test_two_processes_follow_the_curve_of_one_to_the_same_files_and_weights(random_mini, tmp_path):
     shared = ["--model_name_or_path", random_mini, "--num_rows", "24", "--eval_questions", "2", *LINEAR]
     shared += ["--data", "minibench"]
@@ -115,7 +115,7 @@ def test_two_processes_follow_the_curve_of_one_to_the_same_files_and_weights(ran
     assert [row["name"] for row in accuracy[1]] == [row["name"] for row in accuracy[0]] and len(accuracy[1]) == 3
 
 
-@ONCE
+@NEEDS_TRAINING
 @pytest.mark.parametrize("way", ["ddp", "fsdp", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
 def test_a_process_without_pictures_keeps_step_with_one_that_has_them(random_mini, tmp_path, half_text, way):
     shared, script = ["--model_name_or_path", random_mini, *half_text], Path(train_sft.__file__)
@@ -147,7 +147,7 @@ def test_accelerate_reads_every_config(name, kind):
         assert config.deepspeed_config["zero_stage"] == 3 and config.deepspeed_config["zero3_save_16bit_model"] is True
 
 
-@ONCE
+@NEEDS_TRAINING
 def test_two_processes_distil_a_latent_as_one_does(random_mini, tmp_path):
     """Each takes the mean over its own rows' text tokens: not quite the mean over all."""
     shared = ["--model_name_or_path", random_mini, "--num_rows", "16", "--eval_questions", "0", *LINEAR]

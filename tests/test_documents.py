@@ -21,7 +21,7 @@ import yaml
 from conftest import make_llava
 from families import make as make_family
 from huggingface_hub import ModelCard, metadata_load
-from lines import NEEDS_TRAINING, ONCE
+from lines import NEEDS_TRAINING
 from packaging.specifiers import SpecifierSet
 from transformers import AutoModelForImageTextToText
 
@@ -203,7 +203,7 @@ def test_the_export_commands_write_the_split(form, files, python, tmp_path):
     assert [path.name for path in (tmp_path / form).rglob("train*.*") if path.suffix != ".png"] == files
 
 
-@ONCE
+@NEEDS_TRAINING
 def test_the_training_command_runs_on_the_embedded_model_in_a_fresh_process(tmp_path):
     short = "--num_rows 16 --per_device_train_batch_size 4 --eval_questions 4 --output_dir"
     command = [sys.executable, "train_sft.py", *short.split(), str(tmp_path / "out")]

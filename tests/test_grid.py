@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lines import ONCE
 
 from configuration_dpvr import DpvrLlavaConfig
 from dpvr.benchmarks import grid_run
@@ -21,6 +20,7 @@ from dpvr.pretraining.train import parse_args as parse_pretrain_args
 from dpvr.reports.grid_results import Results
 from minibench.data import make_items
 from modeling_dpvr import DpvrLlavaForConditionalGeneration
+from versions_dpvr import LINE_4
 
 ROOT = Path(__file__).parent.parent
 TRAINED = "late_fusion_split4_layers6.7_seed1"
@@ -143,7 +143,7 @@ def test_cells_are_selected_by_table_name_or_pattern_with_the_slow_baselines_las
         grid_run.select(tables, ["vanila"])
 
 
-@ONCE
+@pytest.mark.skipif(LINE_4, reason="training is for transformers 5.18 and newer")
 def test_a_killed_grid_goes_on_and_its_answers_reproduce_its_scores(random_twelve, tmp_path, monkeypatch):
     options = ["--model_name_or_path", random_twelve, "--num_rows", "4", "--limit", "4"]
     folders = ["--output_dir", str(tmp_path / "results"), "--work_dir", str(tmp_path / "work")]

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lines import ONCE
+from lines import NEEDS_TRAINING
 
 from tests.kill import STEPS, WINDOWS, compare
 
 
-@ONCE
+@NEEDS_TRAINING
 def test_runs_that_are_killed_running_saving_and_moving_end_bit_equal_to_one_that_is_not(random_mini, tmp_path):
     command = [sys.executable, "-m", "tests.kill", "--kills", "3", "--base", random_mini]
     command += ["--output", str(tmp_path / "found.json")]

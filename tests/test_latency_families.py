@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, PRESENT, make
-from lines import ONCE
 from peft import get_peft_model
 
 from adapter_dpvr import DpvrConfig
@@ -113,7 +112,7 @@ def test_the_table_has_a_row_per_method_and_size_with_counted_flops_and_the_coun
     assert document["shape"] == name and document["tried_ms"].keys() == {"bfloat16", "float32"}
 
 
-@ONCE
+@timed
 def test_the_peak_of_a_prefill_is_that_of_this_prompt_beyond_the_weights(saved):
     bench = FamilyBench(asked(saved("smolvlm"), "--image_tokens", "1024", "--text_tokens", "6", "--threads", "1"))
     (size,) = bench.sizes()

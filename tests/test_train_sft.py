@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from lines import NEEDS_TRAINING, ONCE
+from lines import NEEDS_TRAINING
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_loading import SIDE_BRANCH_KEYS
@@ -222,7 +222,7 @@ def test_a_plan_for_a_baseline_is_refused(random_mini, tmp_path):
 # -- stopped and saved ------------------------------------------------------------------------------------------------
 
 
-@ONCE
+@NEEDS_TRAINING
 def test_a_killed_run_goes_on_along_the_same_curve_to_the_same_weights(random_mini, tmp_path):
     steps = ["--eval_questions", "0", "--save_strategy", "steps", "--save_steps", "2", "--seed", "3"]
     steps += ["--side_branch_init", "random", "--num_rows", "32"]

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 from families import PRESENT, make
-from lines import ONCE
 
 from decoders_dpvr import decoder_of, owner_of
 from dpvr.benchmarks import step_costs, time_and_memory
@@ -52,7 +51,6 @@ def test_saved_bytes_are_those_of_a_product_counted_by_hand():
     assert step_costs.saved_activation_bytes(Product(), inputs) == 3 * 4 * 4  # the second layer's input alone
 
 
-@ONCE
 def test_the_peak_is_that_of_a_process_with_nothing_else_in_it():
     args = parse_args(SMALL)
     llava = make_llava(SHAPES["64x4"], "cpu", torch.float32)
@@ -101,7 +99,6 @@ def test_a_model_of_any_family_trains_its_own_weights_and_leaves_the_base(name, 
     assert rows["full"]["trainable_parameters"] == sum(weight.numel() for weight in base.parameters())
 
 
-@ONCE
 def test_the_peak_of_a_family_is_measured_in_its_process(tmp_path):
     make("llava_onevision", torch.float32).config.save_pretrained(tmp_path)
     args = parse_args(["--model", str(tmp_path), *SMALL[2:]])
