@@ -8,6 +8,7 @@ derivation (naive_families.py), or between two ways through the product.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -67,6 +68,7 @@ def plans(name: str) -> list[dict[str, Any]]:
     ]
 
 
+@functools.cache
 def _text_config(name: str):
     return make(name).config.get_text_config()
 
@@ -199,9 +201,9 @@ def cached(name: str) -> float:
     worst, greedy = 0.0, {"do_sample": False, "max_new_tokens": NUM_NEW, "suppress_tokens": MARKED}
     with exact():
         for fields in plans(name):
+            model = with_adapter(name, **fields)
+            base = model.base_model.model
             for layout in (RAGGED, EVEN):
-                model = with_adapter(name, **fields)
-                base = model.base_model.model
                 inputs, _ = make_prompts(name, base, layout)
                 out = model.generate(**inputs, **greedy, return_dict_in_generate=True, output_logits=True)
                 answer = out.sequences[:, inputs["input_ids"].shape[1] :]

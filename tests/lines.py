@@ -1,6 +1,7 @@
 """For which releases of transformers a test is.
 
-ONCE is for what no release of transformers changes: MiniBench's questions, the page, the order of what reports write.
+ONCE is for what no release of transformers changes: MiniBench's pictures and questions, the page in a browser, what is
+written from results/, and the rooms of the repository.
 """
 
 import pytest

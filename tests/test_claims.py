@@ -5,12 +5,14 @@ from pathlib import Path
 from shutil import copyfile
 
 import pytest
+from lines import ONCE
 
 from dpvr.reports.blocks import blocks
 from dpvr.reports.kept import Claim, as_written, broken, documents, is_given, problems, read_claims, unclaimed
 from dpvr.reports.prose import flat, unrecognised
 from dpvr.reports.values import field, value
 
+pytestmark = ONCE
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 CLAIMS = read_claims(RESULTS)

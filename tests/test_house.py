@@ -7,7 +7,9 @@ import venv
 from pathlib import Path
 
 import pytest
+from lines import ONCE
 
+pytestmark = ONCE
 ROOT = Path(__file__).parent.parent
 HUB = sorted(path.stem for path in ROOT.glob("*_dpvr.py"))
 GROUND = ("minibench", "dpvr.record", "dpvr.command_line")

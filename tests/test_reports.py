@@ -23,6 +23,7 @@ from dpvr.reports.latency import render_latency
 from dpvr.reports.pareto import draw
 from minibench.tasks import TASKS
 
+pytestmark = ONCE
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 SETTINGS = {"model": ".", "limit": 4, "seed": 0}
@@ -298,7 +299,6 @@ def test_one_command_fills_every_document_and_draws_every_figure(made, tmp_path,
     assert f"blocks of {len(made)} documents were filled" in capsys.readouterr().out
 
 
-@ONCE
 def test_two_runs_make_the_same_bytes(tmp_path):
     """Every document, table and figure, from copies of results/, in processes whose sets and dicts hash otherwise."""
     for seed in ("1", "2"):

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from lines import ONCE
 
 from minibench.scenes import (
     BACKGROUNDS,
@@ -24,6 +25,7 @@ from minibench.scenes import (
     warped,
 )
 
+pytestmark = ONCE
 SPLITS = ("train", "validation", "test")
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 
