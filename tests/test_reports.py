@@ -19,7 +19,7 @@ from dpvr.reports.documents import between_marks, fill, read, table
 from dpvr.reports.front import METHODS, render_front
 from dpvr.reports.frontier import seeds_of
 from dpvr.reports.grid_results import Measured, Results, units
-from dpvr.reports.latency import render_latency
+from dpvr.reports.latency import render_latency, render_models_tokens
 from dpvr.reports.pareto import draw
 from minibench.tasks import TASKS
 
@@ -256,6 +256,20 @@ def test_a_method_of_the_front_page_that_was_not_measured_says_so(tmp_path):
         copyfile(RESULTS / "frontier" / name, tmp_path / "frontier" / name)
     text = render_front(tmp_path)
     assert text.count("not measured") == len(METHODS) - 1 and "0 fits of the latent" in text
+
+
+def test_a_sweep_that_was_measured_in_two_runs_is_one_table_and_names_both(tmp_path):
+    record = read(RESULTS / "latency" / "models_tokens" / "smolvlm2-500m.json")
+    sizes = sorted({row["image_tokens"] for row in record["rows"]})
+    for place, own, threads in (("", sizes[:-1], 1), ("large", sizes[-1:], 7)):
+        folder = tmp_path / "latency" / "models_tokens" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        part = {**record, "threads": threads, "rows": [row for row in record["rows"] if row["image_tokens"] in own]}
+        (folder / "smolvlm2-500m.json").write_text(json.dumps(part))
+    text, whole = render_models_tokens(tmp_path), render_models_tokens(RESULTS)
+    rows = [line for line in text.splitlines() if line.startswith("| smolvlm2-500m")]
+    assert rows == [line for line in whole.splitlines() if line.startswith("| smolvlm2-500m")] and rows
+    assert "1 thread," in text and "7 threads," in text
 
 
 @pytest.mark.parametrize(("clock", "named"), [("cpu", "processor time"), ("wall", "wall time"), (None, "wall time")])

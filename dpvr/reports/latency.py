@@ -6,7 +6,7 @@ results/latency/text/SHAPE.json        text tokens from 64 to 1024          Tabl
 results/latency/batch/SHAPE.json       batches of 1 and 4
 results/latency/images/SHAPE.json      prompts of 1 to 8 pictures
 results/latency/models/NAME.json       shapes of real models of any family
-results/latency/models_tokens, models_batch     one of them with 256 to 4,096 image tokens, in batches of 1 to 8
+results/latency/models_tokens, models_batch     two of them with 256 to 4,096 image tokens, in batches of 1 to 8
 results/latency/models_peaks/NAME.json          peak memory of a prefill at these shapes
 results/DEVICE/latency/...             the same from a GPU; takes the place of what was only counted
     |
@@ -159,17 +159,19 @@ def render_models_batch(results: Path) -> str:
 def _sweep(results: Path, folder: str, field: str, heading: str, time: str = "prefill_ms") -> str:
     """A row per shape and method, and in each cell the time of a prefill with its ratio and the FLOPs' ratio.
 
-    Batches are of one prompt in each record, which need not be the same for all shapes: the row names it.
+    Batches are of one prompt in each shape's records: the row names it. What takes long was measured in a run of its
+    own, whose record is in a folder within this one.
     """
-    records, names = _records(results, folder), FAMILY_NAMES if time == TOWERLESS else NAMES
+    records, names = _records(results, f"{folder}/**"), FAMILY_NAMES if time == TOWERLESS else NAMES
     points = sorted({row[field] for record in records for row in record["rows"]})
     rows = []
-    for record in records:
-        for method in dict.fromkeys(row["method"] for row in record["rows"]):
-            found = {row[field]: row for row in record["rows"] if row["method"] == method}
+    for size in dict.fromkeys(map(_size, records)):
+        measured = [row for record in records if _size(record) == size for row in record["rows"]]
+        prompt = f", {measured[0]['image_tokens']:,} image tokens" if field == "batch_size" else ""
+        for method in dict.fromkeys(row["method"] for row in measured):
+            found = {row[field]: row for row in measured if row["method"] == method}
             cells = [_with_flops(found[point], time) if point in found else UNMEASURED for point in points]
-            prompt = f", {record['rows'][0]['image_tokens']:,} image tokens" if field == "batch_size" else ""
-            rows.append([_size(record) + prompt, names[method], *cells])
+            rows.append([size + prompt, names[method], *cells])
     return _text(table(["size", "", *map(heading.format, points)], rows), *map(_protocol, records))
 
 
