@@ -28,7 +28,7 @@ torch.set_num_threads(1)  # a second thread costs more than it saves on matrices
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over the libraries, which are imported by now, and come less often.
 
-    A fifth of a training run, and a twentieth.
+    The one saves a fifth of a training run, the other a twentieth.
     """
     gc.collect()
     gc.freeze()
