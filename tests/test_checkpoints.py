@@ -1,9 +1,9 @@
 """Checkpoints are whole or refused, belong to one run, and the output folder is checked first."""
 
-import resource
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from lines import NEEDS_TRAINING
 
 from tests.test_train_sft import run
@@ -114,13 +114,9 @@ def test_another_run_is_refused_before_rows_are_read_and_other_rows_before_anyth
 @pytest.mark.parametrize(("saving", "where"), [("steps", "checkpoint-1"), ("no", ".saving")])
 def test_on_a_full_disk_a_run_says_where_and_leaves_nothing_half_written(random_mini, tmp_path, method, saving, where):
     options, out = [*SHORT, "--save_strategy", saving, "--method", method, "--lora_r", "64"], tmp_path / "out"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes of a file, less than the weights have
-    try:
-        with pytest.raises(OSError, match=f"{where} could not be written .*too large.*nothing half written was left"):
+    with pytest.raises(OSError, match=f"{where} could not be written .*too large.*nothing half written was left"):
+        with full_disk(100_000):  # bytes of a file, less than the weights have
             run(random_mini, out, *options)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(out.iterdir()) == []
     assert Path(run(random_mini, out, *options) and out / "training.json").exists()
 

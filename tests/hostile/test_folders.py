@@ -1,12 +1,12 @@
 """Output folders that cannot be one, are used, or hold what no run wrote: refused first, or left as they are."""
 
 import os
-import resource
 import shutil
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from lines import NEEDS_TRAINING
 
 pytestmark = NEEDS_TRAINING
@@ -94,23 +94,22 @@ def test_a_read_only_folder_is_refused(tmp_path):
         check(tmp_path / "out")
 
 
-@contextmanager
-def full_disk():
-    """As on a full disk, no file can grow beyond a thousand bytes; nor can a log of this test run meanwhile."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("there", [False, True])
 def test_a_full_disk_is_noticed_first(tmp_path, there):
     out = tmp_path if there else tmp_path / "out"
     with pytest.raises(ValueError, match="cannot be written to .File too large.*free space"), full_disk():
         check(out)
     assert tree(tmp_path) == {}
+
+
+def test_a_module_that_is_first_imported_on_a_full_disk_leaves_no_bytecode_in_part(tmp_path, monkeypatch):
+    (tmp_path / "imported_late.py").write_text(f"TEXT = {'x' * 5000!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    with full_disk():
+        import imported_late
+    assert len(imported_late.TEXT) == 5000 and not list(tmp_path.rglob("*.pyc"))
+    assert not sys.dont_write_bytecode
 
 
 @pytest.mark.parametrize("linked", [False, True])
