@@ -14,7 +14,7 @@ from tests.kill import STEPS, WINDOWS, compare
 def test_runs_that_are_killed_running_saving_and_moving_end_bit_equal_to_one_that_is_not(random_mini, tmp_path):
     command = [sys.executable, "-m", "tests.kill", "--kills", "3", "--base", random_mini]
     command += ["--output", str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["kills"]
     assert [kill["window"] for kill in found["each_kill"]] == list(WINDOWS)
