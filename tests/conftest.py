@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from dpvr.inference.chat import Answerer
 from dpvr.inference.loading import load
+from dpvr.inference.uploads import own_folder
 from dpvr.pretraining.model import make_model
 from dpvr.pretraining.processor import make_processor, save_processor
 from dpvr.pretraining.train import parse_args as parse_pretrain_args
@@ -26,13 +27,9 @@ torch.set_num_threads(1)  # a second thread costs more than it saves on matrices
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over the libraries, which are imported by now, and come less often.
-
-    The one saves a fifth of a training run, the other a twentieth.
-    """
+    """Let the garbage collector pass over the libraries, which are imported by now: a fifth of a training run."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000)
 
 
 def make_llava(
@@ -62,6 +59,13 @@ def make_llava(
     )
     torch.manual_seed(seed)
     return LlavaForConditionalGeneration(config).to(dtype).eval()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_uploads() -> Iterator[None]:
+    """Tests that run at the same time upload the same pictures, and each deletes its own."""
+    with own_folder():
+        yield
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_memory_returns_to_its_start_after_many_requests(answerer, client, pictu
         for _ in range(times):
             client.reset_session()
             client.predict(question="b " * 200, pictures=files, longest=2, api_name="/ask")
-            gc.collect()
+        gc.collect()
         return resident_bytes()
 
     start = ask(10)
